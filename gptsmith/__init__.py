@@ -1,0 +1,54 @@
+"""gptsmith: GPT-2, whole. From a folder of text to a trained model, and back to text.
+
+Importing it imports nothing else: each name below is fetched from its module when first used, so
+that a command that needs no PyTorch does not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load, save
+    from .config import PRESETS, GPTConfig
+    from .generate import complete, generate_greedy, stream
+    from .model import GPT
+    from .settings import SamplingSettings
+    from .tokenizers import Tokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPT": "model",
+    "GPTConfig": "config",
+    "PRESETS": "config",
+    "SamplingSettings": "settings",
+    "Tokenizer": "tokenizers",
+    "complete": "generate",
+    "generate_greedy": "generate",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "stream": "generate",
+}
+
+__all__ = [
+    "GPT",
+    "PRESETS",
+    "GPTConfig",
+    "SamplingSettings",
+    "Tokenizer",
+    "complete",
+    "generate_greedy",
+    "load",
+    "save",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"gptsmith has no '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,7 @@
+"""`python -m gptsmith` is `gptsmith`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

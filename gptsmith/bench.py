@@ -1,0 +1,122 @@
+"""What this machine does with a model: training and generation, timed.
+
+Fresh weights and random tokens, which cost what real ones do; knows nothing of runs.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import accounting, devices
+from .config import GPTConfig
+from .data.batches import Batches
+from .generate import generate
+from .model import GPT
+from .settings import GREEDY, MachineSettings, TrainingSettings
+from .training.loop import Trainer
+from .training.optimizers import adamw
+
+WARM_UP = 2  # steps that also set things up, and are not counted
+
+
+class RandomTokens:
+    """A stream of tokens that no text needs to be prepared for."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, length)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids from `start` up to `stop`."""
+        return self.tokens[start:stop]
+
+
+def bench_train(
+    config: GPTConfig, settings: MachineSettings, *, rows: int, steps: int
+) -> dict[str, Any]:
+    """Time whole optimizer steps on `rows` windows of the context length."""
+    machine = devices.choose(replace(settings, micro_batch=rows), steps)
+    device = devices.prepare_machine(machine)
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    if machine.compile == "yes":
+        model.compile()
+    T = config.context_length
+    training = TrainingSettings(steps=steps + WARM_UP, batch_tokens=rows * T)
+    stream = RandomTokens(config.vocab_size, T * rows * 4 + 1)
+    trainer = Trainer(
+        model=model.train(),
+        optimizer=adamw(model, training),
+        batches=Batches(stream, T, rows, seed=0),
+        settings=training,
+        device=device,
+        dtype=machine.dtype,
+        micro_batch=rows,
+        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+    )
+    seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
+    median = statistics.median(seconds)
+    peak = devices.peak_flops(device)
+    flops = accounting.flops_per_token(config, training=True) * rows * T / median
+    return {
+        "device": str(device),
+        "dtype": machine.dtype,
+        "threads": machine.threads,
+        "compiled": machine.compile == "yes",
+        "parameters": accounting.parameter_count(config),
+        "batch_tokens": rows * T,
+        "tokens_per_second": rows * T / median,
+        "step_milliseconds": median * 1000,
+        "slowest_step_milliseconds": max(seconds) * 1000,
+        "model_gigaflops_per_second": flops / 1e9,
+        "mfu": None if peak is None else flops / peak,
+        "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
+    }
+
+
+def bench_generate(
+    config: GPTConfig,
+    settings: MachineSettings,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Time greedy generation: the first token (prefill), and those after it (decode)."""
+    if prompt_tokens + max_tokens > config.context_length:
+        raise ValueError(
+            f"{prompt_tokens} prompt and {max_tokens} new tokens are more than the context_length "
+            f"{config.context_length}: lower --max-tokens"
+        )
+    if settings.dtype == "auto":
+        settings = replace(settings, dtype="float32")
+    machine = devices.choose(settings, steps=0)
+    device = devices.prepare_machine(machine)
+    torch.manual_seed(0)
+    model = GPT(config).to(device, devices.DTYPES[machine.dtype]).eval()
+    prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
+    list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY))
+    times = [time.perf_counter()]
+    for _ in generate(model, prompt, max_tokens, sampling=GREEDY):
+        devices.synchronize(device)
+        times.append(time.perf_counter())
+    decode = times[-1] - times[1]
+    return {
+        "device": str(device),
+        "dtype": machine.dtype,
+        "threads": machine.threads,
+        "parameters": accounting.parameter_count(config),
+        "rows": rows,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": max_tokens,
+        "prefill_tokens_per_second": rows * prompt_tokens / (times[1] - times[0]),
+        "decode_tokens_per_second": rows * (max_tokens - 1) / decode if decode else None,
+        "first_token_milliseconds": (times[1] - times[0]) * 1000,
+        "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
+    }

@@ -1,0 +1,56 @@
+"""The keys and values of the tokens already read, so that they are not computed again.
+
+Belongs to the caller, who passes it to the model; knows nothing of attention or sampling.
+
+Shapes:  L layers    B batch    H heads    T new tokens    S seen so far    D channels per head
+"""
+
+import torch
+from torch import Tensor
+
+from .config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once and filled from the left.
+
+    Each layer extends it by the same T positions; the model then advances it once. The arrays are
+    (L, B, H, capacity, D): for GPT-2 in float32, 72 KiB per token.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity = config.context_length if capacity is None else capacity
+        if not 1 <= self.capacity <= config.context_length:
+            raise ValueError(
+                f"a cache of {self.capacity} tokens: between 1 and the model's context_length "
+                f"{config.context_length} is needed"
+            )
+        shape = (config.n_layer, batch_size, config.n_head, self.capacity, config.head_size)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new positions and return all it has: (B, H, T, D) -> (B, H, S + T, D)."""
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` new positions as seen, once every layer has written them."""
+        self.length += tokens
+
+    def clear(self) -> None:
+        """Forget everything, keeping the memory."""
+        self.length = 0

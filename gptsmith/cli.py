@@ -1,0 +1,119 @@
+"""The door: a table of commands, and what a mistake looks like.
+
+Exits 0, 2 for a mistake (one line says what was got, what was wanted and what to do), or 128 + N
+after signal N.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from . import __version__
+from .commands.look import add_bench, add_describe, bench, describe
+from .commands.text import add_prepare, add_tokenizer, prepare, tokenizer
+from .commands.train import add_train, train
+from .commands.use import add_evaluate, add_plot, add_sample, evaluate, plot, sample
+from .commands.words import tell
+from .config import suggestion
+from .flags import Parser, UsageError
+
+
+class Verb(NamedTuple):
+    """A command: what it does, its flags, and what carries it out (and may return an exit code)."""
+
+    summary: str
+    add: Callable[[Parser], None]
+    run: Callable[[Namespace], int | None]
+
+
+VERBS = {
+    "prepare": Verb("turn text into token shards", add_prepare, prepare),
+    "tokenizer": Verb("learn a byte-level BPE from text", add_tokenizer, tokenizer),
+    "train": Verb("train a model, or go on training it", add_train, train),
+    "sample": Verb("let a model write", add_sample, sample),
+    "evaluate": Verb("measure a model's loss on a text", add_evaluate, evaluate),
+    "plot": Verb("draw the loss curves of runs", add_plot, plot),
+    "describe": Verb("show a model's components, memory and FLOPs", add_describe, describe),
+    "bench": Verb("measure how fast this machine trains or generates", add_bench, bench),
+}
+
+
+def overall_help() -> str:
+    """What `gptsmith --help` says."""
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "usage: gptsmith VERB ...\n\nGPT-2, whole: from a folder of text to a trained model, and "
+        f"back to text.\n\n{rows}\n\n"
+        "gptsmith VERB --help says more; --traceback shows where an error came from.\n"
+        "A first run:  gptsmith train shakespeare"
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Carry out a command line; the exit status: 0, 2 for a mistake, 128 + N after signal N."""
+    arguments = list(sys.argv[1:] if words is None else words)
+    with_traceback = "--traceback" in arguments
+    arguments = [word for word in arguments if word != "--traceback"]
+    try:
+        with notes_to_stderr():
+            return dispatch(arguments)
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if with_traceback:
+            traceback.print_exc()
+        tell(f"gptsmith: {one_line(error)}")
+        return 2
+
+
+def dispatch(words: list[str]) -> int:
+    """Find the verb and carry it out."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overall_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"gptsmith {__version__}")
+        return 0
+    name = words[0]
+    if name not in VERBS:
+        raise UsageError(
+            f"no command '{name}'{suggestion(name, VERBS)} (known: {', '.join(VERBS)})"
+        )
+    verb = VERBS[name]
+    parser = Parser(prog=f"gptsmith {name}", description=verb.run.__doc__)
+    verb.add(parser)
+    try:
+        options = parser.parse(words[1:])
+    except SystemExit:  # argparse leaves this way after --help
+        return 0
+    return verb.run(options) or 0
+
+
+@contextmanager
+def notes_to_stderr() -> Iterator[None]:
+    """Show our own warnings as one line each, without the place in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        tell(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, with the file that a system error is about."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,109 @@
+"""The commands that look at a model from outside: describe and bench."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from ..config import PRESETS, GPTConfig, suggestion
+from ..flags import Parser, add_flags, given
+from ..folder import find_model, read_config, tensor_shapes, weight_files
+from ..inspection.describe import describe as describe_model
+from ..recipe import convert, read_toml, recipes, updated
+from ..settings import MachineSettings
+
+
+def add_describe(parser: Parser) -> None:
+    parser.add_argument(
+        "what", metavar="MODEL|PRESET|RECIPE", help=f"presets: {', '.join(PRESETS)}"
+    )
+    parser.add_argument("--trace", metavar="BxT", help="run a forward pass and show every shape")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+
+
+def describe(options: Namespace) -> None:
+    """Show every component of a model: shapes, parameters, memory, FLOPs."""
+    config, title = described_config(options.what)
+    description = describe_model(config, title=title)
+    values = description.to_json()
+    trace = None
+    if options.trace:
+        from ..inspection.trace import parse_shape, render
+        from ..inspection.trace import trace as run_trace
+
+        batch, tokens = parse_shape(options.trace)
+        trace = list(run_trace(config, batch, tokens))
+        values["trace"] = [line.to_json() for line in trace]
+    if options.json:
+        print(json.dumps(values, indent=2))
+        return
+    print(description)
+    if trace is not None:
+        print()
+        print(render(trace))
+
+
+def described_config(what: str) -> tuple[GPTConfig, str]:
+    """The configuration that a preset, a recipe or a model's folder stands for, and its title."""
+    if what in PRESETS:
+        return PRESETS[what], what
+    if what in recipes():
+        return read_toml(recipes()[what]).model, f"recipe {what}"
+    if what.endswith(".toml") and Path(what).is_file():
+        return read_toml(Path(what)).model, what
+    if not Path(what).exists():
+        hint = suggestion(what, [*PRESETS, *recipes()])
+        raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
+    folder = find_model(what)
+    for path in weight_files(folder):
+        tensor_shapes(path)  # a damaged file is said, not described
+    return read_config(folder), str(folder)
+
+
+def add_bench(parser: Parser) -> None:
+    parser.add_argument("what", choices=("train", "generate"), help="what to measure")
+    parser.add_argument(
+        "model", metavar="MODEL|PRESET|RECIPE", help="presets: " + ", ".join(PRESETS)
+    )
+    parser.add_argument("--steps", default="10", metavar="N", help="steps timed (default: 10)")
+    parser.add_argument(
+        "--rows", metavar="N", help="rows at once (default: 4 for train, 1 for generate)"
+    )
+    parser.add_argument("--prompt-tokens", default="32", metavar="N", help="generate: default 32")
+    parser.add_argument("--max-tokens", default="128", metavar="N", help="generate: default 128")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    add_flags(parser, MachineSettings, without=("micro_batch", "deterministic"))
+
+
+def bench(options: Namespace) -> None:
+    """Measure tokens per second, step time and peak memory."""
+    from ..bench import bench_generate, bench_train
+
+    config, title = described_config(options.model)
+    machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
+    counts = {
+        name: convert(name, getattr(options, name), int)
+        for name in ("steps", "prompt_tokens", "max_tokens")
+    }
+    rows = convert("rows", options.rows, int | None)
+    for name, count in {**counts, "rows": 1 if rows is None else rows}.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: at least 1 is needed")
+    if options.what == "train":
+        found = bench_train(config, machine, rows=rows or 4, steps=counts["steps"])
+    else:
+        found = bench_generate(
+            config,
+            machine,
+            rows=rows or 1,
+            prompt_tokens=counts["prompt_tokens"],
+            max_tokens=counts["max_tokens"],
+        )
+    if options.json:
+        print(json.dumps({"model": title, **found}))
+        return
+    width = max(map(len, found))
+    print(f"{options.what}: {title}")
+    for name, value in found.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
+        shown = f"{value:,.0f}" if isinstance(value, int | float) and value >= 1000 else shown
+        print(f"  {name.replace('_', ' '):<{width}}  {shown}")

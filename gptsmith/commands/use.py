@@ -1,0 +1,187 @@
+"""The commands that use a model: sample, evaluate and plot."""
+
+import json
+import os
+import tempfile
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..flags import Parser, add_flags, given
+from ..recipe import convert, updated
+from ..settings import MachineSettings, PrepareSettings, SamplingSettings
+from .words import DATA_HELP, MODEL_HELP, tell
+
+
+def add_sample(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--max-tokens", default="200", metavar="N", help="most tokens (default: 200)"
+    )
+    parser.add_argument("--seed", metavar="S", help="the same seed gives the same text")
+    parser.add_argument(
+        "--num-samples", default="1", metavar="N", help="texts to write (default: 1)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    add_flags(parser, SamplingSettings)
+    add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+
+
+def sample(options: Namespace) -> None:
+    """Let a model write."""
+    sampling = updated(SamplingSettings(), given(options, SamplingSettings), "sample")
+    counts = {
+        name: convert(name, getattr(options, name), int) for name in ("max_tokens", "num_samples")
+    }
+    if counts["max_tokens"] < 0 or counts["num_samples"] < 1:
+        raise ValueError("max_tokens must be at least 0, and num_samples at least 1")
+    seed = convert("seed", options.seed, int | None)
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+        tell(f"seed {seed}")
+    elif seed < 0:
+        raise ValueError(f"seed is {seed}: at least 0 is needed")
+
+    from ..generate import complete, stream
+
+    model, tokenizer = open_model(options)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
+    wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
+    if counts["num_samples"] == 1 and not options.json:
+        print(options.prompt, end="", flush=True)
+        pieces = stream(model, tokenizer, options.prompt, max_tokens=counts["max_tokens"], **wanted)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts = complete(model, tokenizer, options.prompt, **counts, **wanted)
+    if options.json:
+        rows = [
+            {"seed": seed + i, "prompt": options.prompt, "text": t} for i, t in enumerate(texts)
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    print("\n---\n".join(options.prompt + text for text in texts))
+
+
+def open_model(options: Namespace) -> Any:
+    """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
+    from .. import devices
+    from ..checkpoint import load
+
+    machine = updated(MachineSettings(), given(options, MachineSettings), "machine")
+    if machine.dtype == "auto":
+        machine = replace(machine, dtype="float32")
+    machine = devices.choose(machine, steps=0)
+    device = devices.prepare_machine(machine)
+    return load(options.model, device=device, dtype=devices.DTYPES[machine.dtype])
+
+
+def add_evaluate(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        help="of prepared data (default: validation); a source is evaluated whole",
+    )
+    parser.add_argument("--tokens", metavar="N", help="only the first N tokens")
+    parser.add_argument("--context-length", metavar="T", help="window (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
+    add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure the loss of a model on a text."""
+    from ..data.shards import is_dataset
+    from ..evaluate import evaluate
+
+    tokens = convert("tokens", options.tokens, int | None)
+    window = convert("context_length", options.context_length, int | None)
+    model, tokenizer = open_model(options)
+    if window is not None and not 1 <= window <= model.config.context_length:
+        limit = model.config.context_length
+        raise ValueError(f"context_length is {window}: 1 to the model's {limit} is needed")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.data)
+        if not (folder.is_dir() and is_dataset(folder)):
+            folder = prepare_whole(options, tokenizer, Path(temporary) / "data")
+        found = evaluate(
+            model,
+            chosen_split(folder, options, tokenizer, model),
+            tokenizer=tokenizer,
+            first_tokens=tokens,
+            context_length=window,
+        )
+    values = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+    }
+    if options.json:
+        print(json.dumps(values))
+        return
+    bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+    print(f"loss           {found.loss:.4f} nats per token")
+    print(f"perplexity     {found.perplexity:.2f}")
+    print(f"bits per byte  {bits}")
+    print(f"tokens         {found.tokens:,}")
+
+
+def prepare_whole(options: Namespace, tokenizer: Any, out: Path) -> Path:
+    """Turn a source into tokens, none held out, for evaluating all of it."""
+    from ..data.prepare import prepare
+
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer, so it needs data that is prepared")
+    if options.split == "validation":
+        raise ValueError("--split is of prepared data: this is a source, evaluated whole")
+    settings = updated(PrepareSettings(), given(options, PrepareSettings), "evaluate")
+    settings = replace(settings, validation_fraction=0.0)
+    for _ in prepare([options.data], tokenizer, out, options=settings):
+        pass
+    return out
+
+
+def chosen_split(folder: Path, options: Namespace, tokenizer: Any, model: Any) -> Any:
+    """The tokens of the split to evaluate, once they are known to suit the model."""
+    from ..data.shards import Dataset
+
+    dataset = Dataset.open(folder)
+    if dataset.fingerprint is None or tokenizer is None:
+        dataset.check_ids(model.config.vocab_size)
+    elif dataset.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{options.data} was made with another tokenizer than {options.model} has")
+    held_out = dataset.validation
+    if options.split == "validation" and held_out is None:
+        raise ValueError(f"{options.data} has no validation split: take --split train")
+    return dataset.train if options.split == "train" or held_out is None else held_out
+
+
+def add_plot(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    parser.add_argument("--out", default="loss.png", metavar="FILE", help="default: loss.png")
+
+
+def plot(options: Namespace) -> None:
+    """Draw the loss curves of runs into one PNG."""
+    from ..training.plot import draw_curves, read_metrics
+
+    curves = {}
+    for name in options.runs:
+        path = Path(name) / "metrics.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"{name} has no metrics.jsonl: it is not the folder of a run")
+        label = Path(name).name if Path(name).name not in curves else name
+        curves[label] = read_metrics(path)
+    draw_curves(curves, Path(options.out))
+    print(options.out)

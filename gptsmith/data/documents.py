@@ -1,0 +1,191 @@
+"""What the text of a source is: documents, given as pieces.
+
+Knows nothing of tokens or of where sources come from. A document of any length needs only a
+megabyte or so of memory, and every error says the place.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from ..config import suggestion
+from .sources import READ_BYTES, Source
+
+PARQUET_ROWS = 256  # at once
+
+
+class Piece(NamedTuple):
+    """Some text of a document."""
+
+    text: str
+    read: int  # bytes of the source up to the end of this text
+    ends: bool  # whether the document ends here
+
+
+def pieces(
+    source: Source,
+    *,
+    field: str = "text",
+    encoding: str = "utf-8",
+    stop: int | None = None,
+    digest: "hashlib._Hash | None" = None,
+) -> Iterator[Piece]:
+    """The documents of a source, in pieces; one without any text is no document.
+
+    A text has a piece that ends at byte `stop`, moved forward to the end of a character. All bytes
+    that are read go to `digest` too. ValueError in one line for text that cannot be read.
+    """
+    if source.kind == "parquet":
+        return parquet_rows(source, field, digest)
+    if source.content is not None:
+        encoding = "utf-8"
+    chunks = decoded(source, checked_encoding(encoding), stop, digest)
+    if source.kind == "jsonl":
+        return jsonl_rows(source, chunks, field)
+    return text_pieces(source, chunks)
+
+
+def text_pieces(source: Source, chunks: Iterator[tuple[str, int]]) -> Iterator[Piece]:
+    """A file that is one document."""
+    read = 0
+    for text, read in chunks:
+        yield Piece(text, read, False)
+    if read:
+        yield Piece("", source.size, True)
+
+
+def checked_encoding(name: str) -> str:
+    """The usual name of a character encoding; ValueError where Python has none of that name."""
+    try:
+        "".encode(name)  # refuses codecs that do not make bytes of text, such as rot13
+        return codecs.lookup(name).name
+    except LookupError as error:
+        known = ["utf-8", "utf-16", "latin-1", "cp1252", "shift_jis", "gb18030", "big5", "koi8-r"]
+        hint = suggestion(name, known) or ": try utf-8 or latin-1"
+        raise ValueError(f"encoding '{name}' is unknown{hint}") from error
+
+
+def decoded(
+    source: Source, encoding: str, stop: int | None, digest: "hashlib._Hash | None"
+) -> Iterator[tuple[str, int]]:
+    """The text of a source, and how many of its bytes have become text, a megabyte at a time."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    position = 0  # bytes read
+    with source.open() as file:
+        while True:
+            pending = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
+            wanted = READ_BYTES
+            if stop is not None and position - pending < stop:
+                wanted = min(READ_BYTES, max(1, stop - position))
+            data = file.read(wanted)
+            if digest is not None:
+                digest.update(data)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - pending + error.start
+                raise ValueError(
+                    f"{source.name}: byte 0x{error.object[error.start]:02x} at position {place} "
+                    f"is not {encoding}: name the file's encoding with --encoding, as latin-1"
+                ) from error
+            first, position = position == 0, position + len(data)
+            if first and encoding == "utf-8":
+                text = text.removeprefix("\ufeff")  # a byte order mark is not text
+            if text:
+                yield text, position - len(decoder.getstate()[0])
+            if not data:
+                return
+
+
+def lines(chunks: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Text that comes in chunks, line by line, without the newline; and the bytes read so far."""
+    parts: list[str] = []  # of a line that is not whole yet
+    read = 0
+    for text, read in chunks:
+        first, *more = text.split("\n")
+        parts.append(first)
+        for each in more:
+            yield "".join(parts), read
+            parts = [each]
+    yield "".join(parts), read
+
+
+def jsonl_rows(source: Source, chunks: Iterator[tuple[str, int]], field: str) -> Iterator[Piece]:
+    """The field of every line of a file of JSON objects."""
+    for number, (line, read) in enumerate(lines(chunks), 1):
+        if not line.strip():
+            continue
+        place = f"{source.name}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{place} is not JSON ({error}): one object a line is needed"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is not a JSON object: one with '{field}' is needed")
+        text = checked_text(row.get(field), place, field, list(row))
+        if text:
+            yield Piece(text, read, True)
+
+
+def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> str:
+    """The text of a row's field; ValueError where it is missing or no text."""
+    if field not in known:
+        hint = suggestion(field, known) or f" (there are: {', '.join(map(str, known[:8]))})"
+        raise ValueError(f"{place} has no '{field}'{hint}: name the right one with --field")
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise ValueError(
+            f"{place} has {kind} in '{field}': text is needed; another --field, perhaps"
+        )
+    return value
+
+
+def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") -> Iterator[Piece]:
+    """The column of every row of a Parquet file."""
+    if digest is not None:
+        with source.open() as file:
+            while data := file.read(READ_BYTES):
+                digest.update(data)
+    with opened_parquet(source) as table:
+        checked_text("", source.name, column, table.schema_arrow.names)
+        number, total = 0, table.metadata.num_rows
+        for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
+            for value in batch.column(0):
+                number += 1
+                text = checked_text(value.as_py(), f"{source.name}, row {number}", column, [column])
+                if text:
+                    yield Piece(text, source.size * number // total, True)
+
+
+def text_bytes(source: Source, *, field: str = "text") -> int:
+    """About how many bytes of text a source holds: more than its size where it is compressed."""
+    if source.kind != "parquet":
+        return source.size
+    with opened_parquet(source) as table:
+        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    size = sum(each.total_uncompressed_size for each in columns if each.path_in_schema == field)
+    return max(source.size, size)
+
+
+@contextmanager
+def opened_parquet(source: Source) -> Iterator[Any]:
+    """A Parquet file; ValueError in one line where it is damaged, ImportError without pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "reading .parquet is an extra: pip install 'gptsmith[parquet]'"
+        ) from error
+    try:
+        # A small buffer: row groups can be far larger than what a few hundred rows need.
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=READ_BYTES) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source.name} cannot be read as Parquet: {error}") from error

@@ -1,0 +1,157 @@
+"""From documents to ids: cut where that changes nothing, encoded by several threads, in order.
+
+Knows nothing of files or shards; which split a text belongs to is told, not decided. Memory is
+bounded: text flows through in stretches of about a megabyte.
+"""
+
+import re
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ..tokenizers import Tokenizer
+
+STRETCH = 1 << 20  # characters that one thread encodes at once
+LONGEST = 1 << 22  # characters without a place to cut, after which they are cut all the same
+
+# What neither Python nor any regex takes for white space, before a space or a newline. There the
+# splitting patterns of GPT-2 always split, so text that is cut there has the ids of the whole.
+SAFE = re.compile("[^\\s\x1c-\x1f\x85\u180e\u200b\ufeff](?=[ \n])")
+
+
+class Part(NamedTuple):
+    """Some text of a document, as it is read."""
+
+    text: str
+    held_out: bool
+    ends: bool  # the document
+    place: str  # for errors
+    read: int  # bytes of all sources up to the end of this text
+
+
+class Stretch(NamedTuple):
+    """Some text of a document, ready to be encoded on its own."""
+
+    text: str
+    held_out: bool
+    begins: bool  # the document, or what of it belongs to this split
+    ends: bool
+    place: str
+    offset: int  # characters of the document before this text
+    read: int
+
+
+class Encoded(NamedTuple):
+    """Several stretches as ids; each pair is (train, validation)."""
+
+    ids: tuple[np.ndarray, np.ndarray]  # (N,), (M,)
+    bytes: tuple[int, int]  # of text, in UTF-8
+    documents: tuple[int, int]
+    read: int
+
+
+def encode_all(
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    *,
+    unknown: Literal["error", "skip"] = "error",
+    workers: int = 1,
+) -> Generator[Encoded, None, None]:
+    """All documents as ids, in order and the same with any number of threads.
+
+    ValueError, with the place, where the tokenizer refuses a text.
+    """
+    under_way: deque[tuple[Future[Encoded], int]] = deque()
+    length = 0  # characters under way
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for job in jobs(stretches(parts, tokenizer)):
+                size = sum(len(stretch.text) for stretch in job)
+                under_way.append((pool.submit(encode, job, tokenizer, unknown), size))
+                length += size
+                while length > (workers + 1) * STRETCH:
+                    future, size = under_way.popleft()
+                    length -= size
+                    yield future.result()
+            while under_way:
+                yield under_way.popleft()[0].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def stretches(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[Stretch]:
+    """Documents in stretches that can be encoded apart; the last of each is marked."""
+    text, held_out, begins, offset = "", False, True, 0
+    for part in parts:
+        if part.held_out != held_out:
+            if text:
+                yield Stretch(text, held_out, begins, False, part.place, offset, part.read)
+                offset += len(text)
+            text, held_out, begins = "", part.held_out, True
+        text += part.text
+        start = 0
+        while end := place_to_cut(text, start, tokenizer):
+            piece = text[start:end]
+            yield Stretch(piece, held_out, begins, False, part.place, offset, part.read)
+            offset, start, begins = offset + len(piece), end, False
+        text = text[start:]
+        if part.ends:
+            yield Stretch(text, held_out, begins, True, part.place, offset, part.read)
+            text, begins, offset = "", True, 0
+
+
+def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
+    """Where a stretch that begins at `start` ends, or 0 where it needs more text.
+
+    A great length without any space (no language has it) is cut all the same, to bound memory.
+    """
+    enough = start + STRETCH
+    if len(text) <= enough:
+        return 0
+    if tokenizer.kind in ("char", "byte"):
+        return enough
+    if not tokenizer.splits_at_spaces:
+        return 0
+    if found := SAFE.search(text, enough):
+        return found.end()
+    return start + LONGEST if len(text) > start + LONGEST else 0
+
+
+def jobs(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+    """Stretches gathered until they are worth a thread's while."""
+    job: list[Stretch] = []
+    length = 0
+    for stretch in stretches:
+        job.append(stretch)
+        length += len(stretch.text)
+        if length >= STRETCH:
+            yield job
+            job, length = [], 0
+    if job:
+        yield job
+
+
+def encode(job: list[Stretch], tokenizer: Tokenizer, unknown: Literal["error", "skip"]) -> Encoded:
+    """The ids of some stretches, with <|endoftext|> after each document where there is one."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    ids: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sizes, documents = [0, 0], [0, 0]
+    for stretch in job:
+        try:
+            found = tokenizer.encode_array(stretch.text, unknown=unknown)
+        except ValueError as error:
+            after = f", after {stretch.offset:,} characters" if stretch.offset else ""
+            raise ValueError(f"{stretch.place}{after}: {error}") from error
+        ids[stretch.held_out].append(found)
+        if stretch.ends:
+            ids[stretch.held_out].append(np.array(end, found.dtype))
+        sizes[stretch.held_out] += len(stretch.text.encode())
+        documents[stretch.held_out] += stretch.begins
+    none = np.empty(0, np.uint16)
+    train, validation = (np.concatenate(arrays) if arrays else none for arrays in ids)
+    return Encoded(
+        (train, validation), (sizes[0], sizes[1]), (documents[0], documents[1]), job[-1].read
+    )

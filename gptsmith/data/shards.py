@@ -1,0 +1,175 @@
+"""Many shards as one long sequence, and the folder that they lie in.
+
+Knows nothing of text or batches; what one file looks like is `tokenfile.py`'s to say.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..folder import DamagedError, read_json, sha256
+from .tokenfile import chunks, layout
+
+INFO = "dataset.json"
+DATASET_FORMAT = "gptsmith-dataset"
+DATASET_VERSION = 1
+
+OPEN_SHARDS = 128  # mapped at once: far below the 1,024 files that a process may usually open
+MAPPED_BYTES = 1 << 28  # touched before all maps are let go, so that resident memory is bounded
+TOUCHED_BYTES = 1 << 17  # what the system may map around one small read
+
+
+class TokenStream:
+    """Several shards as one sequence of token ids; safe to read from several threads."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.layouts = [layout(path) for path in self.paths]
+        counts = [each.tokens for each in self.layouts]
+        self.ends = np.cumsum(counts, dtype=np.int64)  # where each shard stops
+        self._maps: dict[int, np.ndarray] = {}
+        self._touched = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.paths else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from `start` up to `stop`, across shard borders: (stop - start,) int64."""
+        assert 0 <= start <= stop <= len(self), f"{start}:{stop} of {len(self)} tokens"
+        tokens = np.empty(stop - start, np.int64)
+        done = start
+        while done < stop:
+            shard = int(np.searchsorted(self.ends, done, side="right"))
+            first = int(self.ends[shard]) - self.layouts[shard].tokens  # the shard's first token
+            end = min(stop, int(self.ends[shard]))
+            tokens[done - start : end - start] = self._mapped(shard, end - done)[
+                done - first : end - first
+            ]
+            done = end
+        return tokens
+
+    def _mapped(self, shard: int, count: int) -> np.ndarray:
+        """A shard's map, opened once; every so often all are let go, and memory with them."""
+        dtype, offset, length = self.layouts[shard]
+        with self._lock:
+            self._touched += count * dtype.itemsize + TOUCHED_BYTES
+            full = len(self._maps) >= OPEN_SHARDS and shard not in self._maps
+            if full or self._touched > MAPPED_BYTES:
+                self._maps.clear()
+                self._touched = 0
+            if shard not in self._maps:
+                self._maps[shard] = np.memmap(self.paths[shard], dtype, "r", offset, (length,))
+            return self._maps[shard]
+
+
+# -- a folder of shards
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards: made by `prepare`, published for llm.c, or nanoGPT's two files."""
+
+    folder: Path
+    train: TokenStream
+    validation: TokenStream | None  # None where nothing was held out
+    fingerprint: str | None = None  # of the tokenizer; None where the folder does not say
+    vocab_size: int | None = None
+    info: dict[str, Any] = field(default_factory=dict)  # dataset.json, or {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """The dataset in a folder; FileNotFoundError or DamagedError in one line."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}: one that prepare made is needed")
+        info = prepared_info(folder)
+        if not info:
+            paths, others = shard_paths(folder, "train"), shard_paths(folder, "val")
+            if not paths:
+                raise FileNotFoundError(
+                    f"{folder} has no {INFO} and no train shards (*train*.bin): "
+                    "make them from text with gptsmith prepare"
+                )
+            return cls(folder, TokenStream(paths), TokenStream(others) if others else None)
+        try:
+            train, tokenizer = open_split(folder, info["train"]), info["tokenizer"]
+            held_out = open_split(folder, info["validation"]) if info["validation"] else None
+            known = tokenizer["fingerprint"], tokenizer["vocab_size"]
+        except (KeyError, TypeError) as error:
+            raise DamagedError(f"{folder / INFO} lacks {error}: it was edited") from error
+        return cls(folder, train, held_out, *known, info)
+
+    def verify(self) -> None:
+        """Raise DamagedError where a shard has not the SHA-256 that dataset.json gives it."""
+        for split in ("train", "validation"):
+            for shard in (self.info.get(split) or {}).get("shards", ()):
+                path = self.folder / shard["file"]
+                if sha256(path) != shard["sha256"]:
+                    raise DamagedError(f"{path} was changed since it was written: prepare it again")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise ValueError where a token is outside the vocabulary; reads all of the data once."""
+        for stream in (self.train, self.validation):
+            for path in stream.paths if stream else ():
+                largest = max(int(chunk.max()) for chunk in chunks(path))
+                if largest >= vocab_size:
+                    raise ValueError(
+                        f"{path} has a token {largest:,}, but the vocabulary ends at "
+                        f"{vocab_size - 1:,}: name the tokenizer that made it with --tokenizer"
+                    )
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder holds shards of tokens, rather than text."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return False
+    try:
+        return bool(prepared_info(folder) or shard_paths(folder, "train"))
+    except DamagedError:
+        return bool(shard_paths(folder, "train"))
+
+
+def prepared_info(folder: Path) -> dict[str, Any]:
+    """What `dataset.json` says where prepare made the folder, else {}."""
+    if not (folder / INFO).is_file():
+        return {}
+    info = read_json(folder / INFO)
+    if info.get("format") != DATASET_FORMAT:
+        return {}
+    if info.get("version") != DATASET_VERSION:
+        raise DamagedError(
+            f"{folder / INFO} has version {info.get('version')!r}: "
+            f"this gptsmith reads version {DATASET_VERSION}"
+        )
+    return info
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, "train" or "val", by their names: fineweb_train_000001.bin."""
+    word = re.compile(rf"(?<![a-z]){split}")  # at the start of a word: not in retrieval_000001.bin
+    return sorted(path for path in folder.glob("*.bin") if word.search(path.stem))
+
+
+def open_split(folder: Path, split: dict[str, Any]) -> TokenStream:
+    """The shards of one split of dataset.json, each as long as it says."""
+    paths = []
+    for shard in split["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing, though {INFO} lists it")
+        paths.append(path)
+    stream = TokenStream(paths)
+    for each, shard in zip(stream.layouts, split["shards"], strict=True):
+        if each.tokens != shard["tokens"]:
+            raise DamagedError(
+                f"{folder / shard['file']} has {each.tokens:,} tokens, "
+                f"but {INFO} says {shard['tokens']:,}"
+            )
+    return stream

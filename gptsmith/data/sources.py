@@ -1,0 +1,151 @@
+"""Where text comes from: files, folders, rows of .jsonl and .parquet, standard input, the plays.
+
+Knows nothing of what is in them: `documents.py` reads that.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from ..config import suggestion
+from .shakespeare import plays
+
+READ_BYTES = 1 << 20  # at once
+
+BUILT_IN = {"shakespeare": plays}
+STANDARD_INPUT = "-"
+ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+TEXT = "txt text md markdown rst tex org adoc"
+CODE = (
+    "asm bash bat c cc clj cljs cmake cpp cs css cu cuh cxx d dart el elm erl ex exs f f90 f95 fs "
+    "go gradle graphql groovy h hh hpp hs html hxx java jl js jsx kt kts lean lisp lua m mjs ml "
+    "mli mm nim nix pas php pl pm proto ps1 py pyi pyx r rb rkt rs s scala scm scss sh sql sv "
+    "swift tcl toml ts tsx v vhd vhdl vim vue yaml yml zig zsh"
+)
+ENDINGS = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set(ROWS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of text, or of rows that are documents."""
+
+    name: str  # as the user knows it
+    size: int  # bytes
+    kind: Literal["text", "jsonl", "parquet"] = "text"
+    path: Path | None = None
+    content: bytes | None = field(default=None, repr=False)  # UTF-8, of a text that is no file
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each row, not the whole, is a document."""
+        return self.kind != "text"
+
+    def open(self) -> BinaryIO:
+        """Its bytes."""
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        assert self.path is not None
+        return self.path.open("rb")
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of its bytes."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+# -- finding
+
+
+def find_sources(names: Sequence[str]) -> list[Source]:
+    """The sources that names mean: a built-in text, a file, a folder, or "-" for standard input.
+
+    FileNotFoundError where there is nothing of that name; ValueError for a folder without text.
+    """
+    if not names:
+        raise ValueError("no source was named: a file, a folder, - or a built-in text is needed")
+    return [source for name in names for source in sources_of(str(name))]
+
+
+def sources_of(name: str) -> list[Source]:
+    """The sources of one name."""
+    if name == STANDARD_INPUT:
+        return [spooled(sys.stdin.buffer)]
+    if name in BUILT_IN:
+        texts = [(part, text.encode()) for part, text in BUILT_IN[name]()]
+        return [Source(f"{name}/{part}", len(text), content=text) for part, text in texts]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return sources_in(path)
+    if path.exists():
+        return [file_source(path, name)]
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(
+        f"no file, folder or built-in text '{name}'{suggestion(path.name, [*BUILT_IN, *beside])}"
+    )
+
+
+def file_source(path: Path, name: str) -> Source:
+    """A file that is read as its ending says, or else as text."""
+    kind: Any = ROWS.get(path.suffix.lower(), "text")
+    if not path.is_file():  # a pipe, such as <(zcat text.gz), can be read only once
+        with path.open("rb") as file:
+            return spooled(file, name, kind)
+    return Source(name, path.stat().st_size, kind, path)
+
+
+def sources_in(folder: Path) -> list[Source]:
+    """All files of text in a folder and below, sorted; one warning counts the others."""
+    found: list[Path] = []
+    others: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        identity = os.stat(here)
+        if (identity.st_dev, identity.st_ino) in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        folders.sort()  # so that of two links to one folder it is always the first that counts
+        others += [here / each for each in folders if each.startswith(".")]
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for path in (here / each for each in files):
+            known = path.suffix.lower() in ENDINGS
+            hidden = path.name.startswith(".")
+            (found if known and not hidden and path.is_file() else others).append(path)
+    if not found:
+        raise ValueError(
+            f"{folder} holds no text: files that end in .txt, .md, .jsonl, .parquet or as source "
+            "code does are looked for; name a file to read it whatever its ending"
+        )
+    if others:
+        such = min(others).relative_to(folder)
+        warnings.warn(
+            f"{folder}: {len(others)} hidden or not known as text were passed over, such as {such}",
+            stacklevel=2,
+        )
+    found.sort(key=lambda path: path.relative_to(folder).parts)
+    return [file_source(path, path.as_posix()) for path in found]
+
+
+def spooled(stream: BinaryIO, name: str = STANDARD_INPUT, kind: Any = "text") -> Source:
+    """What a pipe gives, in a temporary file that lives as long as the source; so it has a size."""
+    folder = Path(tempfile.mkdtemp(prefix="gptsmith-"))
+    path = folder / "input"
+    try:
+        with path.open("wb") as file:
+            shutil.copyfileobj(stream, file, READ_BYTES)
+        source = Source(name, path.stat().st_size, kind, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    return source

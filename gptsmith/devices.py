@@ -1,0 +1,188 @@
+"""What computes: device, precision, threads, and the processes that share the work.
+
+Every automatic choice is made here, once, and comes back as settings that can be recorded.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import runtime
+from .settings import Dtype, MachineSettings
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Item = TypeVar("Item")
+
+# Dense bf16 matrix products per second, from the makers' data sheets, for MFU; by the name that
+# torch.cuda.get_device_name gives. A device that is not listed has no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+LONG_ENOUGH_TO_COMPILE = 300  # steps; compiling takes about a minute
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", runtime.local_rank() % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is '{name}': auto, cpu, cuda, cuda:N or mps is needed") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device is '{name}', but there are {torch.cuda.device_count()} GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps', but this PyTorch has none: try cpu")
+    return device
+
+
+def find_dtype(name: Dtype, device: torch.device) -> Dtype:
+    """The precision of a name; "auto" is bf16 where the processor multiplies it fast.
+
+    On CPUs that means AVX512-BF16 or AMX; GPUs before Ampere get fp16 with a scaler.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype is fp16, which needs CUDA: on {device.type} take bf16 or float32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return "bf16"
+    return "float32"
+
+
+def choose(settings: MachineSettings, steps: int) -> MachineSettings:
+    """The settings with every automatic choice made, but the micro-batch, which needs the model."""
+    device = find_device(settings.device)
+    compiles = settings.compile
+    if compiles == "auto":
+        compiles = "yes" if device.type == "cuda" and steps >= LONG_ENOUGH_TO_COMPILE else "no"
+    return replace(
+        settings,
+        # Without the number: another rank, or a resumed run, may sit on another GPU.
+        device=device.type if settings.device == "auto" else settings.device,
+        dtype=find_dtype(settings.dtype, device),
+        compile=compiles,
+        threads=runtime.cores() if settings.threads is None else settings.threads,
+    )
+
+
+def prepare_machine(settings: MachineSettings) -> torch.device:
+    """Put the process-wide switches of PyTorch as the (chosen) settings say; return the device."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = find_device("auto" if settings.device == "cuda" else settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    torch.use_deterministic_algorithms(settings.deterministic)
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
+    """The context in which matrix products run in `dtype` ("float32": as they are)."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Bf16 FLOP/s of the device by its data sheet, or None where it is not listed."""
+    if device.type != "cuda":
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return runtime.available_memory()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return runtime.peak_memory()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# -- many processes
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that `torchrun` started, if any."""
+    if runtime.world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave_processes() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def my_share(items: Iterable[Item]) -> Iterator[Item]:
+    """Of work that every process lists in the same order, the items that this one does."""
+    if not dist.is_initialized():
+        return iter(items)
+    return islice(items, dist.get_rank(), None, dist.get_world_size())
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, in place; the same shape."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_of_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The sums over all processes of a few numbers, in float64."""
+    if not dist.is_initialized():
+        return list(numbers)
+    return sum_over_processes(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process: the same answer in all."""
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_processes(torch.tensor(int(flag), device=device)))
+
+
+def wait_for_processes() -> None:
+    """Return once every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

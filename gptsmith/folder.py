@@ -1,0 +1,256 @@
+"""What lies in a model's folder: which files, whole or damaged, and which folder a name means.
+
+Knows nothing of tensors: it reads JSON, sizes and SHA-256, so it needs no PyTorch.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import GPTConfig, suggestion
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+TRAINING = "training"
+
+
+class DamagedError(ValueError):
+    """A folder is not what it was when it was written."""
+
+
+# -- writing: all or nothing
+
+
+@contextmanager
+def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name only once everything is on disk.
+
+    Any failure removes it; `folder` must not exist (an empty one may). The manifest is added here,
+    but for data, which has sums of its own.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists: choose another name, or remove it first")
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier kill left
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if manifest:
+            write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            flush_to_disk(path)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        explain_full_disk(error, folder)
+        raise
+
+
+def explain_full_disk(error: BaseException, path: Path) -> None:
+    """Raise a plainer error where `error` says, in whatever words, that the disk is full."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        raise OSError(f"the disk is full: {path} was not written; free some space") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: written beside it, flushed, renamed over it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        explain_full_disk(error, path)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk itself."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and keeps names without being asked
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- the manifest
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in `folder` (and below) as `manifest.json`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": "gptsmith-manifest", "version": 1, "files": files})
+
+
+def verify(folder: Path, *, training: bool = True) -> None:
+    """Raise DamagedError unless every file in the manifest is there, whole.
+
+    A folder without a manifest (from elsewhere) passes. `training=False` leaves out `training/`.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise DamagedError(f"{folder / MANIFEST} lists no files: it was edited or cut short")
+    for name, expected in files.items():
+        path = folder / name
+        if not training and name.startswith(f"{TRAINING}/"):
+            continue
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing, though the manifest lists it")
+        if path.stat().st_size != expected["bytes"]:
+            got, wanted = path.stat().st_size, expected["bytes"]
+            raise DamagedError(f"{path} has {got:,} bytes, but was written with {wanted:,}")
+        if sha256(path) != expected["sha256"]:
+            raise DamagedError(f"{path} was changed since it was written (its SHA-256 differs)")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; DamagedError where it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The model that a folder's `config.json` describes."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
+    try:
+        return GPTConfig.from_hugging_face(read_json(folder / CONFIG))
+    except ValueError as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights: one, or the shards of an index."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / WEIGHTS_INDEX).is_file():
+        names = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
+        paths = [folder / name for name in sorted(names)]
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, though {WEIGHTS_INDEX} lists it")
+        return paths
+    raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in a safetensors file, from its header alone."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise DamagedError(f"{path} is cut short: {size:,} bytes do not even hold its header")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise DamagedError(f"{path} is not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    if size < 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+        raise DamagedError(
+            f"{path} is cut short: {size:,} bytes are fewer than its header promises"
+        )
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+# -- which folder a name means
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run, rather than one model."""
+    return (folder / "checkpoints").is_dir()
+
+
+def pointed_to(run: Path, pointer: str) -> Path | None:
+    """The checkpoint that a run's `best` or `last` names, or None where there is none yet."""
+    path = run / pointer
+    if not path.is_file():
+        return None
+    return run / "checkpoints" / path.read_text(encoding="utf-8").strip()
+
+
+def find_checkpoint(run: Path, pointer: str, *, training: bool) -> Path:
+    """The verified checkpoint that `pointer` names; where it is damaged, the newest good one.
+
+    Falling back is said in a warning. FileNotFoundError where no checkpoint is whole.
+    """
+    first = pointed_to(run, pointer)
+    candidates = [first] if first else []
+    candidates += [path for path in checkpoints(run) if path != first]
+    problems = []
+    for path in candidates:
+        try:
+            verify(path, training=training)
+            read_config(path)
+        except (DamagedError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(f"{problems[0]}; using {path} instead", stacklevel=2)
+        return path
+    why = f": {problems[0]}" if problems else ""
+    raise FileNotFoundError(f"{run} has no whole checkpoint to use{why}")
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder with the model that MODEL means: a run's best checkpoint, or the folder itself."""
+    folder = Path(name)
+    if not folder.exists():
+        beside = folder.parent.glob("*") if folder.parent.is_dir() else []
+        hint = suggestion(folder.name, [path.name for path in beside])
+        raise FileNotFoundError(f"no model at {folder}{hint}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is a file: a run, a checkpoint or a Hugging Face folder is needed"
+        )
+    if is_run(folder):
+        return find_checkpoint(folder, "best", training=False)
+    verify(folder, training=False)
+    return folder

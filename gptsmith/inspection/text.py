@@ -1,0 +1,40 @@
+"""How figures look in a terminal: aligned columns, and units that a person reads.
+
+Knows nothing of models; returns text and never prints it.
+"""
+
+from collections.abc import Sequence
+
+Row = tuple[str, ...]
+
+
+def columns(rows: Sequence[Row], layout: str, *, gap: int = 2) -> list[str]:
+    """Rows as lines: each column as wide as its widest cell, flush left (`<`) or right (`>`)."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    cells = [f"{{:{side}{width}}}" for side, width in zip(layout, widths, strict=True)]
+    return [(" " * gap).join(cells).format(*row).rstrip() for row in rows]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """(2304, 768) -> "(2304, 768)"; a vector is "(768)"."""
+    return f"({', '.join(map(str, shape))})"
+
+
+def human_bytes(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    return _scaled(count, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
+
+
+def human_flops(count: float) -> str:
+    """284_800_000 -> "284.8 MFLOP"."""
+    return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
+    *smaller, unit = units
+    for smaller_unit in smaller:
+        if count < step:
+            unit = smaller_unit
+            break
+        count /= step
+    return f"{count:.0f} {unit}" if count == int(count) else f"{count:.1f} {unit}"

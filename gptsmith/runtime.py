@@ -1,0 +1,61 @@
+"""Where am I: cores, memory, processes, folders of other tools; the only reader of the environment.
+
+Knows nothing of PyTorch, so that text can be prepared without it; devices.py goes on from here.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def rank() -> int:
+    """This process's number among those that `torchrun` started, or 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, which is also its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes `torchrun` started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def available_memory() -> int:
+    """Bytes that can still be used without swapping, by this machine or its container's limit."""
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
+    used = Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):
+        return free
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory so far."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return int(info.peak_wset)
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def tiktoken_cache_folders() -> list[Path]:
+    """Where tiktoken keeps the vocabulary files that it once downloaded."""
+    named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    folders = [Path(name) for name in named if name]
+    return [*folders, Path(tempfile.gettempdir()) / "data-gym-cache"]

@@ -1,0 +1,154 @@
+"""What a person can choose about a run: dataclasses that are the flags, the recipes and the record.
+
+Knows nothing of how a choice is carried out, or of files; standard library only.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .config import GPTConfig, at_least, setting, within
+
+Dtype = Literal["auto", "float32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is learned from."""
+
+    data: str | None = setting(None, "text to learn from: a source, or a folder made by prepare")
+    tokenizer: str | None = setting(
+        None,
+        "gpt2, char, byte or a folder with a tokenizer.json (default: the data's own, or byte)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """How text becomes tokens."""
+
+    field: str = setting("text", "the key of a .jsonl or column of a .parquet that holds the text")
+    encoding: str = setting("utf-8", "character encoding of text files")
+    unknown: Literal["error", "skip"] = setting(
+        "error", "what a char tokenizer does with a character it does not know"
+    )
+    validation_fraction: float = setting(0.1, "share of the documents, or of the text, held out")
+    workers: int | None = setting(None, "threads that encode (default: one per core)")
+    shard_tokens: int = setting(100_000_000, "tokens per shard file")
+
+    def __post_init__(self) -> None:
+        within(self, "validation_fraction", 0, 1)
+        at_least(self, 1, "workers", "shard_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How it is learned."""
+
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "MODEL whose weights to start from (fine-tuning)", "flag": "from"},
+    )
+    steps: int = setting(2000, "optimizer steps in all")
+    batch_tokens: int = setting(8192, "tokens that one step learns from, over all processes")
+    learning_rate: float = setting(1e-3, "highest learning rate")
+    min_learning_rate: float | None = setting(
+        None, "learning rate at the end (default: a tenth of the highest; 0 with wsd)"
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "after warm-up: cosine, warmup-stable-decay (a plateau, then linear), or constant"
+    )
+    warmup_steps: int = setting(100, "steps over which the learning rate rises from 0")
+    decay_fraction: float = setting(0.2, "last share of the steps in which wsd decays")
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings")
+    beta1: float = setting(0.9, "AdamW's memory of the gradient, per step")
+    beta2: float = setting(0.95, "AdamW's memory of the squared gradient, per step")
+    epsilon: float = setting(1e-8, "added to AdamW's denominator")
+    grad_clip: float | None = setting(1.0, "largest gradient norm; larger ones are scaled down")
+    seed: int = setting(1337, "of the fresh weights, the order of the data, and dropout")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch_tokens")
+        at_least(self, 0, "warmup_steps", "learning_rate", "min_learning_rate", "weight_decay")
+        at_least(self, 0, "seed", "grad_clip")
+        within(self, "beta1", 0, 1)
+        within(self, "beta2", 0, 1)
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}: above 0, up to 1 is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """How this machine computes it; "auto" and absent choices are made once and recorded."""
+
+    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto takes the fastest there is")
+    dtype: Dtype = setting(
+        "auto", "precision of matrix products; auto takes bf16 where the processor is good at it"
+    )
+    compile: Literal["auto", "yes", "no"] = setting(
+        "auto", "torch.compile; auto says yes on CUDA for runs long enough to repay it"
+    )
+    threads: int | None = setting(None, "CPU threads (default: one per core)")
+    micro_batch: int | None = setting(
+        None, "rows computed at once; the batch is split into these (default: what fits in memory)"
+    )
+    deterministic: bool = setting(False, "same bits on CUDA too, where that is slower")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "threads", "micro_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What is shown and kept on the way; none of it changes what is learned."""
+
+    log_every: int = setting(10, "steps between lines where there is no terminal")
+    evaluate_every: int = setting(250, "steps between passes over the validation split")
+    evaluate_tokens: int | None = setting(None, "use only the first N validation tokens")
+    save_every: int | None = setting(None, "steps between checkpoints (default: evaluate_every)")
+    keep: int = setting(2, "newest checkpoints kept, besides the best")
+    sample_every: int | None = setting(None, "steps between samples (default: evaluate_every)")
+    sample_tokens: int = setting(200, "tokens in a sample; 0 writes none")
+    sample_prompt: str | None = setting(None, "what samples begin with")
+    tensorboard: bool = setting(False, "also write TensorBoard events into the run")
+    wandb: str | None = setting(None, "also send the metrics to this Weights & Biases project")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "log_every", "evaluate_every", "save_every", "keep", "sample_every")
+        at_least(self, 0, "sample_tokens")
+        at_least(self, 2, "evaluate_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything needed to repeat a run: one section per question."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = setting(0.8, "randomness: 0 takes the likeliest token, 1 the model's own")
+    top_k: int | None = setting(None, "choose among the K likeliest tokens only")
+    top_p: float | None = setting(None, "choose among the likeliest that make up this probability")
+    min_p: float | None = setting(None, "leave out what is less likely than this share of the top")
+    repetition_penalty: float = setting(1.0, "above 1 makes tokens already seen less likely")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "temperature")
+        at_least(self, 1, "top_k")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}: above 0, up to 1 is needed")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: above 0 is needed")
+
+
+GREEDY = SamplingSettings(temperature=0.0)

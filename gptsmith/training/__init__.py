@@ -1,0 +1,1 @@
+"""Teaching a model: optimizers, schedules, the loop, and the run around it."""

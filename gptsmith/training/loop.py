@@ -1,0 +1,153 @@
+"""One optimizer step, and the stream of steps.
+
+Yields a report per step and leaves evaluating, saving and showing to the caller; knows nothing of
+files or terminals.
+
+Shapes:  R rows of this process's share of the batch    T tokens    V vocabulary
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batches import Batches
+from ..devices import autocast, sum_over_processes, synchronize
+from ..model import GPT, NOT_LEARNED
+from ..settings import TrainingSettings
+from .schedules import learning_rate
+
+# So many steps in a row without a finite gradient mean that the run is lost. With fp16 the scaler
+# may first have to halve its way down from 65,536.
+MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp16": 25}
+
+
+class DivergedError(ValueError):
+    """The loss or the gradient was not a finite number for several steps in a row."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int  # how many steps are done, this one included
+    loss: float  # nats per counted token, over the global batch
+    grad_norm: float  # of all gradients, before clipping
+    learning_rate: float
+    tokens: int  # of the global batch
+    seconds: float
+    micro_batch: int  # rows that were computed at once
+    skipped: bool  # the gradient was not finite, and nothing was learned
+
+
+@dataclass
+class Trainer:
+    """What a step works on; the weights and the optimizer's state change, the rest stays."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    settings: TrainingSettings
+    device: torch.device
+    dtype: str
+    micro_batch: int  # rows; halved where the GPU's memory runs out
+    scaler: torch.amp.GradScaler
+
+    def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Leave the gradient of the global batch's mean loss in the parameters; return that loss.
+
+        (R, T), (R, T) -> (). Every counted token weighs the same, however rows are divided into
+        micro-batches and processes: each part's mean is weighted by its share of the whole count.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        whole = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
+        total = torch.zeros((), device=self.device)
+        for rows, wanted in zip(
+            tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
+        ):
+            with autocast(self.device, self.dtype):
+                loss = self.model(rows, wanted).loss
+            loss = loss * ((wanted != NOT_LEARNED).sum() / whole)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                sum_over_processes(parameter.grad)
+        return sum_over_processes(total)
+
+    def gradient_in_memory(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """`gradient`, with the micro-batch halved for as long as the GPU has no room for it."""
+        while True:
+            try:
+                return self.gradient(tokens, targets)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise ValueError(
+                        "one row of the batch does not fit the GPU's memory: "
+                        "use a smaller context_length or model"
+                    ) from None
+                self.micro_batch = math.ceil(self.micro_batch / 2)
+            # Outside the handler, which would keep the failed pass's tensors alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    def step(self, done: int) -> StepReport:
+        """Do the step that comes after `done` steps."""
+        started = time.perf_counter()
+        torch.manual_seed(step_seed(self.settings.seed, done, self.batches.rank))
+        rate = learning_rate(done, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens, targets = (torch.from_numpy(part) for part in self.batches.at(done))
+        loss = self.gradient_in_memory(
+            tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        )
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.settings.grad_clip or math.inf
+        )
+        numbers = loss.item(), norm.item()
+        skipped = not all(map(math.isfinite, numbers))
+        if not skipped:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        synchronize(self.device)
+        return StepReport(
+            step=done + 1,
+            loss=numbers[0],
+            grad_norm=numbers[1],
+            learning_rate=rate,
+            tokens=self.batches.rows * self.batches.context_length,
+            seconds=time.perf_counter() - started,
+            micro_batch=self.micro_batch,
+            skipped=skipped,
+        )
+
+
+def step_seed(seed: int, done: int, rank: int) -> int:
+    """What seeds the randomness (dropout) of a step: a function of the run's seed and the step.
+
+    So no generator's state has to survive a resume, and evaluating or sampling between two steps
+    cannot disturb them.
+    """
+    return int(np.random.SeedSequence((seed, done, rank)).generate_state(1, np.uint64)[0])
+
+
+def steps(trainer: Trainer, done: int) -> Iterator[StepReport]:
+    """The steps after the first `done`, to the last; DivergedError where the run is lost."""
+    skipped_in_a_row = 0
+    trainer.model.train()
+    while done < trainer.settings.steps:
+        report = trainer.step(done)
+        done = report.step
+        yield report
+        skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
+        if skipped_in_a_row >= MOST_SKIPPED[trainer.dtype]:
+            raise DivergedError(
+                f"step {done}: the loss or gradient was not finite for {skipped_in_a_row} steps "
+                f"in a row (learning rate {report.learning_rate:.3g})"
+            )

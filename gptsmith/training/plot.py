@@ -1,0 +1,94 @@
+"""The curves of one run, or of several, as one PNG.
+
+Reads metrics.jsonl; knows nothing of models.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one per step; a torn last line (a kill) is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def smoothed(losses: Sequence[float], memory: float) -> list[float]:
+    """An exponential average over about `memory` values, unbiased from the first one on."""
+    average, weight, out = 0.0, 0.0, []
+    keep = 1 - 1 / max(1.0, memory)
+    for loss in losses:
+        average = keep * average + (1 - keep) * loss
+        weight = keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Draw training (thin) and validation (marked) loss against steps into a PNG.
+
+    ValueError where no run has a finished step.
+    """
+    from matplotlib.figure import Figure  # half a second to import; no window, no global state
+
+    if not any(runs.values()):
+        raise ValueError("there is nothing to plot yet: no step is finished")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, records) in enumerate(runs.items()):
+        draw_run(axes, name if len(runs) > 1 else "", records, f"C{number}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    focus(axes, [record for records in runs.values() for record in records])
+    temporary = path.with_name(f".{path.name}.partial")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> None:
+    """One run's curves; `name` is empty where it is the only one."""
+    label = f"{name}: " if name else ""
+    learned = [r for r in records if r.get("loss") is not None]
+    steps, losses = [r["step"] for r in learned], [r["loss"] for r in learned]
+    axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+    if not name:
+        average = smoothed(losses, len(losses) / 50)
+        axes.plot(steps, average, color=color, linewidth=1.2, label="training (smoothed)")
+    held_out = [r for r in records if r.get("validation_loss") is not None]
+    if not held_out:
+        return
+    best = min(held_out, key=lambda r: r["validation_loss"])
+    axes.plot(
+        [r["step"] for r in held_out],
+        [r["validation_loss"] for r in held_out],
+        color=color if name else "C1",
+        marker="o",
+        markersize=3.5,
+        linewidth=1.6,
+        label=f"{label}validation, best {best['validation_loss']:.4f} at step {best['step']:,}",
+    )
+
+
+def focus(axes: Any, records: Sequence[Record]) -> None:
+    """Leave the first steps' cliff outside the picture where it would flatten everything else."""
+    losses = sorted(
+        r[key] for r in records for key in ("loss", "validation_loss") if r.get(key) is not None
+    )
+    low, most = losses[0], losses[int(0.98 * (len(losses) - 1))]
+    margin = 0.05 * max(most - low, 0.1)
+    axes.set_ylim(low - margin, most + margin)

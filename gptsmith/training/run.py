@@ -1,0 +1,292 @@
+"""One run as it goes on: what is evaluated, recorded, sampled and saved after a step.
+
+A run is a folder; knows nothing of how one begins (`start.py`) or how a step is done (`loop.py`).
+"""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import accounting, checkpoint
+from .. import folder as on_disk
+from ..data.shards import Dataset
+from ..devices import any_process, autocast, peak_flops, wait_for_processes
+from ..evaluate import Evaluation, evaluate
+from ..generate import complete
+from ..runtime import rank, world_size
+from ..settings import RunSettings
+from ..tokenizers import Tokenizer
+from .loop import DivergedError, StepReport, Trainer, steps
+from .optimizers import state_tensors
+from .plot import draw_curves
+from .progress import Display, Recorder, Watchers
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+SAMPLES = "samples.md"
+LOSS_PLOT = "loss.png"
+STATE_VERSION = 1
+
+
+@dataclass
+class Run:
+    """A run that is ready to step, and where it stands."""
+
+    folder: Path
+    settings: RunSettings
+    tokenizer: Tokenizer | None
+    dataset: Dataset
+    trainer: Trainer
+    display: Display
+    recorder: Recorder | None  # only the main process records
+    watchers: Watchers | None
+    done: int  # steps
+    seconds: float  # of training, over all the times it was resumed
+    best_step: int | None
+    best_loss: float | None
+    saved: int  # the step of the newest checkpoint, 0 before there is one
+
+    def path(self, name: str) -> Path:
+        """A file of the run's folder."""
+        return self.folder / name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, for now."""
+
+    folder: Path
+    done: int
+    steps: int
+    best_step: int | None
+    best_loss: float | None
+    signal: int | None  # what asked it to stop, if anything did
+
+
+def follow(run: Run) -> Outcome:
+    """Train to the end, or until a signal asks to stop; evaluate, record and save on the way."""
+    settings, main = run.settings, rank() == 0
+    total, report = settings.training.steps, settings.report
+    run.display.open_bar("training", total, run.done)
+    with stop_signals() as asked:
+        try:
+            for step in steps(run.trainer, run.done):
+                run.done, run.seconds = step.step, run.seconds + step.seconds
+                record = describe_step(run, step)
+                stopping = any_process(bool(asked))
+                if due(step.step, report.evaluate_every) or step.step == total:
+                    record |= describe_evaluation(run, validate(run))  # all processes take part
+                improved = note_best(run, record)
+                if main:
+                    note_changes(run, step)
+                    write_record(run, record)
+                    if due(step.step, report.sample_every or report.evaluate_every):
+                        write_sample(run)
+                    saving = due(step.step, report.save_every or report.evaluate_every)
+                    if saving or improved or stopping or step.step == total:
+                        save(run)
+                wait_for_processes()
+                if stopping:
+                    break
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {advice(run)}") from error
+        finally:
+            run.display.close_bar()
+    return Outcome(
+        run.folder, run.done, total, run.best_step, run.best_loss, asked[0] if asked else None
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps is done after this one."""
+    return step % every == 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM is put in; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- what is recorded
+
+
+def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
+    """The record of a step, without evaluation."""
+    tokens_per_second = step.tokens / step.seconds
+    peak = peak_flops(run.trainer.device)
+    flops = accounting.flops_per_token(run.settings.model, training=True) * tokens_per_second
+    record = {
+        "step": step.step,
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "learning_rate": step.learning_rate,
+        "tokens": step.step * step.tokens,
+        "seconds": round(run.seconds, 3),
+        "tokens_per_second": round(tokens_per_second, 1),
+        "mfu": None if peak is None else flops / (peak * world_size()),
+    }
+    return record | ({"skipped": True} if step.skipped else {})
+
+
+def validate(run: Run) -> Evaluation | None:
+    """A pass over the validation split, in the precision that the run computes in."""
+    if run.dataset.validation is None:
+        return None
+    return evaluate(
+        run.trainer.model,
+        run.dataset.validation,
+        tokenizer=run.tokenizer,
+        first_tokens=run.settings.report.evaluate_tokens,
+        precision=autocast(run.trainer.device, run.trainer.dtype),
+    )
+
+
+def describe_evaluation(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+    """What a record says of a pass over the validation split."""
+    if evaluation is None:
+        return {}
+    return {
+        "validation_loss": evaluation.loss,
+        "validation_tokens": evaluation.tokens,
+        "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+    }
+
+
+def note_best(run: Run, record: dict[str, Any]) -> bool:
+    """Remember a validation loss that is the lowest so far; whether this one is."""
+    loss = record.get("validation_loss")
+    if loss is None or not (run.best_loss is None or loss < run.best_loss):
+        return False
+    run.best_step, run.best_loss = run.done, loss
+    return True
+
+
+def note_changes(run: Run, step: StepReport) -> None:
+    """Say and record what a step did out of the ordinary."""
+    if step.skipped:
+        run.display.say(f"step {step.step:,}: the gradient is not finite; nothing was learned")
+        write_event(run.folder, "skipped", step=step.step, loss=str(step.loss))
+    if step.micro_batch != run.settings.machine.micro_batch:
+        remember_micro_batch(run, step.micro_batch)
+
+
+def remember_micro_batch(run: Run, micro_batch: int) -> None:
+    """Keep a micro-batch that memory forced, so that a resumed run begins with it."""
+    before = run.settings.machine.micro_batch
+    machine = replace(run.settings.machine, micro_batch=micro_batch)
+    run.settings = replace(run.settings, machine=machine)
+    run.display.say(f"out of GPU memory: the micro-batch goes from {before} to {micro_batch} rows")
+    write_event(run.folder, "micro_batch", step=run.done, before=before, after=micro_batch)
+
+
+def write_event(folder: Path, event: str, **details: Any) -> None:
+    """Add a line to events.jsonl: what happened to the run, other than its steps."""
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
+    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def write_record(run: Run, record: dict[str, Any]) -> None:
+    """Record and show a step; redraw the curve where it was evaluated."""
+    assert run.recorder is not None
+    run.recorder.add(record)
+    if run.watchers is not None:
+        run.watchers.add(record)
+    run.display.step(record, run.settings.training.steps)
+    if "validation_loss" in record or run.done == run.settings.training.steps:
+        draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
+
+
+def write_sample(run: Run) -> None:
+    """Let the model write something into samples.md."""
+    settings, model = run.settings.report, run.trainer.model
+    if run.tokenizer is None or settings.sample_tokens == 0:
+        return
+    prompt = settings.sample_prompt or ""
+    model.eval()
+    text = complete(model, run.tokenizer, prompt, max_tokens=settings.sample_tokens, seed=run.done)[
+        0
+    ]
+    model.train()
+    quoted = "\n".join(f"> {line}" for line in (prompt + text).splitlines())
+    with run.path(SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(f"## step {run.done}\n\n{quoted}\n\n")
+
+
+# -- what is saved
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of where the run stands, point to it, and thin the older ones."""
+    assert run.recorder is not None
+    run.recorder.flush()  # the steps that a checkpoint contains are on disk before it is
+    name = checkpoint_name(run.done)
+    target = run.folder / "checkpoints" / name
+    if target.exists():  # damaged, or this run would have gone on from it
+        shutil.rmtree(target)
+    trainer = run.trainer
+    state = {
+        "format": "gptsmith-training",
+        "version": STATE_VERSION,
+        "step": run.done,
+        "seconds": run.seconds,
+        # A step draws its randomness from these and its number, so this is all the state there is.
+        "rng": {"seed": run.settings.training.seed, "step": run.done, "processes": world_size()},
+        "best": {"step": run.best_step, "validation_loss": run.best_loss},
+        "micro_batch": trainer.micro_batch,
+        "scaler": trainer.scaler.state_dict(),
+        "settings": asdict(run.settings),
+    }
+    tensors = state_tensors(trainer.model, trainer.optimizer)
+    checkpoint.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
+    point(run, name)
+
+
+def point(run: Run, newest: str) -> None:
+    """Let `last` and `best` name their checkpoints, then remove those no longer kept."""
+    run.saved = int(newest.removeprefix("step-"))
+    best = newest if run.best_step is None else checkpoint_name(run.best_step)
+    on_disk.write_text(run.path("last"), f"{newest}\n")
+    if (run.folder / "checkpoints" / best).is_dir():
+        on_disk.write_text(run.path("best"), f"{best}\n")
+    for old in on_disk.checkpoints(run.folder)[run.settings.report.keep :]:
+        if old.name != best:
+            shutil.rmtree(old)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08}"
+
+
+def advice(run: Run) -> str:
+    """What to do after a run diverged."""
+    lower = run.settings.training.learning_rate / 3
+    if not run.saved:
+        return f"nothing was saved yet: start again with --learning-rate {lower:.2g}"
+    good = run.folder / "checkpoints" / checkpoint_name(run.saved)
+    return (
+        f"the last good checkpoint is {good}: go on from it with "
+        f"--from {good} --learning-rate {lower:.2g}"
+    )

@@ -1,0 +1,376 @@
+"""From settings to a run: fresh, resumed or fine-tuned; in one process or many.
+
+There is one way in. A fresh run is a folder with a config.toml and nothing else; training it and
+resuming it are the same act, so a run that was killed before its first step resumes too.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from .. import accounting, checkpoint, devices
+from .. import folder as on_disk
+from ..config import GPTConfig
+from ..data.batches import Batches
+from ..data.prepare import prepare
+from ..data.shards import Dataset, is_dataset
+from ..model import GPT
+from ..recipe import read_toml, to_toml, with_overrides
+from ..runtime import rank, world_size
+from ..settings import MachineSettings, RunSettings, TrainingSettings
+from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from .loop import Trainer
+from .optimizers import adamw, load_state_tensors
+from .plan import show_plan
+from .plot import read_metrics
+from .progress import Display, Recorder, Watchers
+from .run import CONFIG, METRICS, SAMPLES, Outcome, Run, follow, point, write_event
+
+CHANGEABLE = ("machine", "report")  # sections that may change in mid-run, as recorded events
+CPU_MICRO_BATCH = 16_384  # tokens; more than fit the caches only slow a CPU down
+MEMORY_SHARE = 0.8  # of what is free; the estimate is not exact, and others need some
+
+
+# -- the door
+
+
+def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
+    """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
+    devices.join_processes(devices.find_device(settings.machine.device))
+    if rank() == 0:
+        create(settings, folder)
+    devices.wait_for_processes()
+    try:
+        return train(folder, display, {})
+    except BaseException:
+        if rank() == 0 and not (folder / METRICS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def resume(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+    """Go on with a run, from its newest whole checkpoint, or from its beginning."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not the folder of a run")
+    devices.join_processes(devices.find_device(read_toml(folder / CONFIG).machine.device))
+    return train(folder, display, changes)
+
+
+def create(settings: RunSettings, folder: Path) -> None:
+    """Make the folder of a fresh run; an existing one is refused."""
+    start_from, data = settings.training.start_from, settings.data.data
+    if start_from is not None:  # what a run's `best` is may change; what was started from may not
+        start_from = str(on_disk.find_model(start_from).resolve())
+    if data is not None and Path(data).exists():
+        data = str(Path(data).resolve())
+    settings = replace(
+        settings,
+        training=replace(settings.training, start_from=start_from),
+        data=replace(settings.data, data=data),
+    )
+    if folder.exists():
+        raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
+    folder.mkdir(parents=True)
+    on_disk.write_text(folder / CONFIG, to_toml(settings))
+
+
+def next_run_folder(name: str) -> Path:
+    """`runs/NAME-N` under the current folder, with the first free N."""
+    taken = [
+        int(match[1])
+        for path in Path("runs").glob(f"{name}-*")
+        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
+    ]
+    return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
+
+
+def train(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+    """Train a run from where it stands to its end."""
+    with locked(folder):
+        run = open_run(folder, display, changes)
+        try:
+            return follow(run)
+        finally:
+            if run.recorder is not None:
+                run.recorder.close()
+            if run.watchers is not None:
+                run.watchers.close()
+            devices.leave_processes()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run for this process (its main one) alone; the system lets go when it dies."""
+    if rank() != 0:
+        yield
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"{folder} is being trained by another process: wait, or stop it"
+        ) from None
+
+
+# -- a run, ready to step
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: a checkpoint and its state, or the beginning (None)."""
+
+    checkpoint: Path | None
+    state: Mapping[str, Any]
+
+    @property
+    def done(self) -> int:
+        """Steps that are finished."""
+        return int(self.state.get("step", 0))
+
+
+def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
+    """Everything a run needs to step on, from its folder; every automatic choice is made here."""
+    settings = changed(read_toml(folder / CONFIG), changes)
+    display.log_every = settings.report.log_every
+    machine = devices.choose(settings.machine, settings.training.steps)
+    device = devices.prepare_machine(machine)
+    position = find_position(folder)
+    dataset, tokenizer = open_data(folder, settings, display)
+    model = open_model(settings, dataset, tokenizer, position, device)
+    rows = batch_rows(settings.training, model.config)
+    machine = with_micro_batch(machine, model.config, rows, device, position)
+    settings = replace(settings, model=model.config, machine=machine)
+    trainer = make_trainer(model, settings, dataset, rows, device)
+    if position.checkpoint is not None:
+        tensors, _ = checkpoint.load_training(position.checkpoint)
+        load_state_tensors(model, trainer.optimizer, tensors)
+        trainer.scaler.load_state_dict(position.state["scaler"])
+    best = position.state.get("best", {})
+    run = Run(
+        folder=folder,
+        settings=settings,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        trainer=trainer,
+        display=display,
+        recorder=None,
+        watchers=None,
+        done=position.done,
+        seconds=float(position.state.get("seconds", 0.0)),
+        best_step=best.get("step"),
+        best_loss=best.get("validation_loss"),
+        saved=position.done,
+    )
+    show_plan(run)
+    if rank() == 0:
+        open_records(run, changes)
+    devices.wait_for_processes()
+    return run
+
+
+def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
+    """A run's settings with what may change on resume; ValueError where it would be another run."""
+    new = with_overrides(settings, changes)
+    for section in vars(settings):
+        if section in CHANGEABLE:
+            continue
+        before, after = getattr(settings, section), getattr(new, section)
+        for name in vars(before):
+            if getattr(before, name) != getattr(after, name):
+                raise ValueError(
+                    f"{name} {getattr(after, name)} contradicts the run, which has "
+                    f"{getattr(before, name)}: leave it out, or begin another run"
+                )
+    return new
+
+
+def find_position(folder: Path) -> Position:
+    """The newest whole checkpoint of a run, or its beginning where it has none.
+
+    Newer damaged ones are passed over, and said; the run will write them again.
+    """
+    if not on_disk.checkpoints(folder):
+        return Position(None, {})
+    newest = on_disk.checkpoints(folder)[0].name
+    path = on_disk.find_checkpoint(folder, newest, training=True)
+    return Position(path, checkpoint.load_training(path)[1])
+
+
+def open_data(
+    folder: Path, settings: RunSettings, display: Display
+) -> tuple[Dataset, Tokenizer | None]:
+    """The tokens to learn from, prepared into the run's folder where they are still text."""
+    named = settings.data.data
+    place = folder / "data"
+    if is_dataset(place):
+        return Dataset.open(place), load_tokenizer(place)
+    if named is None:
+        raise ValueError("no data was named: add --data with a source or a prepared folder")
+    tokenizer = wanted_tokenizer(settings)
+    if Path(named).is_dir() and is_dataset(Path(named)):
+        dataset = Dataset.open(Path(named))
+        if tokenizer is None and (Path(named) / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(Path(named))
+        check_match(dataset, tokenizer, named)
+        return dataset, tokenizer
+    if rank() == 0:
+        kind = settings.data.tokenizer if tokenizer is None else tokenizer
+        for progress in prepare([named], kind or "byte", place, options=settings.prepare):
+            display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
+        display.close_bar()
+    devices.wait_for_processes()
+    return Dataset.open(place), load_tokenizer(place)
+
+
+def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
+    """The tokenizer that the settings call for: the model's own when fine-tuning; None if open."""
+    named, start_from = settings.data.tokenizer, settings.training.start_from
+    own = None
+    if start_from is not None and (Path(start_from) / "tokenizer.json").is_file():
+        own = load_tokenizer(Path(start_from))
+    if named is None or (named == "char" and own is None):
+        return own
+    tokenizer = open_tokenizer(named)
+    if own is not None and own.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"--tokenizer {named} is not the one of {start_from}: leave it out to use the model's"
+        )
+    return tokenizer
+
+
+def check_match(dataset: Dataset, tokenizer: Tokenizer | None, named: str) -> None:
+    """Refuse data that another tokenizer made; check the ids of data that does not say."""
+    if tokenizer is None:
+        raise ValueError(f"{named} does not say which tokenizer made it: add --tokenizer, as gpt2")
+    if dataset.fingerprint is None:
+        dataset.check_ids(tokenizer.vocab_size)
+    elif dataset.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{named} was made with another tokenizer ({dataset.fingerprint[:12]}) than the "
+            f"model's ({tokenizer.fingerprint[:12]}): prepare the text again with the model's"
+        )
+
+
+def open_model(
+    settings: RunSettings,
+    dataset: Dataset,
+    tokenizer: Tokenizer | None,
+    position: Position,
+    device: torch.device,
+) -> GPT:
+    """The model where the run stands: a checkpoint's, the one it starts from, or a fresh one."""
+    source = position.checkpoint or settings.training.start_from
+    if source is not None:
+        model = checkpoint.load_model(Path(source), device=device, dropout=settings.model.dropout)
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
+                f"but {source} knows only {model.config.vocab_size:,}"
+            )
+        return model
+    vocab_size = settings.model.vocab_size if tokenizer is None else tokenizer.vocab_size
+    torch.manual_seed(settings.training.seed)
+    return GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
+
+
+def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
+    """Rows of the global batch: batch_tokens in windows of the context length."""
+    T, tokens = config.context_length, settings.batch_tokens
+    if tokens % T:
+        near = max(1, round(tokens / T)) * T
+        raise ValueError(
+            f"batch_tokens {tokens:,} is not a multiple of context_length {T}: try {near}"
+        )
+    rows = tokens // T
+    if rows < world_size():
+        raise ValueError(
+            f"batch_tokens {tokens:,} is {rows} rows of {T} tokens, fewer than the "
+            f"{world_size()} processes: raise it to at least {world_size() * T}"
+        )
+    return rows
+
+
+def with_micro_batch(
+    machine: MachineSettings,
+    config: GPTConfig,
+    rows: int,
+    device: torch.device,
+    position: Position,
+) -> MachineSettings:
+    """The settings with a micro-batch: as set or recorded, else the largest that should fit."""
+    mine = -(-rows // world_size())
+    chosen = position.state.get("micro_batch") or machine.micro_batch
+    if chosen is None:
+        chosen = mine
+        if device.type == "cpu":
+            chosen = min(mine, max(1, CPU_MICRO_BATCH // config.context_length))
+        room = MEMORY_SHARE * devices.available_memory(device)
+        if device.type == "cpu":
+            room /= world_size()
+        while chosen > 1 and accounting.training_memory(config, chosen) > room:
+            chosen = -(-chosen // 2)
+    return replace(machine, micro_batch=min(chosen, mine))
+
+
+def make_trainer(
+    model: GPT, settings: RunSettings, dataset: Dataset, rows: int, device: torch.device
+) -> Trainer:
+    """What the loop works on."""
+    machine = settings.machine
+    assert machine.micro_batch is not None
+    batches = Batches(
+        dataset.train,
+        model.config.context_length,
+        rows,
+        seed=settings.training.seed,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    if machine.compile == "yes":
+        model.compile()
+    return Trainer(
+        model=model,
+        optimizer=adamw(model, settings.training),
+        batches=batches,
+        settings=settings.training,
+        device=device,
+        dtype=machine.dtype,
+        micro_batch=machine.micro_batch,
+        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+    )
+
+
+def open_records(run: Run, changes: Mapping[str, Any]) -> None:
+    """Open what is recorded, cut back to the step that the run goes on from."""
+    folder, path = run.folder, run.path(METRICS)
+    kept = [r for r in read_metrics(path) if r["step"] <= run.done] if path.exists() else []
+    if path.exists():
+        on_disk.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        cut_samples(run.path(SAMPLES), run.done)
+    on_disk.write_text(folder / CONFIG, to_toml(run.settings))
+    if run.done:
+        point(run, f"step-{run.done:08}")
+    report = run.settings.report
+    run.watchers = Watchers(
+        folder, tensorboard=report.tensorboard, wandb=report.wandb, settings=asdict(run.settings)
+    )
+    run.recorder = Recorder(path, kept)
+    event = "resumed" if run.done or kept else "started"
+    write_event(folder, event, step=run.done, changes=dict(changes), processes=world_size())
+
+
+def cut_samples(path: Path, done: int) -> None:
+    """Leave out of samples.md what was written after the step that the run goes on from."""
+    if path.is_file():
+        parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
+        kept = [part for part in parts if part and int(part.split()[2]) <= done]
+        on_disk.write_text(path, "".join(kept))

@@ -1,0 +1,41 @@
+"""What several tests need: small models with every dimension different, and a deaf network."""
+
+import socket
+from typing import Any
+
+import pytest
+import torch
+
+from gptsmith import GPT, GPTConfig
+
+TINY: dict[str, Any] = {
+    "vocab_size": 37,
+    "context_length": 11,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_embd": 12,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to reach the world fails the test; two processes of a test may still talk."""
+    connect = socket.socket.connect
+
+    def only_here(self: socket.socket, address: Any) -> Any:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+def scrambled(config: GPTConfig, seed: int = 0) -> GPT:
+    """A model whose weights are all random and large, biases and norms too, so that every part
+    matters; in evaluation mode."""
+    model = GPT(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

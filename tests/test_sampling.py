@@ -1,0 +1,93 @@
+"""The filters against their definitions, and the draw against the distribution it should have."""
+
+import pytest
+import torch
+
+from gptsmith.sampling import filtered, keep_min_p, keep_top_k, keep_top_p, next_token
+from gptsmith.settings import GREEDY, SamplingSettings
+
+SEEN = torch.zeros(2, 1, dtype=torch.long)
+
+
+def logits_of(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows).log()
+
+
+def kept(logits: torch.Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_top_k_keeps_the_k_likeliest_of_each_row() -> None:
+    logits = logits_of([0.1, 0.5, 0.1, 0.3], [0.4, 0.1, 0.3, 0.2])
+    assert kept(keep_top_k(logits, 2)) == [[1, 3], [0, 2]]
+    assert kept(keep_top_k(logits, 4)) == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.01, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p: float, expected: list[int]) -> None:
+    assert kept(keep_top_p(logits_of([0.125, 0.5, 0.0625, 0.3125]), p)) == [expected]
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    logits = logits_of([0.06, 0.6, 0.04, 0.3], [0.25, 0.25, 0.25, 0.25])
+    assert kept(keep_min_p(logits, 0.09)) == [[0, 1, 3], [0, 1, 2, 3]]
+
+
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    settings = SamplingSettings(temperature=0, repetition_penalty=2.0)
+    found = filtered(logits, torch.tensor([[0, 1, 1]]), settings)
+    assert found.tolist() == [[1.0, -4.0, 1.0, -1.0]]
+
+
+def test_temperature_zero_is_greedy_and_needs_no_generator() -> None:
+    logits = logits_of([0.1, 0.5, 0.1, 0.3], [0.4, 0.1, 0.3, 0.2])
+    assert next_token(logits, SEEN, GREEDY, []).tolist() == [1, 0]
+
+
+def test_draws_follow_the_distribution() -> None:
+    """20,000 draws; each frequency within five standard errors of its probability."""
+    probabilities = [0.05, 0.6, 0.0, 0.35]
+    count = 20_000
+    logits = logits_of(probabilities).expand(count, -1)
+    seen = torch.zeros(count, 1, dtype=torch.long)
+    drawn = next_token(logits, seen, SamplingSettings(temperature=1.0), generators(*range(count)))
+    for token, probability in enumerate(probabilities):
+        error = (probability * (1 - probability) / count) ** 0.5
+        frequency = (drawn == token).double().mean().item()
+        assert abs(frequency - probability) <= 5 * error, token
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    logits, settings = torch.randn(3, 50), SamplingSettings(temperature=1.0, top_k=20, top_p=0.9)
+    seen = torch.zeros(3, 1, dtype=torch.long)
+    together = next_token(logits, seen, settings, generators(5, 6, 7))
+    alone = [
+        next_token(logits[i : i + 1], seen[:1], settings, generators(5 + i)).item()
+        for i in range(3)
+    ]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(choices: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(**choices)
