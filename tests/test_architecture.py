@@ -18,7 +18,8 @@ DOCS = PACKAGE.parent / "docs"
 READING_ORDER = """
     config accounting settings recipe runtime folder
     tokenizers.tokenizer tokenizers.build tokenizers
-    data.shards data.shakespeare data.sources data.prepare data.batches data
+    data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
+    data.prepare data.batches data
     cache model devices checkpoint sampling generate evaluate
     training.schedules training.optimizers training.loop training.plot training.progress
     training.run training.plan training.start training

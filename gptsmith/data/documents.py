@@ -5,6 +5,7 @@ megabyte or so of memory, and every error says the place.
 """
 
 import codecs
+import encodings
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,11 @@ def text_pieces(source: Source, chunks: Iterator[tuple[str, int]]) -> Iterator[P
 def checked_encoding(name: str) -> str:
     """The usual name of a character encoding; ValueError where Python has none of that name."""
     try:
-        "".encode(name)  # refuses codecs that do not make bytes of text, such as rot13
-        return codecs.lookup(name).name
+        # Python's own codecs only: packages may register one that takes any name for its own.
+        if not (found := encodings.search_function(name.lower())):
+            raise LookupError(name)
+        "x".encode(found.name)  # refuses what does not make bytes of text, such as rot13
+        return found.name
     except LookupError as error:
         known = ["utf-8", "utf-16", "latin-1", "cp1252", "shift_jis", "gb18030", "big5", "koi8-r"]
         hint = suggestion(name, known) or ": try utf-8 or latin-1"
@@ -73,7 +77,8 @@ def decoded(
 ) -> Iterator[tuple[str, int]]:
     """The text of a source, and how many of its bytes have become text, a megabyte at a time."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    position = 0  # bytes read
+    mark = "\ufeff" if encoding == "utf-8" else ""  # of byte order, at the start: no text
+    position, starts = 0, True  # bytes read; whether no character was yet
     with source.open() as file:
         while True:
             pending = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
@@ -91,9 +96,9 @@ def decoded(
                     f"{source.name}: byte 0x{error.object[error.start]:02x} at position {place} "
                     f"is not {encoding}: name the file's encoding with --encoding, as latin-1"
                 ) from error
-            first, position = position == 0, position + len(data)
-            if first and encoding == "utf-8":
-                text = text.removeprefix("\ufeff")  # a byte order mark is not text
+            position += len(data)
+            if text and starts:
+                text, starts = text.removeprefix(mark), False
             if text:
                 yield text, position - len(decoder.getstate()[0])
             if not data:

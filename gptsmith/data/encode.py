@@ -15,7 +15,7 @@ import numpy as np
 from ..tokenizers import Tokenizer
 
 STRETCH = 1 << 20  # characters that one thread encodes at once
-LONGEST = 1 << 22  # characters without a place to cut, after which they are cut all the same
+LONGEST = 1 << 21  # characters without a place to cut, after which they are cut all the same
 
 # What neither Python nor any regex takes for white space, before a space or a newline. There the
 # splitting patterns of GPT-2 always split, so text that is cut there has the ids of the whole.

@@ -72,7 +72,7 @@ def layout(path: Path) -> Layout:
 def headerless_layout(path: Path, size: int, header: np.ndarray) -> Layout:
     """The layout of nanoGPT's files, which are known by their names alone."""
     magic, version = (int(number) for number in header[:2]) if header.size > 1 else (0, 0)
-    ours = magic in dict(FORMATS)
+    ours = any(magic == known for known, _ in FORMATS)
     # 1,012 bytes of zeros are not text: it is a header, of a kind that is not known here.
     looks_like_header = header.size == HEADER_INTS and not header[3:].any()
     if path.name in HEADERLESS and not ours and not looks_like_header:

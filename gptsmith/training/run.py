@@ -33,6 +33,7 @@ EVENTS = "events.jsonl"
 SAMPLES = "samples.md"
 LOSS_PLOT = "loss.png"
 STATE_VERSION = 1
+DRAWING_SHARE = 50  # of the time that drawing took, at least so much passes to the next
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Run:
     best_step: int | None
     best_loss: float | None
     saved: int  # the step of the newest checkpoint, 0 before there is one
+    draw_after: float = 0.0  # monotonic time before which the curve is not drawn again
 
     def path(self, name: str) -> Path:
         """A file of the run's folder."""
@@ -214,8 +216,11 @@ def write_record(run: Run, record: dict[str, Any]) -> None:
     if run.watchers is not None:
         run.watchers.add(record)
     run.display.step(record, run.settings.training.steps)
-    if "validation_loss" in record or run.done == run.settings.training.steps:
+    finished = run.done == run.settings.training.steps
+    if finished or ("validation_loss" in record and time.monotonic() >= run.draw_after):
+        started = time.monotonic()
         draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
+        run.draw_after = started + DRAWING_SHARE * (time.monotonic() - started)
 
 
 def write_sample(run: Run) -> None:
