@@ -15,6 +15,10 @@ from .settings import SamplingSettings
 NEVER = float("-inf")
 
 
+class NotFiniteError(ValueError):
+    """The logits hold NaN, or nothing that could be chosen."""
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Leave the k likeliest of each row; ties with the k-th stay.  (B, V) -> (B, V)"""
     smallest = logits.topk(k).values[:, -1:]  # (B, 1)
@@ -76,6 +80,8 @@ def next_token(
     means the same on every device, and a row does not depend on its neighbours.
     """
     logits = filtered(logits, seen, settings)
+    if not logits.amax(dim=-1).isfinite().all():  # a NaN anywhere makes the largest NaN
+        raise NotFiniteError("the model's logits are not finite: its weights have diverged")
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)

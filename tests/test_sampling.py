@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from gptsmith.sampling import filtered, keep_min_p, keep_top_k, keep_top_p, next_token
+from gptsmith.sampling import (
+    NotFiniteError,
+    filtered,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    next_token,
+)
 from gptsmith.settings import GREEDY, SamplingSettings
 
 SEEN = torch.zeros(2, 1, dtype=torch.long)
@@ -74,6 +81,13 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         for i in range(3)
     ]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_not_a_token(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
+    with pytest.raises(NotFiniteError, match="weights have diverged"):
+        next_token(logits, SEEN, SamplingSettings(temperature=temperature), generators(1, 2))
 
 
 @pytest.mark.parametrize(

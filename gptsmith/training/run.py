@@ -4,6 +4,7 @@ A run is a folder; knows nothing of how one begins (`start.py`) or how a step is
 """
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from .. import accounting, checkpoint
 from .. import folder as on_disk
 from ..data.shards import Dataset
-from ..devices import any_process, autocast, peak_flops, wait_for_processes
+from ..devices import any_process, autocast, peak_flops
 from ..evaluate import Evaluation, evaluate
 from ..generate import complete
 from ..runtime import rank, world_size
@@ -85,16 +86,15 @@ def follow(run: Run) -> Outcome:
                 stopping = any_process(bool(asked))
                 if due(step.step, report.evaluate_every) or step.step == total:
                     record |= describe_evaluation(run, validate(run))  # all processes take part
-                improved = note_best(run, record)
+                note_best(run, record)
                 if main:
                     note_changes(run, step)
                     write_record(run, record)
                     if due(step.step, report.sample_every or report.evaluate_every):
                         write_sample(run)
-                    saving = due(step.step, report.save_every or report.evaluate_every)
-                    if saving or improved or stopping or step.step == total:
+                    # While steps are skipped, the newest checkpoint stays the one before.
+                    if stopping or (worth_saving(run) and not step.skipped):
                         save(run)
-                wait_for_processes()
                 if stopping:
                     break
         except DivergedError as error:
@@ -104,6 +104,13 @@ def follow(run: Run) -> Outcome:
     return Outcome(
         run.folder, run.done, total, run.best_step, run.best_loss, asked[0] if asked else None
     )
+
+
+def worth_saving(run: Run) -> bool:
+    """Whether this step is the last, the best, or one that is saved in any case."""
+    report = run.settings.report
+    every = report.save_every or report.evaluate_every
+    return run.done in (run.settings.training.steps, run.best_step) or due(run.done, every)
 
 
 def due(step: int, every: int) -> bool:
@@ -175,13 +182,11 @@ def describe_evaluation(run: Run, evaluation: Evaluation | None) -> dict[str, An
     }
 
 
-def note_best(run: Run, record: dict[str, Any]) -> bool:
-    """Remember a validation loss that is the lowest so far; whether this one is."""
-    loss = record.get("validation_loss")
-    if loss is None or not (run.best_loss is None or loss < run.best_loss):
-        return False
-    run.best_step, run.best_loss = run.done, loss
-    return True
+def note_best(run: Run, record: dict[str, Any]) -> None:
+    """Remember a validation loss that is the lowest so far."""
+    loss = record.get("validation_loss", math.nan)
+    if loss < (math.inf if run.best_loss is None else run.best_loss):
+        run.best_step, run.best_loss = run.done, loss
 
 
 def note_changes(run: Run, step: StepReport) -> None:
@@ -230,9 +235,11 @@ def write_sample(run: Run) -> None:
         return
     prompt = settings.sample_prompt or ""
     model.eval()
-    text = complete(model, run.tokenizer, prompt, max_tokens=settings.sample_tokens, seed=run.done)[
-        0
-    ]
+    try:
+        tokens = settings.sample_tokens
+        text = complete(model, run.tokenizer, prompt, max_tokens=tokens, seed=run.done)[0]
+    except NotFiniteError as error:
+        text = f"({error})"
     model.train()
     quoted = "\n".join(f"> {line}" for line in (prompt + text).splitlines())
     with run.path(SAMPLES).open("a", encoding="utf-8") as file:

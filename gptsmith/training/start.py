@@ -209,20 +209,17 @@ def open_data(
     folder: Path, settings: RunSettings, display: Display
 ) -> tuple[Dataset, Tokenizer | None]:
     """The tokens to learn from, prepared into the run's folder where they are still text."""
-    named = settings.data.data
-    place = folder / "data"
-    if is_dataset(place):
-        return Dataset.open(place), load_tokenizer(place)
+    named, place = settings.data.data, folder / "data"
     if named is None:
         raise ValueError("no data was named: add --data with a source or a prepared folder")
-    tokenizer = wanted_tokenizer(settings)
     if Path(named).is_dir() and is_dataset(Path(named)):
-        dataset = Dataset.open(Path(named))
+        dataset, tokenizer = Dataset.open(Path(named)), wanted_tokenizer(settings)
         if tokenizer is None and (Path(named) / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(Path(named))
-        check_match(dataset, tokenizer, named)
+        check_match(dataset, tokenizer, settings)
         return dataset, tokenizer
-    if rank() == 0:
+    if rank() == 0 and not is_dataset(place):
+        tokenizer = wanted_tokenizer(settings)
         kind = settings.data.tokenizer if tokenizer is None else tokenizer
         for progress in prepare([named], kind or "byte", place, options=settings.prepare):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
@@ -247,16 +244,18 @@ def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
     return tokenizer
 
 
-def check_match(dataset: Dataset, tokenizer: Tokenizer | None, named: str) -> None:
+def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings) -> None:
     """Refuse data that another tokenizer made; check the ids of data that does not say."""
+    named, kind = settings.data.data, settings.data.tokenizer
     if tokenizer is None:
         raise ValueError(f"{named} does not say which tokenizer made it: add --tokenizer, as gpt2")
     if dataset.fingerprint is None:
         dataset.check_ids(tokenizer.vocab_size)
-    elif dataset.fingerprint != tokenizer.fingerprint:
+    elif dataset.fingerprint != tokenizer.fingerprint or (kind == "char" != tokenizer.kind):
+        made = dataset.info["tokenizer"]["kind"]
         raise ValueError(
-            f"{named} was made with another tokenizer ({dataset.fingerprint[:12]}) than the "
-            f"model's ({tokenizer.fingerprint[:12]}): prepare the text again with the model's"
+            f"{named} was made with another tokenizer, {made} of {dataset.fingerprint[:12]}, than "
+            f"the {kind or tokenizer.kind} wanted: prepare the text again, or name its --tokenizer"
         )
 
 
