@@ -21,6 +21,7 @@ from ..devices import any_process, autocast, peak_flops
 from ..evaluate import Evaluation, evaluate
 from ..generate import complete
 from ..runtime import rank, world_size
+from ..sampling import NotFiniteError
 from ..settings import RunSettings
 from ..tokenizers import Tokenizer
 from .loop import DivergedError, StepReport, Trainer, steps
