@@ -45,8 +45,6 @@ def bench_train(
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
     model = GPT(config).to(device)
-    if machine.compile == "yes":
-        model.compile()
     T = config.context_length
     training = TrainingSettings(steps=steps + WARM_UP, batch_tokens=rows * T)
     stream = RandomTokens(config.vocab_size, T * rows * 4 + 1)
@@ -59,6 +57,7 @@ def bench_train(
         dtype=machine.dtype,
         micro_batch=rows,
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+        compiled=machine.compile == "yes",
     )
     seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
     median = statistics.median(seconds)

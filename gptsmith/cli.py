@@ -4,6 +4,7 @@ Exits 0, 2 for a mistake (one line says what was got, what was wanted and what t
 after signal N.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -114,6 +115,8 @@ def notes_to_stderr() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An error in one line, with the file that a system error is about."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: free some space and try again"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -98,6 +98,8 @@ def prepare_machine(settings: MachineSettings) -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    if settings.deterministic:
+        runtime.allow_deterministic_cuda()
     torch.use_deterministic_algorithms(settings.deterministic)
     return device
 

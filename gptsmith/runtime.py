@@ -57,6 +57,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
+def allow_deterministic_cuda() -> None:
+    """Give cuBLAS the workspace without which PyTorch refuses to be deterministic on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def tiktoken_cache_folders() -> list[Path]:
     """Where tiktoken keeps the vocabulary files that it once downloaded."""
     named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]

@@ -56,6 +56,14 @@ class Trainer:
     dtype: str
     micro_batch: int  # rows; halved where the GPU's memory runs out
     scaler: torch.amp.GradScaler
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        self.forward = torch.compile(self.model) if self.compiled else self.model
+
+    def stop_compiling(self) -> None:
+        """Go on without torch.compile."""
+        self.compiled, self.forward = False, self.model
 
     def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Leave the gradient of the global batch's mean loss in the parameters; return that loss.
@@ -70,7 +78,7 @@ class Trainer:
             tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
         ):
             with autocast(self.device, self.dtype):
-                loss = self.model(rows, wanted).loss
+                loss = self.forward(rows, wanted).loss
             loss = loss * ((wanted != NOT_LEARNED).sum() / whole)
             self.scaler.scale(loss).backward()
             total += loss.detach()

@@ -10,12 +10,12 @@ import torch
 from .. import accounting, devices
 from ..runtime import world_size
 from .loop import Trainer
-from .progress import duration, size
+from .progress import Display, duration, size
 from .run import Run
 
 
-def show_plan(run: Run) -> None:
-    """Say what will happen, before the first step."""
+def show_plan(run: Run, step: float) -> None:
+    """Say what will happen, before the first step, where each takes `step` seconds."""
     settings, trainer = run.settings, run.trainer
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
@@ -36,18 +36,20 @@ def show_plan(run: Run) -> None:
         f"micro-batch of {machine.micro_batch} rows"
         + (", compiled" if machine.compile == "yes" else "")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
-        "memory": f"about {size(memory)}",
-        "time": f"about {duration(left * step_seconds(trainer))} for {left:,} steps",
+        "memory": f"about {size(memory)} on the device, besides PyTorch itself",
+        "time": f"about {duration(run_seconds(run, step))} for {left:,} steps",
         "run": str(run.folder),
     }
     title = "Resuming" if run.done else "Training"
     run.display.table(title, rows)
 
 
-def step_seconds(trainer: Trainer) -> float:
+def try_out(trainer: Trainer, display: Display) -> float:
     """Seconds that a step should take, by doing one micro-batch of the first twice.
 
-    Leaves no trace: the gradient is discarded, and each step seeds its own randomness.
+    Leaves no trace: the gradient is discarded, and each step seeds its own randomness. What cannot
+    work shows here: a micro-batch too large for the GPU is halved, and where torch.compile fails
+    (as without a C++ compiler) the run goes on without it, which is said.
     """
     mine = len(trainer.batches.mine)
     tokens, targets = (
@@ -55,9 +57,34 @@ def step_seconds(trainer: Trainer) -> float:
         for part in trainer.batches.at(0)
     )
     trainer.model.train()
+    if trainer.compiled:
+        try:
+            trainer.gradient_in_memory(tokens, targets)
+        except Exception as error:  # the compiler's errors have no common class of their own
+            trainer.stop_compiling()
+            display.say(f"torch.compile failed, so the run is not compiled: {first_line(error)}")
     for _ in range(2):  # the first pays for what is only set up once
         started = time.perf_counter()
         trainer.gradient_in_memory(tokens, targets)
         devices.synchronize(trainer.device)
     trainer.optimizer.zero_grad(set_to_none=True)
     return (time.perf_counter() - started) * -(-mine // trainer.micro_batch)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its long explanation."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def run_seconds(run: Run, step: float) -> float:
+    """Seconds that the rest of a run should take: its steps, and its passes over the held-out text.
+
+    A pass does a third of a step's work per token, as it has no backward.
+    """
+    settings, held_out = run.settings, run.dataset.validation
+    tokens = 0 if held_out is None else len(held_out)
+    if settings.report.evaluate_tokens is not None:
+        tokens = min(tokens, settings.report.evaluate_tokens)
+    left = settings.training.steps - run.done
+    passes = -(-left // settings.report.evaluate_every)
+    return step * (left + passes * tokens / settings.training.batch_tokens / 3)

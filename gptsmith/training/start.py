@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,7 +29,7 @@ from ..settings import MachineSettings, RunSettings, TrainingSettings
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .loop import Trainer
 from .optimizers import adamw, load_state_tensors
-from .plan import show_plan
+from .plan import show_plan, try_out
 from .plot import read_metrics
 from .progress import Display, Recorder, Watchers
 from .run import CONFIG, METRICS, SAMPLES, Outcome, Run, follow, point, write_event
@@ -154,6 +154,10 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
         tensors, _ = checkpoint.load_training(position.checkpoint)
         load_state_tensors(model, trainer.optimizer, tensors)
         trainer.scaler.load_state_dict(position.state["scaler"])
+    step_seconds = try_out(trainer, display)
+    compiled: Literal["yes", "no"] = "yes" if trainer.compiled else "no"
+    machine = replace(machine, compile=compiled, micro_batch=trainer.micro_batch)
+    settings = replace(settings, machine=machine)
     best = position.state.get("best", {})
     run = Run(
         folder=folder,
@@ -170,7 +174,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
         best_loss=best.get("validation_loss"),
         saved=position.done,
     )
-    show_plan(run)
+    show_plan(run, step_seconds)
     if rank() == 0:
         open_records(run, changes)
     devices.wait_for_processes()
@@ -334,8 +338,6 @@ def make_trainer(
         rank=rank(),
         world_size=world_size(),
     )
-    if machine.compile == "yes":
-        model.compile()
     return Trainer(
         model=model,
         optimizer=adamw(model, settings.training),
@@ -345,6 +347,7 @@ def make_trainer(
         dtype=machine.dtype,
         micro_batch=machine.micro_batch,
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+        compiled=machine.compile == "yes",
     )
 
 
