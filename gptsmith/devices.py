@@ -111,6 +111,11 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     return torch.autocast(device.type, DTYPES[dtype])
 
 
+def number_bytes(dtype: Dtype) -> int:
+    """Bytes of a number in the matrix products of this (chosen) precision."""
+    return DTYPES[dtype].itemsize
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Bf16 FLOP/s of the device by its data sheet, or None where it is not listed."""
     if device.type != "cuda":

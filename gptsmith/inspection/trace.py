@@ -78,24 +78,24 @@ class _Watch(TorchFunctionMode):
         assert isinstance(block, Block)
         self.entered: Shape = ()  # what came into the block
         block.register_forward_pre_hook(self.enter)
-        self.after(model.wte, "wte", "a vector for each token")
-        self.after(model.wpe, "wpe", "a vector for each position")
+        self.after(model.wte, "wte", "a vector per token")
+        self.after(model.wpe, "wpe", "a vector per position")
         model.drop.register_forward_hook(self.embedded)
         self.after(block.ln_1, "h.0.ln_1", "to mean 0, variance 1")
-        self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value, at once")
+        self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
         block.attn.c_proj.register_forward_pre_hook(self.joined)
         self.after(block.attn.c_proj, "h.0.attn.c_proj", "heads mixed")
         block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
-        self.after(block.ln_2, "h.0.ln_2", "to mean 0, variance 1 again")
-        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "each token alone, to M channels")
-        self.after(block.mlp.gelu, "h.0.mlp.gelu", "the bend between two matrices")
-        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "back to C channels")
+        self.after(block.ln_2, "h.0.ln_2", "to mean 0, variance 1")
+        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "each token alone: C to M")
+        self.after(block.mlp.gelu, "h.0.mlp.gelu", "the bend in between")
+        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "and back: M to C")
         block.register_forward_hook(lambda module, inputs, output: self.added(output))
         for layer, other in enumerate(model.h):
             if layer > 0:
-                self.after(other, f"h.{layer}", "the same, with its own weights")
-        self.after(model.ln_f, "ln_f", "to mean 0, variance 1, at last")
-        self.after(model.lm_head, "lm_head", "a score for each next token")
+                self.after(other, f"h.{layer}", "the same, other weights")
+        self.after(model.ln_f, "ln_f", "to mean 0, variance 1")
+        self.after(model.lm_head, "lm_head", "a score per next token")
 
     def after(self, module: nn.Module, name: str, does: str) -> None:
         """Write a line whenever the module has finished."""

@@ -8,10 +8,13 @@ import time
 import torch
 
 from .. import accounting, devices
+from ..devices import number_bytes
 from ..runtime import world_size
 from .loop import Trainer
 from .progress import Display, duration, size
 from .run import Run
+
+LEAST_TRIALS, MOST_TRIALS = 2, 5  # micro-batches, of which the fastest tells the time of a step
 
 
 def show_plan(run: Run, step: float) -> None:
@@ -21,7 +24,8 @@ def show_plan(run: Run, step: float) -> None:
     assert machine.micro_batch is not None
     tokens = training.steps * training.batch_tokens
     held_out = run.dataset.validation
-    memory = accounting.training_memory(config, machine.micro_batch)
+    bytes_each = number_bytes(machine.dtype)
+    memory = accounting.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
     left = training.steps - run.done
     rows = {
         "model": f"{accounting.parameter_count(config):,} parameters: {config.n_layer} layers, "
@@ -45,7 +49,7 @@ def show_plan(run: Run, step: float) -> None:
 
 
 def try_out(trainer: Trainer, display: Display) -> float:
-    """Seconds that a step should take, by doing one micro-batch of the first twice.
+    """Seconds that a step should take, by doing one micro-batch of the first a few times.
 
     Leaves no trace: the gradient is discarded, and each step seeds its own randomness. What cannot
     work shows here: a micro-batch too large for the GPU is halved, and where torch.compile fails
@@ -63,12 +67,15 @@ def try_out(trainer: Trainer, display: Display) -> float:
         except Exception as error:  # the compiler's errors have no common class of their own
             trainer.stop_compiling()
             display.say(f"torch.compile failed, so the run is not compiled: {first_line(error)}")
-    for _ in range(2):  # the first pays for what is only set up once
+    seconds: list[float] = []
+    while len(seconds) < LEAST_TRIALS or (sum(seconds) < 0.5 and len(seconds) < MOST_TRIALS):
         started = time.perf_counter()
         trainer.gradient_in_memory(tokens, targets)
         devices.synchronize(trainer.device)
+        seconds.append(time.perf_counter() - started)
     trainer.optimizer.zero_grad(set_to_none=True)
-    return (time.perf_counter() - started) * -(-mine // trainer.micro_batch)
+    # The first pays for what is set up only once, and others may share the machine: the least.
+    return min(seconds) * -(-mine // trainer.micro_batch)
 
 
 def first_line(error: Exception) -> str:

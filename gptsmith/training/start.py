@@ -319,7 +319,8 @@ def with_micro_batch(
         room = MEMORY_SHARE * devices.available_memory(device)
         if device.type == "cpu":
             room /= world_size()
-        while chosen > 1 and accounting.training_memory(config, chosen) > room:
+        each = devices.number_bytes(machine.dtype)
+        while chosen > 1 and accounting.training_memory(config, chosen, dtype_bytes=each) > room:
             chosen = -(-chosen // 2)
     return replace(machine, micro_batch=min(chosen, mine))
 
