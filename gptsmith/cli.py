@@ -22,6 +22,7 @@ from .commands.use import add_evaluate, add_plot, add_sample, evaluate, plot, sa
 from .commands.words import tell
 from .config import suggestion
 from .flags import Parser, UsageError
+from .runtime import share_cores
 
 
 class Verb(NamedTuple):
@@ -60,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Carry out a command line; the exit status: 0, 2 for a mistake, 128 + N after signal N."""
     arguments = list(sys.argv[1:] if words is None else words)
     with_traceback = "--traceback" in arguments
+    share_cores()
     arguments = [word for word in arguments if word != "--traceback"]
     try:
         with notes_to_stderr():
