@@ -140,6 +140,7 @@ def load_model(
     config = on_disk.read_config(folder)
     if dropout is not None:
         config = replace(config, dropout=dropout)
+    on_disk.check_shapes(folder, config)
     weights = read_weights(folder, dtype)
     config = with_biases_found(config, weights, folder)
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
@@ -160,7 +161,6 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of a folder under our names and orientation, as `dtype`."""
     weights = {}
     for path in on_disk.weight_files(folder):
-        on_disk.tensor_shapes(path)  # a file that is cut short says so in plain words
         try:
             with safe_open(path, framework="pt") as file:
                 for theirs in file.keys():  # noqa: SIM118 (it is no dict)

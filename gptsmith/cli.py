@@ -72,7 +72,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_about_memory(error):
+            raise
         if with_traceback:
             traceback.print_exc()
         tell(f"gptsmith: {one_line(error)}")
@@ -115,8 +117,16 @@ def notes_to_stderr() -> Iterator[None]:
         yield
 
 
+def is_about_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch failed to allocate; it has no class for that on a CPU."""
+    said = str(error)
+    return any(word in said for word in ("t allocate memory", "size calculation overflowed"))
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line, with the file that a system error is about."""
+    if isinstance(error, MemoryError | RuntimeError):
+        return "not enough memory for this: use a smaller model, batch or request"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: free some space and try again"
     if isinstance(error, OSError) and error.strerror and error.filename:

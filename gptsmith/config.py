@@ -77,9 +77,12 @@ class GPTConfig:
         if self.activation not in get_args(Activation):
             known = ", ".join(get_args(Activation))
             raise ValueError(f"activation is {self.activation!r}: one of {known} is needed")
+        for name in ("dropout", "norm_eps"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a number is needed")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: 0 <= dropout < 1 is needed")
-        if not self.norm_eps > 0:
+        if not 0 < self.norm_eps < float("inf"):
             raise ValueError(f"norm_eps is {self.norm_eps}: a positive number is needed")
 
     @property
@@ -138,8 +141,13 @@ class GPTConfig:
         if not activations:
             known = [word for words in HUGGING_FACE_ACTIVATIONS.values() for word in words]
             raise ValueError(f"activation_function {name!r} is unknown: one of {known} is needed")
-        rates = [theirs.get(key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")]
+        rates = {key: theirs.get(key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+        for key, rate in rates.items():
+            if not isinstance(rate, int | float):
+                raise ValueError(f"config.json has {key} {rate!r}: a number is needed")
         own = theirs.get("gptsmith", {})
+        if not isinstance(own, dict):
+            raise ValueError(f"config.json has gptsmith {own!r}: an object is needed")
         return cls(
             vocab_size=theirs.get("vocab_size", 50257),
             context_length=theirs.get("n_positions", 1024),
@@ -152,7 +160,7 @@ class GPTConfig:
             qkv_bias=own.get("qkv_bias"),
             tie_weights=theirs.get("tie_word_embeddings", True),
             # One rate serves all three places here; of a foreign folder's three, the largest.
-            dropout=max(rates),
+            dropout=max(rates.values()),
             norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
         )
 

@@ -3,6 +3,7 @@
 Every automatic choice is made here, once, and comes back as settings that can be recorded.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -32,6 +33,7 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
+MOST_THREADS = 16  # per core; far more crash OpenMP, and none would help
 LONG_ENOUGH_TO_COMPILE = 300  # steps; compiling takes about a minute
 
 
@@ -41,10 +43,9 @@ def find_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", runtime.local_rank() % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is '{name}': auto, cpu, cuda, cuda:N or mps is needed") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device is '{name}': auto, cpu, cuda, cuda:N or mps is needed")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
@@ -76,6 +77,8 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
 def choose(settings: MachineSettings, steps: int) -> MachineSettings:
     """The settings with every automatic choice made, but the micro-batch, which needs the model."""
     device = find_device(settings.device)
+    if settings.threads is not None and settings.threads > MOST_THREADS * runtime.cores():
+        raise ValueError(f"threads is {settings.threads}, but there are {runtime.cores()} cores")
     compiles = settings.compile
     if compiles == "auto":
         compiles = "yes" if device.type == "cuda" and steps >= LONG_ENOUGH_TO_COMPILE else "no"

@@ -120,6 +120,8 @@ def verify(folder: Path, *, training: bool = True) -> None:
         raise DamagedError(f"{folder / MANIFEST} lists no files: it was edited or cut short")
     for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):
+            raise DamagedError(f"{folder / MANIFEST} has no size of {name}: it was edited")
         if not training and name.startswith(f"{TRAINING}/"):
             continue
         if not path.is_file():
@@ -127,7 +129,7 @@ def verify(folder: Path, *, training: bool = True) -> None:
         if path.stat().st_size != expected["bytes"]:
             got, wanted = path.stat().st_size, expected["bytes"]
             raise DamagedError(f"{path} has {got:,} bytes, but was written with {wanted:,}")
-        if sha256(path) != expected["sha256"]:
+        if sha256(path) != expected.get("sha256"):
             raise DamagedError(f"{path} was changed since it was written (its SHA-256 differs)")
 
 
@@ -166,13 +168,38 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        names = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
+        index = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            raise DamagedError(f"{folder / WEIGHTS_INDEX} has no weight_map of names to files")
+        names = set(index.values())
         paths = [folder / name for name in sorted(names)]
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though {WEIGHTS_INDEX} lists it")
         return paths
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
+
+
+def check_shapes(folder: Path, config: GPTConfig) -> None:
+    """ValueError where a folder's tensors are not of the size that its config.json says.
+
+    Looks at headers alone, and only as far as needed before a model of that size is made.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        found = tensor_shapes(path)
+        shapes |= {name.removeprefix("transformer."): shape for name, shape in found.items()}
+    C = config.n_embd
+    wanted = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.context_length, C)}
+    for name, shape in wanted.items():
+        if name in shapes and shapes[name] != shape:
+            got = shapes[name]
+            raise ValueError(f"{folder}: {name} is {got}, but config.json calls for {shape}")
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("h.")})
+    if layers != config.n_layer:
+        raise ValueError(
+            f"{folder} has {layers} layers, but config.json calls for {config.n_layer}"
+        )
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -187,7 +214,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise DamagedError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise DamagedError(f"{path} is not a safetensors file: its header is no object")
     header.pop("__metadata__", None)
+    if not all(
+        isinstance(e, dict) and {"shape", "data_offsets"} <= e.keys() for e in header.values()
+    ):
+        raise DamagedError(f"{path} is not a safetensors file: its header lists no tensors")
     if size < 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
         raise DamagedError(
             f"{path} is cut short: {size:,} bytes are fewer than its header promises"

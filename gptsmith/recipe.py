@@ -4,6 +4,7 @@ A recipe is a TOML file with a table per section of RunSettings; `config.toml` i
 file with every choice made. Nothing in one is ever executed. Standard library only.
 """
 
+import math
 import tomllib
 import types
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from .config import preset, suggestion
 from .settings import RunSettings
 
+LARGEST = 1 << 63
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -34,17 +36,31 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}: true or false is needed")
         return value
+    if hint is str and isinstance(value, str):
+        return value
     wanted = {int: "a whole number", float: "a number", str: "text"}[hint]
-    right = isinstance(value, str) if hint is str else not isinstance(value, bool)
+    number = None if hint is str else number_of(value, hint)
+    if number is None:
+        raise ValueError(f"{name} is {value!r}: {wanted} is needed")
+    if not math.isfinite(number) or (hint is int and abs(number) >= LARGEST):
+        raise ValueError(f"{name} is {number}: {wanted} that a machine can hold is needed")
+    return number
+
+
+def number_of(value: Any, kind: type) -> int | float | None:
+    """`value` as an int or a float, or None where it is neither; 1e6 and 65_536 are whole too."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
-        if hint is int and isinstance(value, float) and value != int(value):
-            right = False
-        if not right:
-            raise ValueError
-        # 1e6 and 65_536 are whole numbers too, to a person
-        return int(float(value)) if hint is int and "e" in str(value).lower() else hint(value)
+        if kind is float or not isinstance(value, float):
+            return kind(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"{name} is {value!r}: {wanted} is needed") from None
+        pass
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if math.isfinite(number) and number == int(number) else None
 
 
 def updated(settings: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -90,7 +106,7 @@ def read_toml(path: Path) -> RunSettings:
         base = getattr(settings, section)
         if section == "model" and "preset" in table:
             table = dict(table)
-            base = preset(table.pop("preset"))
+            base = preset(convert("preset", table.pop("preset"), str))
         part = updated(base, table, f"{path} [{section}]")
         settings = replace(settings, **{section: part})
     return settings
@@ -104,7 +120,7 @@ def to_toml(settings: RunSettings) -> str:
         lines.append(f"[{section}]")
         for f in fields(part):
             value = getattr(part, f.name)
-            if value is not None:
+            if value is not None or f.default is not None:
                 lines.append(f"{f.name} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
@@ -114,6 +130,8 @@ def toml_value(value: Any) -> str:
     """A string, number or boolean as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:  # TOML has no word for it; `convert` reads this one
+        return '"none"'
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

@@ -61,7 +61,9 @@ def filtered(logits: Tensor, seen: Tensor, settings: SamplingSettings) -> Tensor
     if settings.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, seen, settings.repetition_penalty)
     if settings.temperature != 0:
-        logits = logits / settings.temperature
+        # From the largest down, so that a temperature near 0 cannot overflow what matters.
+        coldest = max(settings.temperature, 1e-30)  # which float32 can still hold
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / coldest
     if settings.top_k is not None:
         logits = keep_top_k(logits, settings.top_k)
     if settings.top_p is not None:

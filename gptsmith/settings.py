@@ -69,7 +69,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_tokens")
         at_least(self, 0, "warmup_steps", "learning_rate", "min_learning_rate", "weight_decay")
-        at_least(self, 0, "seed", "grad_clip")
+        at_least(self, 0, "seed", "grad_clip", "epsilon")
         within(self, "beta1", 0, 1)
         within(self, "beta2", 0, 1)
         if not 0 < self.decay_fraction <= 1:

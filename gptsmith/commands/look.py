@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
-from ..folder import find_model, read_config, tensor_shapes, weight_files
+from ..folder import check_shapes, find_model, read_config
 from ..inspection.describe import describe as describe_model
 from ..recipe import convert, read_toml, recipes, updated
 from ..settings import MachineSettings
@@ -54,9 +54,9 @@ def described_config(what: str) -> tuple[GPTConfig, str]:
         hint = suggestion(what, [*PRESETS, *recipes()])
         raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
     folder = find_model(what)
-    for path in weight_files(folder):
-        tensor_shapes(path)  # a damaged file is said, not described
-    return read_config(folder), str(folder)
+    config = read_config(folder)
+    check_shapes(folder, config)  # what is damaged is said, not described
+    return config, str(folder)
 
 
 def add_bench(parser: Parser) -> None:

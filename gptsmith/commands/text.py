@@ -67,9 +67,9 @@ def tokenizer(options: Namespace) -> None:
 
     settings = updated(PrepareSettings(), given(options, PrepareSettings), "tokenizer")
     size = convert("vocab_size", options.vocab_size, int)
-    sources = find_sources(options.sources)
+    sources = [source for source in find_sources(options.sources) if source.size]
     if not sources:
-        raise ValueError(f"{', '.join(options.sources)}: there is no text in it")
+        raise ValueError(f"there is no text in {', '.join(options.sources)}: it is empty")
     learned = learn_bpe(texts(sources, settings), size)
     with written_whole(Path(options.out)) as folder:
         learned.save(folder)

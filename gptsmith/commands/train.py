@@ -126,7 +126,7 @@ def conclude(outcome: Any, display: Any) -> None:
     display.table(
         "Try",
         {
-            "write": f'gptsmith sample {folder} --prompt "Once" --temperature 0.8',
+            "write": f"gptsmith sample {folder} --temperature 0.8",
             "look inside": f"gptsmith describe {folder}",
             "longer": f"gptsmith train {folder / 'config.toml'} --steps {2 * outcome.steps}",
         },

@@ -43,7 +43,6 @@ def sample(options: Namespace) -> None:
     seed = convert("seed", options.seed, int | None)
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-        tell(f"seed {seed}")
     elif seed < 0:
         raise ValueError(f"seed is {seed}: at least 0 is needed")
 
@@ -52,10 +51,13 @@ def sample(options: Namespace) -> None:
     model, tokenizer = open_model(options)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
+    if options.seed is None:
+        tell(f"seed {seed}")
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
     if counts["num_samples"] == 1 and not options.json:
-        print(options.prompt, end="", flush=True)
         pieces = stream(model, tokenizer, options.prompt, max_tokens=counts["max_tokens"], **wanted)
+        first = next(pieces, "")  # what cannot be done is said before anything is written
+        print(options.prompt + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()

@@ -96,6 +96,10 @@ def decoded(
                     f"{source.name}: byte 0x{error.object[error.start]:02x} at position {place} "
                     f"is not {encoding}: name the file's encoding with --encoding, as latin-1"
                 ) from error
+            except UnicodeError as error:  # some codecs know no position
+                raise ValueError(
+                    f"{source.name} is not {encoding} ({error}): name its --encoding, as utf-8"
+                ) from error
             position += len(data)
             if text and starts:
                 text, starts = text.removeprefix(mark), False
@@ -147,6 +151,10 @@ def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> st
         raise ValueError(
             f"{place} has {kind} in '{field}': text is needed; another --field, perhaps"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair
+        raise ValueError(f"{place}: '{field}' is not valid Unicode ({error.reason})") from None
     return value
 
 

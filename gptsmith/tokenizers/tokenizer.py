@@ -127,7 +127,7 @@ class Tokenizer:
             at = int(missing.argmax())
             raise ValueError(
                 f"unknown character {text[at]!r} (U+{ord(text[at]):04X}) at position {at:,}: this "
-                f"tokenizer knows {len(self.vocab)} characters; leave it out, or use --unknown skip"
+                f"tokenizer knows {len(self.vocab)} characters; leave it out"
             )
         return ids
 

@@ -14,15 +14,26 @@ Record = Mapping[str, Any]
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, one per step; a torn last line (a kill) is left out."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
+        if number == len(lines) and not line.endswith(b"\n"):
             break
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not is_record(record):
+            raise ValueError(f"{path}, line {number} is no record of a step: it was edited")
+        records.append(record)
     return records
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value is what a run records of a step."""
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        return False
+    losses = (value.get("loss"), value.get("validation_loss"))
+    return all(loss is None or isinstance(loss, int | float) for loss in losses)
 
 
 def smoothed(losses: Sequence[float], memory: float) -> list[float]:
@@ -43,8 +54,9 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # half a second to import; no window, no global state
 
-    if not any(runs.values()):
-        raise ValueError("there is nothing to plot yet: no step is finished")
+    every = [record for records in runs.values() for record in records]
+    if all(record.get("loss") is None for record in every):
+        raise ValueError("there is nothing to plot yet: no step has learned anything")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, records) in enumerate(runs.items()):
@@ -54,10 +66,13 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    focus(axes, [record for records in runs.values() for record in records])
+    focus(axes, every)
     temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> None:

@@ -225,7 +225,8 @@ def write_record(run: Run, record: dict[str, Any]) -> None:
     finished = run.done == run.settings.training.steps
     if finished or ("validation_loss" in record and time.monotonic() >= run.draw_after):
         started = time.monotonic()
-        draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
+        if any(record["loss"] is not None for record in run.recorder.records):
+            draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
         run.draw_after = started + DRAWING_SHARE * (time.monotonic() - started)
 
 

@@ -45,6 +45,7 @@ MEMORY_SHARE = 0.8  # of what is free; the estimate is not exact, and others nee
 def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
     """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
     devices.join_processes(devices.find_device(settings.machine.device))
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     if rank() == 0:
         create(settings, folder)
     devices.wait_for_processes()
@@ -53,6 +54,8 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcom
     except BaseException:
         if rank() == 0 and not (folder / METRICS).exists():
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in new_parents:
+                parent.rmdir()
         raise
 
 
@@ -153,7 +156,9 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     if position.checkpoint is not None:
         tensors, _ = checkpoint.load_training(position.checkpoint)
         load_state_tensors(model, trainer.optimizer, tensors)
-        trainer.scaler.load_state_dict(position.state["scaler"])
+        if trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(position.state["scaler"])
+    refuse_what_would_fail_later(dataset, tokenizer, settings)
     step_seconds = try_out(trainer, display)
     compiled: Literal["yes", "no"] = "yes" if trainer.compiled else "no"
     machine = replace(machine, compile=compiled, micro_batch=trainer.micro_batch)
@@ -206,7 +211,13 @@ def find_position(folder: Path) -> Position:
         return Position(None, {})
     newest = on_disk.checkpoints(folder)[0].name
     path = on_disk.find_checkpoint(folder, newest, training=True)
-    return Position(path, checkpoint.load_training(path)[1])
+    state = checkpoint.load_training(path)[1]
+    whole = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
+    if not whole or not isinstance(state.get("best"), dict):
+        raise on_disk.DamagedError(
+            f"{path / checkpoint.STATE} lacks what a run needs: was it edited?"
+        )
+    return Position(path, state)
 
 
 def open_data(
@@ -283,6 +294,19 @@ def open_model(
     vocab_size = settings.model.vocab_size if tokenizer is None else tokenizer.vocab_size
     torch.manual_seed(settings.training.seed)
     return GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
+
+
+def refuse_what_would_fail_later(
+    dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings
+) -> None:
+    """ValueError for what only the first evaluation or sample would stumble over."""
+    if dataset.validation is not None and len(dataset.validation) < 2:
+        raise ValueError(
+            f"a text of {len(dataset.validation)} tokens cannot be evaluated: "
+            "raise --validation-fraction, or set it to 0"
+        )
+    if tokenizer is not None and settings.report.sample_prompt is not None:
+        tokenizer.encode(settings.report.sample_prompt)
 
 
 def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
@@ -375,5 +399,6 @@ def cut_samples(path: Path, done: int) -> None:
     """Leave out of samples.md what was written after the step that the run goes on from."""
     if path.is_file():
         parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
-        kept = [part for part in parts if part and int(part.split()[2]) <= done]
+        heads = [re.match(r"## step (\d+)$", part, re.MULTILINE) for part in parts]
+        kept = [p for p, head in zip(parts, heads, strict=True) if not head or int(head[1]) <= done]
         on_disk.write_text(path, "".join(kept))
