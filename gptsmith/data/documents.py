@@ -154,7 +154,8 @@ def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> st
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair
-        raise ValueError(f"{place}: '{field}' is not valid Unicode ({error.reason})") from None
+        code = ord(value[error.start])
+        raise ValueError(f"{place}: '{field}' has a lone surrogate, U+{code:04X}") from None
     return value
 
 
