@@ -21,6 +21,10 @@ test: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/pip install -q -c requirements.lock -e '.[test]'
+# The older transformers that checkpoints are also tested with, in a folder of its own.
+	rm -rf .venv/transformers-4.57
+	$(BIN)/pip install -q --no-deps --target .venv/transformers-4.57 \
+		transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	@touch $@
 
 clean:

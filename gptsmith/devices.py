@@ -33,7 +33,6 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
-MOST_THREADS = 16  # per core; far more crash OpenMP, and none would help
 LONG_ENOUGH_TO_COMPILE = 300  # steps; compiling takes about a minute
 
 
@@ -77,8 +76,6 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
 def choose(settings: MachineSettings, steps: int) -> MachineSettings:
     """The settings with every automatic choice made, but the micro-batch, which needs the model."""
     device = find_device(settings.device)
-    if settings.threads is not None and settings.threads > MOST_THREADS * runtime.cores():
-        raise ValueError(f"threads is {settings.threads}, but there are {runtime.cores()} cores")
     compiles = settings.compile
     if compiles == "auto":
         compiles = "yes" if device.type == "cuda" and steps >= LONG_ENOUGH_TO_COMPILE else "no"
@@ -88,7 +85,7 @@ def choose(settings: MachineSettings, steps: int) -> MachineSettings:
         device=device.type if settings.device == "auto" else settings.device,
         dtype=find_dtype(settings.dtype, device),
         compile=compiles,
-        threads=runtime.cores() if settings.threads is None else settings.threads,
+        threads=runtime.checked_threads("threads", settings.threads),
     )
 
 

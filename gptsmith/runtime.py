@@ -9,12 +9,24 @@ from pathlib import Path
 
 import psutil
 
+MOST_THREADS = 16  # per core
+
 
 def cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def checked_threads(name: str, count: int | None) -> int:
+    """A number of threads as asked for, or one per core; ValueError for far too many.
+
+    Thousands starve the machine and then end the process.
+    """
+    if count is not None and count > MOST_THREADS * cores():
+        raise ValueError(f"{name} is {count}, but there are {cores()} cores: leave it out")
+    return cores() if count is None else count
 
 
 def rank() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..folder import write_json, written_whole
-from ..runtime import cores
+from ..runtime import checked_threads
 from ..settings import PrepareSettings
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
 from .documents import pieces, text_bytes
@@ -208,7 +208,7 @@ def write_dataset(
         labelled(sources, sums, options),
         tokenizer,
         unknown=options.unknown,
-        workers=options.workers or cores(),
+        workers=checked_threads("workers", options.workers),
     )
     with ExitStack() as stack:
         train, held_out = writers = [
