@@ -80,6 +80,9 @@ class GPTConfig:
         for name in ("dropout", "norm_eps"):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: a number is needed")
+        for name in ("bias", "qkv_bias", "tie_weights"):
+            if not isinstance(getattr(self, name), bool) and getattr(self, name, None) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: true or false is needed")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: 0 <= dropout < 1 is needed")
         if not 0 < self.norm_eps < float("inf"):

@@ -75,7 +75,7 @@ def train(options: Namespace) -> int:
 def starting_settings(what: str | None) -> tuple[RunSettings, str]:
     """The settings that the first word of `train` stands for, and a name for the run."""
     known = recipes()
-    if what is None:
+    if not what:
         raise UsageError(f"train what? A recipe ({', '.join(known)}), a .toml file, or data")
     if what in known:
         return read_toml(known[what]), what

@@ -77,6 +77,8 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 
 def sources_of(name: str) -> list[Source]:
     """The sources of one name."""
+    if not name:
+        raise ValueError("the name of a source is empty: a file, a folder or - is needed")
     if name == STANDARD_INPUT:
         return [spooled(sys.stdin.buffer)]
     if name in BUILT_IN:

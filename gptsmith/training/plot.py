@@ -54,6 +54,8 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # half a second to import; no window, no global state
 
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} for {path.name}: make it first")
     every = [record for records in runs.values() for record in records]
     if all(record.get("loss") is None for record in every):
         raise ValueError("there is nothing to plot yet: no step has learned anything")

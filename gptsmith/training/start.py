@@ -292,8 +292,11 @@ def open_model(
             )
         return model
     vocab_size = settings.model.vocab_size if tokenizer is None else tokenizer.vocab_size
+    config = replace(settings.model, vocab_size=vocab_size)
+    if accounting.weight_bytes(config) > devices.available_memory(torch.device("cpu")):
+        raise MemoryError
     torch.manual_seed(settings.training.seed)
-    return GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
+    return GPT(config).to(device)
 
 
 def refuse_what_would_fail_later(
