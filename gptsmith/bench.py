@@ -18,7 +18,7 @@ from .generate import generate
 from .model import GPT
 from .settings import GREEDY, MachineSettings, TrainingSettings
 from .training.loop import Trainer
-from .training.optimizers import adamw
+from .training.optimizers import make_optimizers
 
 WARM_UP = 2  # steps that also set things up, and are not counted
 
@@ -45,12 +45,13 @@ def bench_train(
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
     model = GPT(config).to(device)
+    model.attend_in_blocks(machine.attention == "blocks")
     T = config.context_length
     training = TrainingSettings(steps=steps + WARM_UP, batch_tokens=rows * T)
     stream = RandomTokens(config.vocab_size, T * rows * 4 + 1)
     trainer = Trainer(
         model=model.train(),
-        optimizer=adamw(model, training),
+        optimizers=make_optimizers(model, training),
         batches=Batches(stream, T, rows, seed=0),
         settings=training,
         device=device,

@@ -79,12 +79,17 @@ def choose(settings: MachineSettings, steps: int) -> MachineSettings:
     compiles = settings.compile
     if compiles == "auto":
         compiles = "yes" if device.type == "cuda" and steps >= LONG_ENOUGH_TO_COMPILE else "no"
+    dtype = find_dtype(settings.dtype, device)
+    attention = settings.attention
+    if attention == "auto":
+        attention = "blocks" if (device.type, dtype) == ("cpu", "bf16") else "kernel"
     return replace(
         settings,
         # Without the number: another rank, or a resumed run, may sit on another GPU.
         device=device.type if settings.device == "auto" else settings.device,
-        dtype=find_dtype(settings.dtype, device),
+        dtype=dtype,
         compile=compiles,
+        attention=attention,
         threads=runtime.checked_threads("threads", settings.threads),
     )
 
@@ -94,13 +99,16 @@ def prepare_machine(settings: MachineSettings) -> torch.device:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = find_device("auto" if settings.device == "cuda" else settings.device)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if settings.deterministic:
         runtime.allow_deterministic_cuda()
-    torch.use_deterministic_algorithms(settings.deterministic)
+    if settings.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(settings.deterministic)  # imports a second's worth
     return device
 
 

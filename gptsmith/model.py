@@ -10,13 +10,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attend
 from .cache import KVCache
 from .config import GPTConfig
-
-NOT_LEARNED = -1  # a target with this id counts for nothing
+from .loss import head_loss, mean_loss
 
 
 class Output(NamedTuple):
@@ -28,6 +27,8 @@ class Output(NamedTuple):
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers from itself and those before it.  (B, T, C) -> (B, T, C)"""
+
+    in_blocks = False  # how attention is computed, not what: see attention.py
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -43,15 +44,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, S, D)
-        S = k.shape[2]
-        # The T queries are the last of the S positions. One query sees all; a square is plainly
-        # causal; between the two (a chunk of a prefill) the triangle hangs from the lower right.
-        mask = None
-        if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=1 < T == S
-        )  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, dropout, in_blocks=self.in_blocks)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.drop(self.c_proj(y))
 
@@ -119,6 +113,12 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
+    def attend_in_blocks(self, yes: bool) -> None:
+        """Compute attention the way that is faster on CPUs in bfloat16, or PyTorch's own."""
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.in_blocks = yes
+
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last norm, ready for the head.  (B, T) -> (B, T, C)
 
@@ -147,10 +147,6 @@ class GPT(nn.Module):
         logits = self.lm_head(self.features(tokens, cache))
         return Output(logits, None if targets is None else mean_loss(logits, targets))
 
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per counted target, in nats.  (B, T, V), (B, T) -> ()"""
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_LEARNED, reduction="sum"
-    )
-    return total / (targets != NOT_LEARNED).sum().clamp(min=1)
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `forward` alone, to learn from: no logits are kept.  (B, T), (B, T) -> ()"""
+        return head_loss(self.features(tokens), self.lm_head.weight, targets)

@@ -3,7 +3,9 @@
 Knows nothing of PyTorch, so that text can be prepared without it; devices.py goes on from here.
 """
 
+import ctypes
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -75,7 +77,21 @@ def share_cores() -> None:
     By default they spin for milliseconds at every barrier, and two programs on the same cores then
     slow each other down more than tenfold. So they share the cores evenly.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that a step frees for the next, where it can be told so.
+
+    It would return each large buffer to the system, which hands it out again page by page: a
+    quarter of the time of a step of GPT-2 on a CPU.
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
+    set_option = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    set_option(trim_threshold, 2**31 - 1)  # bytes: never
+    set_option(mmap_max, 0)
 
 
 def allow_deterministic_cuda() -> None:

@@ -60,6 +60,12 @@ class TrainingSettings:
     warmup_steps: int = setting(100, "steps over which the learning rate rises from 0")
     decay_fraction: float = setting(0.2, "last share of the steps in which wsd decays")
     weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "muon: the blocks' matrices by Muon, which learns more per token; the rest by AdamW",
+    )
+    muon_learning_rate: float = setting(0.02, "highest learning rate of Muon")
+    muon_momentum: float = setting(0.95, "Muon's memory of the gradient, per step")
     beta1: float = setting(0.9, "AdamW's memory of the gradient, per step")
     beta2: float = setting(0.95, "AdamW's memory of the squared gradient, per step")
     epsilon: float = setting(1e-8, "added to AdamW's denominator")
@@ -70,6 +76,10 @@ class TrainingSettings:
         at_least(self, 1, "steps", "batch_tokens")
         at_least(self, 0, "warmup_steps", "learning_rate", "min_learning_rate", "weight_decay")
         at_least(self, 0, "seed", "grad_clip", "epsilon")
+        at_least(self, 0, "muon_learning_rate")
+        if self.optimizer == "muon" and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: with Muon, above 0 is needed")
+        within(self, "muon_momentum", 0, 1)
         within(self, "beta1", 0, 1)
         within(self, "beta2", 0, 1)
         if not 0 < self.decay_fraction <= 1:
@@ -86,6 +96,9 @@ class MachineSettings:
     )
     compile: Literal["auto", "yes", "no"] = setting(
         "auto", "torch.compile; auto says yes on CUDA for runs long enough to repay it"
+    )
+    attention: Literal["auto", "kernel", "blocks"] = setting(
+        "auto", "PyTorch's kernel, or blocks of plain products; auto takes blocks for bf16 on a CPU"
     )
     threads: int | None = setting(None, "CPU threads (default: one per core)")
     micro_batch: int | None = setting(

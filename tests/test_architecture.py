@@ -20,8 +20,8 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache model devices checkpoint sampling generate evaluate
-    training.schedules training.optimizers training.loop training.plot training.progress
+    cache attention loss model devices checkpoint sampling generate evaluate
+    training.schedules training.muon training.optimizers training.loop training.plot training.progress
     training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
     bench flags
@@ -33,6 +33,7 @@ NO_TORCH = (
     "config accounting settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
 ).split()
+MATHEMATICS = ("cache", "attention", "loss", "model")
 PURE = {"torch", "math", "typing"}
 # Heavy or optional: imported where used.
 OPTIONAL = ("pyarrow", "torch.utils.tensorboard", "wandb", "matplotlib", "resource")
@@ -123,8 +124,9 @@ def test_siblings_are_strangers(name: str) -> None:
 
 
 def test_the_model_is_only_mathematics() -> None:
-    assert {imported for imported, _ in imports("model")} == {"config", "cache"}
-    for name in ("model", "cache"):
+    found = {imported for imported, _ in imports("model")}
+    assert found == {"config", "cache", "attention", "loss"}
+    for name in MATHEMATICS:
         for node in ast.walk(tree_of(name)):
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= PURE
@@ -168,7 +170,7 @@ def test_everything_public_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in READING_ORDER if n.split(".")[0] in ("model", "cache", "sampling", "generate")],
+    [n for n in READING_ORDER if n in (*MATHEMATICS, "training.muon", "sampling", "generate")],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:
     """A class's docstring may speak for its methods."""

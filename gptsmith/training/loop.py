@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batches
-from ..devices import autocast, sum_over_processes, synchronize
-from ..model import GPT, NOT_LEARNED
+from ..devices import autocast, sum_over_processes
+from ..loss import NOT_LEARNED
+from ..model import GPT
 from ..settings import TrainingSettings
 from .schedules import learning_rate
 
@@ -49,7 +50,7 @@ class Trainer:
     """What a step works on; the weights and the optimizer's state change, the rest stays."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     batches: Batches
     settings: TrainingSettings
     device: torch.device
@@ -59,11 +60,17 @@ class Trainer:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        self.forward = torch.compile(self.model) if self.compiled else self.model
+        self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        self.ready: tuple[int, Tensor, Tensor] | None = None  # a step's batch, already loaded
 
     def stop_compiling(self) -> None:
         """Go on without torch.compile."""
-        self.compiled, self.forward = False, self.model
+        self.compiled, self.loss = False, self.model.loss
+
+    def forget_gradients(self) -> None:
+        """Let the memory of the gradients go."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Leave the gradient of the global batch's mean loss in the parameters; return that loss.
@@ -71,14 +78,14 @@ class Trainer:
         (R, T), (R, T) -> (). Every counted token weighs the same, however rows are divided into
         micro-batches and processes: each part's mean is weighted by its share of the whole count.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         whole = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
         total = torch.zeros((), device=self.device)
         for rows, wanted in zip(
             tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
         ):
             with autocast(self.device, self.dtype):
-                loss = self.forward(rows, wanted).loss
+                loss = self.loss(rows, wanted)
             loss = loss * ((wanted != NOT_LEARNED).sum() / whole)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -100,30 +107,47 @@ class Trainer:
                     ) from None
                 self.micro_batch = math.ceil(self.micro_batch / 2)
             # Outside the handler, which would keep the failed pass's tensors alive.
-            self.optimizer.zero_grad(set_to_none=True)
+            self.forget_gradients()
             torch.cuda.empty_cache()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's tokens and targets of the step after `step` others.  -> (R, T), (R, T)"""
+        if self.ready is not None and self.ready[0] == step:
+            return self.ready[1:]
+        return self.load(step)
+
+    def load(self, step: int) -> tuple[Tensor, Tensor]:
+        """Read a batch and start its way to the device.  -> (R, T), (R, T)"""
+        tokens, targets = (torch.from_numpy(part) for part in self.batches.at(step))
+        if self.device.type == "cuda":  # from pinned memory, a copy does not wait
+            tokens, targets = tokens.pin_memory(), targets.pin_memory()
+        return (
+            tokens.to(self.device, non_blocking=True),
+            targets.to(self.device, non_blocking=True),
+        )
 
     def step(self, done: int) -> StepReport:
         """Do the step that comes after `done` steps."""
         started = time.perf_counter()
         torch.manual_seed(step_seed(self.settings.seed, done, self.batches.rank))
         rate = learning_rate(done, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        tokens, targets = (torch.from_numpy(part) for part in self.batches.at(done))
-        loss = self.gradient_in_memory(
-            tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        )
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["times"]
+        loss = self.gradient_in_memory(*self.batch(done))
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.settings.grad_clip or math.inf
         )
-        numbers = loss.item(), norm.item()
+        if done + 1 < self.settings.steps:  # while a GPU is still at work on this one
+            self.ready = (done + 1, *self.load(done + 1))
+        numbers = torch.stack((loss, norm)).tolist()  # the one wait of a step
         skipped = not all(map(math.isfinite, numbers))
-        if not skipped:
-            self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            if not skipped:
+                self.scaler.step(optimizer)
         self.scaler.update()
-        synchronize(self.device)
         return StepReport(
             step=done + 1,
             loss=numbers[0],

@@ -73,7 +73,7 @@ def try_out(trainer: Trainer, display: Display) -> float:
         trainer.gradient_in_memory(tokens, targets)
         devices.synchronize(trainer.device)
         seconds.append(time.perf_counter() - started)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.forget_gradients()
     # The first pays for what is set up only once, and others may share the machine: the least.
     return min(seconds) * -(-mine // trainer.micro_batch)
 

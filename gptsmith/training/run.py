@@ -272,7 +272,7 @@ def save(run: Run) -> None:
         "scaler": trainer.scaler.state_dict(),
         "settings": asdict(run.settings),
     }
-    tensors = state_tensors(trainer.model, trainer.optimizer)
+    tensors = state_tensors(trainer.model, trainer.optimizers)
     checkpoint.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
     point(run, name)
 

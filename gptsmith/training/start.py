@@ -28,7 +28,7 @@ from ..runtime import rank, world_size
 from ..settings import MachineSettings, RunSettings, TrainingSettings
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .loop import Trainer
-from .optimizers import adamw, load_state_tensors
+from .optimizers import load_state_tensors, make_optimizers
 from .plan import show_plan, try_out
 from .plot import read_metrics
 from .progress import Display, Recorder, Watchers
@@ -155,7 +155,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     trainer = make_trainer(model, settings, dataset, rows, device)
     if position.checkpoint is not None:
         tensors, _ = checkpoint.load_training(position.checkpoint)
-        load_state_tensors(model, trainer.optimizer, tensors)
+        load_state_tensors(model, trainer.optimizers, tensors)
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(position.state["scaler"])
     refuse_what_would_fail_later(dataset, tokenizer, settings)
@@ -358,6 +358,7 @@ def make_trainer(
     """What the loop works on."""
     machine = settings.machine
     assert machine.micro_batch is not None
+    model.attend_in_blocks(machine.attention == "blocks")
     batches = Batches(
         dataset.train,
         model.config.context_length,
@@ -368,7 +369,7 @@ def make_trainer(
     )
     return Trainer(
         model=model,
-        optimizer=adamw(model, settings.training),
+        optimizers=make_optimizers(model, settings.training),
         batches=batches,
         settings=settings.training,
         device=device,
