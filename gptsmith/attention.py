@@ -39,7 +39,7 @@ def attend(
 
 
 class _Blocks(torch.autograd.Function):
-    """The attention weights of the forward pass are kept, in its own precision, for the backward."""
+    """The attention weights of the forward pass are kept for the backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

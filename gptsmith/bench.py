@@ -5,8 +5,9 @@ Fresh weights and random tokens, which cost what real ones do; knows nothing of 
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,18 +39,40 @@ class RandomTokens:
 
 
 def bench_train(
-    config: GPTConfig, settings: MachineSettings, *, rows: int, steps: int
+    config: GPTConfig,
+    settings: MachineSettings,
+    *,
+    rows: int,
+    steps: int,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, Any]:
     """Time whole optimizer steps on `rows` windows of the context length."""
-    machine = devices.choose(replace(settings, micro_batch=rows), steps)
+    machine = devices.choose(replace(settings, micro_batch=rows))
+    trainer = make_trainer(config, machine, rows=rows, steps=steps + WARM_UP, optimizer=optimizer)
+    seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
+    return training_figures(config, machine, trainer, seconds)
+
+
+def make_trainer(
+    config: GPTConfig,
+    machine: MachineSettings,
+    *,
+    rows: int,
+    steps: int,
+    optimizer: Literal["adamw", "muon"],
+) -> Trainer:
+    """Fresh weights and random tokens, ready to step; `machine` is chosen already."""
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
     model = GPT(config).to(device)
     model.attend_in_blocks(machine.attention == "blocks")
+    how = machine.compile
+    if how == "auto":  # as long runs find
+        how = "yes" if device.type == "cuda" else "no"
     T = config.context_length
-    training = TrainingSettings(steps=steps + WARM_UP, batch_tokens=rows * T)
+    training = TrainingSettings(steps=steps, batch_tokens=rows * T, optimizer=optimizer)
     stream = RandomTokens(config.vocab_size, T * rows * 4 + 1)
-    trainer = Trainer(
+    return Trainer(
         model=model.train(),
         optimizers=make_optimizers(model, training),
         batches=Batches(stream, T, rows, seed=0),
@@ -58,25 +81,31 @@ def bench_train(
         dtype=machine.dtype,
         micro_batch=rows,
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
-        compiled=machine.compile == "yes",
+        compiled=how,
     )
-    seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
+
+
+def training_figures(
+    config: GPTConfig, machine: MachineSettings, trainer: Trainer, seconds: Sequence[float]
+) -> dict[str, Any]:
+    """What steps that took so many seconds each say of the machine."""
+    tokens = trainer.settings.batch_tokens
     median = statistics.median(seconds)
-    peak = devices.peak_flops(device)
-    flops = accounting.flops_per_token(config, training=True) * rows * T / median
+    peak = devices.peak_flops(trainer.device)
+    flops = accounting.flops_per_token(config, training=True) * tokens / median
     return {
-        "device": str(device),
+        "device": str(trainer.device),
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "compiled": machine.compile == "yes",
+        "compiled": trainer.compiled != "no",
         "parameters": accounting.parameter_count(config),
-        "batch_tokens": rows * T,
-        "tokens_per_second": rows * T / median,
+        "batch_tokens": tokens,
+        "tokens_per_second": tokens / median,
         "step_milliseconds": median * 1000,
         "slowest_step_milliseconds": max(seconds) * 1000,
         "model_gigaflops_per_second": flops / 1e9,
         "mfu": None if peak is None else flops / peak,
-        "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
+        "peak_memory_megabytes": devices.peak_memory(trainer.device) / 1e6,
     }
 
 
@@ -96,7 +125,7 @@ def bench_generate(
         )
     if settings.dtype == "auto":
         settings = replace(settings, dtype="float32")
-    machine = devices.choose(settings, steps=0)
+    machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
     model = GPT(config).to(device, devices.DTYPES[machine.dtype]).eval()

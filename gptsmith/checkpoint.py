@@ -20,6 +20,7 @@ from .folder import DamagedError
 from .model import GPT
 from .tokenizers import Tokenizer, load_tokenizer
 
+BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 PREFIX = "transformer."  # what GPT2LMHeadModel puts before every name but lm_head's
 # GPT2LMHeadModel keeps these as (in, out); nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -96,11 +97,10 @@ def oriented(name: str, tensor: Tensor) -> Tensor:
 
 def every_name(config: GPTConfig) -> list[str]:
     """Our names of the tensors that a Hugging Face folder holds: all biases, no tied head."""
-    with torch.device("meta"):
-        full = GPT(replace(config, bias=True, qkv_bias=True))
-    return [
-        name for name in full.state_dict() if not (config.tie_weights and name == "lm_head.weight")
-    ]
+    blocks = [f"h.{layer}.{part}" for layer in range(config.n_layer) for part in BLOCK]
+    names = [f"{part}.{kind}" for part in (*blocks, "ln_f") for kind in ("weight", "bias")]
+    head = [] if config.tie_weights else ["lm_head.weight"]
+    return ["wte.weight", "wpe.weight", *names, *head]
 
 
 # -- reading

@@ -33,7 +33,6 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
-LONG_ENOUGH_TO_COMPILE = 300  # steps; compiling takes about a minute
 
 
 def find_device(name: str) -> torch.device:
@@ -73,12 +72,14 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
     return "float32"
 
 
-def choose(settings: MachineSettings, steps: int) -> MachineSettings:
-    """The settings with every automatic choice made, but the micro-batch, which needs the model."""
+def choose(settings: MachineSettings) -> MachineSettings:
+    """The settings with the automatic choices made that need no model.
+
+    What needs one is left: the micro-batch, and whether to compile.
+    """
     device = find_device(settings.device)
-    compiles = settings.compile
-    if compiles == "auto":
-        compiles = "yes" if device.type == "cuda" and steps >= LONG_ENOUGH_TO_COMPILE else "no"
+    if settings.compile == "max-autotune" and device.type != "cuda":
+        raise ValueError(f"compile is max-autotune, which is for CUDA: on {device.type} take yes")
     dtype = find_dtype(settings.dtype, device)
     attention = settings.attention
     if attention == "auto":
@@ -88,7 +89,6 @@ def choose(settings: MachineSettings, steps: int) -> MachineSettings:
         # Without the number: another rank, or a resumed run, may sit on another GPU.
         device=device.type if settings.device == "auto" else settings.device,
         dtype=dtype,
-        compile=compiles,
         attention=attention,
         threads=runtime.checked_threads("threads", settings.threads),
     )
@@ -110,6 +110,14 @@ def prepare_machine(settings: MachineSettings) -> torch.device:
     if settings.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(settings.deterministic)  # imports a second's worth
     return device
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed what draws the device's random numbers; torch.manual_seed is slow, as it seeds all."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:

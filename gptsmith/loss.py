@@ -2,7 +2,7 @@
 
 The head and its loss are computed for some tokens at a time, and their gradient with them, so that
 what lives until the backward pass is the gradient of the features and of the head: at GPT-2's size
-and 2,048 tokens this saves two thirds of a gigabyte. Knows nothing of the model that made the features.
+and 2,048 tokens this saves two thirds of a gigabyte. Knows nothing of how features are made.
 
 Shapes:  N tokens    R of them at once    C channels    V vocabulary    P padded vocabulary
 """

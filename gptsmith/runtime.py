@@ -77,7 +77,7 @@ def share_cores() -> None:
     By default they spin for milliseconds at every barrier, and two programs on the same cores then
     slow each other down more than tenfold. So they share the cores evenly.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def keep_freed_memory() -> None:

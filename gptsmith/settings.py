@@ -94,8 +94,10 @@ class MachineSettings:
     dtype: Dtype = setting(
         "auto", "precision of matrix products; auto takes bf16 where the processor is good at it"
     )
-    compile: Literal["auto", "yes", "no"] = setting(
-        "auto", "torch.compile; auto says yes on CUDA for runs long enough to repay it"
+    compile: Literal["auto", "yes", "no", "max-autotune"] = setting(
+        "auto",
+        "torch.compile; auto tries it where the run is long enough to repay it, and keeps it if "
+        "faster; max-autotune, for CUDA, searches longer and records CUDA graphs",
     )
     attention: Literal["auto", "kernel", "blocks"] = setting(
         "auto", "PyTorch's kernel, or blocks of plain products; auto takes blocks for bf16 on a CPU"

@@ -21,10 +21,10 @@ READING_ORDER = """
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
     cache attention loss model devices checkpoint sampling generate evaluate
-    training.schedules training.muon training.optimizers training.loop training.plot training.progress
-    training.run training.plan training.start training
+    training.schedules training.muon training.optimizers training.loop training.plot
+    training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
-    bench flags
+    bench profile flags
     commands.words commands.text commands.train commands.use commands.look commands
     cli __main__ __init__
 """.split()

@@ -9,7 +9,7 @@ from ..flags import Parser, add_flags, given
 from ..folder import check_shapes, find_model, read_config
 from ..inspection.describe import describe as describe_model
 from ..recipe import convert, read_toml, recipes, updated
-from ..settings import MachineSettings
+from ..settings import MachineSettings, TrainingSettings
 
 
 def add_describe(parser: Parser) -> None:
@@ -70,6 +70,10 @@ def add_bench(parser: Parser) -> None:
     )
     parser.add_argument("--prompt-tokens", default="32", metavar="N", help="generate: default 32")
     parser.add_argument("--max-tokens", default="128", metavar="N", help="generate: default 128")
+    parser.add_argument("--optimizer", metavar="adamw|muon", help="train: default adamw")
+    parser.add_argument(
+        "--profile", action="store_true", help="train: where the time goes, by part of the model"
+    )
     parser.add_argument("--json", action="store_true", help="write JSON")
     add_flags(parser, MachineSettings, without=("micro_batch", "deterministic"))
 
@@ -77,6 +81,7 @@ def add_bench(parser: Parser) -> None:
 def bench(options: Namespace) -> None:
     """Measure tokens per second, step time and peak memory."""
     from ..bench import bench_generate, bench_train
+    from ..profile import profile_train, render
 
     config, title = described_config(options.model)
     machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
@@ -89,7 +94,13 @@ def bench(options: Namespace) -> None:
         if count < 1:
             raise ValueError(f"{name} is {count}: at least 1 is needed")
     if options.what == "train":
-        found = bench_train(config, machine, rows=rows or 4, steps=counts["steps"])
+        chosen = updated(TrainingSettings(), {"optimizer": options.optimizer or "adamw"}, "bench")
+        measure = profile_train if options.profile else bench_train
+        found = measure(
+            config, machine, rows=rows or 4, steps=counts["steps"], optimizer=chosen.optimizer
+        )
+    elif options.profile or options.optimizer:
+        raise ValueError("--profile and --optimizer are of training: say 'bench train'")
     else:
         found = bench_generate(
             config,
@@ -101,9 +112,13 @@ def bench(options: Namespace) -> None:
     if options.json:
         print(json.dumps({"model": title, **found}))
         return
+    profile = found.pop("profile", None)
     width = max(map(len, found))
     print(f"{options.what}: {title}")
     for name, value in found.items():
         shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
         shown = f"{value:,.0f}" if isinstance(value, int | float) and value >= 1000 else shown
         print(f"  {name.replace('_', ' '):<{width}}  {shown}")
+    if profile is not None:
+        print()
+        print(render(profile))

@@ -80,7 +80,7 @@ def open_model(options: Namespace) -> Any:
     machine = updated(MachineSettings(), given(options, MachineSettings), "machine")
     if machine.dtype == "auto":
         machine = replace(machine, dtype="float32")
-    machine = devices.choose(machine, steps=0)
+    machine = devices.choose(machine)
     device = devices.prepare_machine(machine)
     return load(options.model, device=device, dtype=devices.DTYPES[machine.dtype])
 

@@ -10,21 +10,26 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.batches import Batches
-from ..devices import autocast, sum_over_processes
+from ..devices import autocast, seed_device, sum_over_processes
 from ..loss import NOT_LEARNED
 from ..model import GPT
 from ..settings import TrainingSettings
+from .optimizers import Optimizer
 from .schedules import learning_rate
 
 # So many steps in a row without a finite gradient mean that the run is lost. With fp16 the scaler
 # may first have to halve its way down from 65,536.
 MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp16": 25}
+
+
+Compiled = Literal["no", "yes", "max-autotune"]
 
 
 class DivergedError(ValueError):
@@ -50,22 +55,24 @@ class Trainer:
     """What a step works on; the weights and the optimizer's state change, the rest stays."""
 
     model: GPT
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     batches: Batches
     settings: TrainingSettings
     device: torch.device
     dtype: str
     micro_batch: int  # rows; halved where the GPU's memory runs out
     scaler: torch.amp.GradScaler
-    compiled: bool = False
+    compiled: Compiled = "no"
 
     def __post_init__(self) -> None:
-        self.loss = torch.compile(self.model.loss) if self.compiled else self.model.loss
+        self.compile(self.compiled)
         self.ready: tuple[int, Tensor, Tensor] | None = None  # a step's batch, already loaded
 
-    def stop_compiling(self) -> None:
-        """Go on without torch.compile."""
-        self.compiled, self.loss = False, self.model.loss
+    def compile(self, how: Compiled) -> None:
+        """Go on with torch.compile, or without."""
+        self.compiled, self.loss = how, self.model.loss
+        if how != "no":
+            self.loss = torch.compile(self.loss, mode=None if how == "yes" else how)
 
     def forget_gradients(self) -> None:
         """Let the memory of the gradients go."""
@@ -84,6 +91,8 @@ class Trainer:
         for rows, wanted in zip(
             tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
         ):
+            if self.compiled == "max-autotune":  # its CUDA graphs reuse the last pass's memory
+                torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
                 loss = self.loss(rows, wanted)
             loss = loss * ((wanted != NOT_LEARNED).sum() / whole)
@@ -129,14 +138,14 @@ class Trainer:
     def step(self, done: int) -> StepReport:
         """Do the step that comes after `done` steps."""
         started = time.perf_counter()
-        torch.manual_seed(step_seed(self.settings.seed, done, self.batches.rank))
+        seed_device(self.device, step_seed(self.settings.seed, done, self.batches.rank))
         rate = learning_rate(done, self.settings)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["times"]
         loss = self.gradient_in_memory(*self.batch(done))
         for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.settings.grad_clip or math.inf
         )
@@ -146,7 +155,7 @@ class Trainer:
         skipped = not all(map(math.isfinite, numbers))
         for optimizer in self.optimizers:
             if not skipped:
-                self.scaler.step(optimizer)
+                self.scaler.step(optimizer)  # type: ignore[arg-type]
         self.scaler.update()
         return StepReport(
             step=done + 1,

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 # Of the quintic a x + b x^3 + c x^5, whose five-fold application sends every singular value in
 # (0, 1] to about one: Jordan's figures.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-class Muon(Optimizer):
+class Muon:
     """Steps of one size for every singular direction of a matrix, with decoupled weight decay.
 
     `stacks` maps a parameter (R, C) to how many matrices lie in it below one another, as query, key
     and value do in `c_attn`; each is orthogonalized alone. A wide matrix steps by `lr` in spectral
     norm, a tall one by sqrt(R/C) times as much, so that outputs change by as much per channel.
+
+    torch.optim.Muon goes from matrix to matrix, at half the speed for small ones, and knows no
+    stacks.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         stacks: dict[Tensor, int] | None = None,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), **group}]
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.stacks = stacks or {}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Learn from the gradients; parameters without one stay."""
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]

@@ -3,7 +3,12 @@
 The time is measured on this machine, the memory estimated; nothing of the run is changed.
 """
 
+import math
+import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,11 +19,28 @@ from .loop import Trainer
 from .progress import Display, duration, size
 from .run import Run
 
-LEAST_TRIALS, MOST_TRIALS = 2, 5  # micro-batches, of which the fastest tells the time of a step
+LEAST_TRIALS, MOST_TRIALS = 2, 8
+# Seconds of a run, by device, from which compiling for half a minute may repay itself: a GPU saves
+# a third of a step, a CPU little where matrix products are large and a sixth where they are small.
+WORTH_COMPILING = {"cuda": 120.0, "cpu": 600.0}
+FASTER = 0.95  # of the eager time; less is not worth another way of rounding
 
 
-def show_plan(run: Run, step: float) -> None:
-    """Say what will happen, before the first step, where each takes `step` seconds."""
+@dataclass(frozen=True)
+class Trial:
+    """Seconds that a step should take, by its two parts."""
+
+    gradient: float  # forward and backward of this process's rows
+    update: float  # clipping, and the optimizers
+
+    @property
+    def step(self) -> float:
+        """Seconds of a whole step."""
+        return self.gradient + self.update
+
+
+def show_plan(run: Run, trial: Trial) -> None:
+    """Say what will happen, before the first step."""
     settings, trainer = run.settings, run.trainer
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
@@ -38,44 +60,80 @@ def show_plan(run: Run, step: float) -> None:
         + (f"; {run.done:,} are done" if run.done else ""),
         "machine": f"{trainer.device}, {machine.dtype}, {machine.threads} threads, "
         f"micro-batch of {machine.micro_batch} rows"
-        + (", compiled" if machine.compile == "yes" else "")
+        + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         "memory": f"about {size(memory)} on the device, besides PyTorch itself",
-        "time": f"about {duration(run_seconds(run, step))} for {left:,} steps",
+        "time": f"about {duration(run_seconds(run, trial))} for {left:,} steps",
         "run": str(run.folder),
     }
     title = "Resuming" if run.done else "Training"
     run.display.table(title, rows)
 
 
-def try_out(trainer: Trainer, display: Display) -> float:
-    """Seconds that a step should take, by doing one micro-batch of the first a few times.
+def try_out(trainer: Trainer, display: Display) -> Trial:
+    """How long a step should take, by doing the parts of the first a few times.
 
-    Leaves no trace: the gradient is discarded, and each step seeds its own randomness. What cannot
-    work shows here: a micro-batch too large for the GPU is halved, and where torch.compile fails
-    (as without a C++ compiler) the run goes on without it, which is said.
+    Leaves no trace: gradients and updates are discarded, and each step seeds its own randomness.
+    To be called before the optimizers are given the state of a run. What cannot work shows here: a
+    micro-batch too large for the GPU is halved, and where torch.compile fails (as without a C++
+    compiler) the run goes on without it, which is said.
     """
     mine = len(trainer.batches.mine)
-    tokens, targets = (
-        torch.from_numpy(part[: trainer.micro_batch]).to(trainer.device)
-        for part in trainer.batches.at(0)
-    )
+    tokens, targets = (part[: trainer.micro_batch] for part in trainer.load(0))
     trainer.model.train()
-    if trainer.compiled:
+    if trainer.compiled != "no":
         try:
             trainer.gradient_in_memory(tokens, targets)
         except Exception as error:  # the compiler's errors have no common class of their own
-            trainer.stop_compiling()
+            trainer.compile("no")
             display.say(f"torch.compile failed, so the run is not compiled: {first_line(error)}")
-    seconds: list[float] = []
-    while len(seconds) < LEAST_TRIALS or (sum(seconds) < 0.5 and len(seconds) < MOST_TRIALS):
-        started = time.perf_counter()
-        trainer.gradient_in_memory(tokens, targets)
-        devices.synchronize(trainer.device)
-        seconds.append(time.perf_counter() - started)
+    each = timed(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
+    update = timed(partial(dry_update, trainer), trainer.device)
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
     trainer.forget_gradients()
-    # The first pays for what is set up only once, and others may share the machine: the least.
-    return min(seconds) * -(-mine // trainer.micro_batch)
+    seconds = each * -(-mine // trainer.micro_batch), update
+    together = devices.sum_of_numbers(seconds, trainer.device)  # so that all decide alike
+    return Trial(*(total / world_size() for total in together))
+
+
+def dry_update(trainer: Trainer) -> None:
+    """What a step does with its gradients, done to copies of the weights."""
+    weights = list(trainer.model.parameters())
+    kept = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.clone()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    for weight, data in zip(weights, kept, strict=True):
+        weight.data = data
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that work takes: the median of a few times after a first, which sets things up."""
+    seconds: list[float] = []
+    while len(seconds) < LEAST_TRIALS or (sum(seconds) < 0.3 and len(seconds) < MOST_TRIALS):
+        started = time.perf_counter()
+        work()
+        devices.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Trial) -> Trial:
+    """Compile where the steps that are left take long enough, and it turns out faster.
+
+    Returns the trial of what was chosen.
+    """
+    if eager.step * left < WORTH_COMPILING.get(trainer.device.type, math.inf):
+        return eager
+    display.say("trying torch.compile, as the run is long")
+    trainer.compile("yes")
+    compiled = try_out(trainer, display)
+    if trainer.compiled == "yes" and compiled.step > FASTER * eager.step:
+        trainer.compile("no")
+    return compiled if trainer.compiled == "yes" else eager
 
 
 def first_line(error: Exception) -> str:
@@ -83,7 +141,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def run_seconds(run: Run, step: float) -> float:
+def run_seconds(run: Run, trial: Trial) -> float:
     """Seconds that the rest of a run should take: its steps, and its passes over the held-out text.
 
     A pass does a third of a step's work per token, as it has no backward.
@@ -94,4 +152,5 @@ def run_seconds(run: Run, step: float) -> float:
         tokens = min(tokens, settings.report.evaluate_tokens)
     left = settings.training.steps - run.done
     passes = -(-left // settings.report.evaluate_every)
-    return step * (left + passes * tokens / settings.training.batch_tokens / 3)
+    share = tokens / settings.training.batch_tokens
+    return trial.step * left + trial.gradient / 3 * share * passes

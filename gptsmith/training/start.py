@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,7 +29,7 @@ from ..settings import MachineSettings, RunSettings, TrainingSettings
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .loop import Trainer
 from .optimizers import load_state_tensors, make_optimizers
-from .plan import show_plan, try_out
+from .plan import compile_if_it_pays, show_plan, try_out
 from .plot import read_metrics
 from .progress import Display, Recorder, Watchers
 from .run import CONFIG, METRICS, SAMPLES, Outcome, Run, follow, point, write_event
@@ -144,7 +144,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Everything a run needs to step on, from its folder; every automatic choice is made here."""
     settings = changed(read_toml(folder / CONFIG), changes)
     display.log_every = settings.report.log_every
-    machine = devices.choose(settings.machine, settings.training.steps)
+    machine = devices.choose(settings.machine)
     device = devices.prepare_machine(machine)
     position = find_position(folder)
     dataset, tokenizer = open_data(folder, settings, display)
@@ -153,15 +153,17 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     machine = with_micro_batch(machine, model.config, rows, device, position)
     settings = replace(settings, model=model.config, machine=machine)
     trainer = make_trainer(model, settings, dataset, rows, device)
+    refuse_what_would_fail_later(dataset, tokenizer, settings)
+    trial = try_out(trainer, display)
+    if machine.compile == "auto":
+        left = settings.training.steps - position.done
+        trial = compile_if_it_pays(trainer, display, left, trial)
     if position.checkpoint is not None:
         tensors, _ = checkpoint.load_training(position.checkpoint)
         load_state_tensors(model, trainer.optimizers, tensors)
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(position.state["scaler"])
-    refuse_what_would_fail_later(dataset, tokenizer, settings)
-    step_seconds = try_out(trainer, display)
-    compiled: Literal["yes", "no"] = "yes" if trainer.compiled else "no"
-    machine = replace(machine, compile=compiled, micro_batch=trainer.micro_batch)
+    machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)
     settings = replace(settings, machine=machine)
     best = position.state.get("best", {})
     run = Run(
@@ -179,7 +181,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
         best_loss=best.get("validation_loss"),
         saved=position.done,
     )
-    show_plan(run, step_seconds)
+    show_plan(run, trial)
     if rank() == 0:
         open_records(run, changes)
     devices.wait_for_processes()
@@ -376,7 +378,7 @@ def make_trainer(
         dtype=machine.dtype,
         micro_batch=machine.micro_batch,
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
-        compiled=machine.compile == "yes",
+        compiled="no" if machine.compile == "auto" else machine.compile,
     )
 
 
