@@ -19,10 +19,9 @@ LOGITS_AT_ONCE = 1 << 25  # numbers, 128 MiB in float32; with fewer, adding up t
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per counted target, in nats, in float32.  (B, T, V), (B, T) -> ()"""
-    total = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_LEARNED, reduction="sum"
-    )
+    """Cross entropy per counted target, in nats, in float32 or more.  (B, T, V), (B, T) -> ()"""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=NOT_LEARNED, reduction="sum")
     return total / (targets != NOT_LEARNED).sum().clamp(min=1)
 
 
@@ -66,7 +65,7 @@ class _HeadLoss(torch.autograd.Function):
             d_logits = logits.softmax(1)  # exp, which is many times slower here on CPUs
             del logits
             d_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-            d_logits *= (counted[part] / count)[:, None]
+            d_logits *= (counted[part].to(wide) / count)[:, None]
             d_logits = d_logits.to(dtype)
             d_features[part] = d_logits @ weight
             d_weight += d_logits.T @ x[part]

@@ -110,8 +110,9 @@ def test_dropout_of_a_step_depends_on_seed_and_step_alone() -> None:
     assert one.step(1).loss == other.step(1).loss
 
 
-def test_optimizer_state_survives_the_trip_to_tensors() -> None:
-    through, resumed = make_trainer(), make_trainer()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_survives_the_trip_to_tensors(optimizer: str) -> None:
+    through, resumed = make_trainer(optimizer=optimizer), make_trainer(optimizer=optimizer)
     for step in range(4):
         through.step(step)
     tensors = {k: v.clone() for k, v in state_tensors(through.model, through.optimizers).items()}

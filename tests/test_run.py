@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def test_what_is_shown_changes_nothing_that_is_learned() -> None:
     one = train()
     other = train("--evaluate-every", "3", "--sample-every", "1", "--keep", "9", out="other")
     assert same_weights(one, other)
+
+
+@pytest.mark.parametrize("attention", ["blocks", "kernel"])
+def test_muon_in_bf16_goes_on_bit_for_bit(attention: str) -> None:
+    how = ("--optimizer", "muon", "--dtype", "bf16", "--attention", attention)
+    through = train(*how, out="through")
+    half = train(*how, "--save-every", "3", out="half")
+    for path in checkpoints(half)[:1]:  # as if killed after step 6
+        shutil.rmtree(path)
+    assert cli.main(["train", "--resume", "half"]) == 0
+    assert same_weights(through, half)
+    assert [r["loss"] for r in records(half)] == [r["loss"] for r in records(through)]
 
 
 def test_another_seed_is_another_run() -> None:
