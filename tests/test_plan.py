@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from gptsmith.training import plan
-from gptsmith.training.loop import Trainer
 from gptsmith.training.plan import Trial, compile_if_it_pays, try_out
 from gptsmith.training.progress import Display
 from tests.test_loop import make_trainer
