@@ -66,6 +66,8 @@ def make_trainer(
     torch.manual_seed(0)
     model = GPT(config).to(device)
     model.attend_in_blocks(machine.attention == "blocks")
+    if machine.dtype == "fp8":
+        devices.multiply_in_float8(model)
     how = machine.compile
     if how == "auto":  # as long runs find
         how = "yes" if device.type == "cuda" else "no"
@@ -128,7 +130,7 @@ def bench_generate(
     machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
-    model = GPT(config).to(device, devices.DTYPES[machine.dtype]).eval()
+    model = GPT(config).to(device, devices.weight_dtype(machine.dtype)).eval()
     prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
     list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY))
     times = [time.perf_counter()]

@@ -12,12 +12,14 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import runtime
 from .settings import Dtype, MachineSettings
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES["fp8"] = torch.bfloat16  # of all but the products that `multiply_in_float8` replaces
+HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
 Item = TypeVar("Item")
 
@@ -61,6 +63,10 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
     """
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"dtype is fp16, which needs CUDA: on {device.type} take bf16 or float32")
+    if name == "fp8" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER
+    ):
+        raise ValueError("dtype is fp8, which needs a Hopper GPU or newer: take bf16")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -125,6 +131,28 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+def weight_dtype(dtype: Dtype) -> torch.dtype:
+    """The type of a model's weights where nothing is learned, for this (chosen) precision."""
+    if dtype == "fp8":
+        raise ValueError("dtype is fp8, which is for training: take bf16")
+    return DTYPES[dtype]
+
+
+def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
+    """Let the linear layers of the blocks multiply in 8-bit floats, by torchao; the weights stay.
+
+    Each product finds the scale of its whole tensors as it runs. The head, whose loss is computed
+    in parts, stays in bf16. `emulate` computes what an older device would, slowly.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ImportError("dtype fp8 needs an extra: pip install 'gptsmith[fp8]'") from error
+    blocks = [module for name, module in model.named_children() if name == "h"]
+    for block in blocks:
+        convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate))
 
 
 def number_bytes(dtype: Dtype) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from .config import GPTConfig, at_least, setting, within
 
-Dtype = Literal["auto", "float32", "bf16", "fp16"]
+Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,9 @@ class MachineSettings:
 
     device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto takes the fastest there is")
     dtype: Dtype = setting(
-        "auto", "precision of matrix products; auto takes bf16 where the processor is good at it"
+        "auto",
+        "precision of matrix products; auto takes bf16 where the processor is good at it; fp8, for "
+        "training on Hopper GPUs, is bf16 with the blocks' products in 8 bits",
     )
     compile: Literal["auto", "yes", "no", "max-autotune"] = setting(
         "auto",

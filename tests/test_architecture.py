@@ -36,7 +36,7 @@ NO_TORCH = (
 MATHEMATICS = ("cache", "attention", "loss", "model")
 PURE = {"torch", "math", "typing"}
 # Heavy or optional: imported where used.
-OPTIONAL = ("pyarrow", "torch.utils.tensorboard", "wandb", "matplotlib", "resource")
+OPTIONAL = ("pyarrow", "torchao", "torch.utils.tensorboard", "wandb", "matplotlib", "resource")
 
 
 def module_names() -> list[str]:

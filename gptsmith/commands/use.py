@@ -82,7 +82,7 @@ def open_model(options: Namespace) -> Any:
         machine = replace(machine, dtype="float32")
     machine = devices.choose(machine)
     device = devices.prepare_machine(machine)
-    return load(options.model, device=device, dtype=devices.DTYPES[machine.dtype])
+    return load(options.model, device=device, dtype=devices.weight_dtype(machine.dtype))
 
 
 def add_evaluate(parser: Parser) -> None:

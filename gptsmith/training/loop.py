@@ -26,7 +26,7 @@ from .schedules import learning_rate
 
 # So many steps in a row without a finite gradient mean that the run is lost. With fp16 the scaler
 # may first have to halve its way down from 65,536.
-MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp16": 25}
+MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp8": 5, "fp16": 25}
 
 
 Compiled = Literal["no", "yes", "max-autotune"]

@@ -361,6 +361,8 @@ def make_trainer(
     machine = settings.machine
     assert machine.micro_batch is not None
     model.attend_in_blocks(machine.attention == "blocks")
+    if machine.dtype == "fp8":
+        devices.multiply_in_float8(model)
     batches = Batches(
         dataset.train,
         model.config.context_length,
