@@ -4,6 +4,7 @@ Knows nothing of PyTorch, of a machine or of a run; tests hold it against the re
 
 Letters:  V vocabulary    P positions (context_length)    C channels    M channels inside the MLP
           L blocks        H heads                         T tokens given, at most P
+          D channels per head                             G heads of keys and values
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Component:
     shape: tuple[int, ...]
     formula: str  # the size, in the letters above: "3 * C * C"
     tied: bool = False  # the same tensor as wte.weight, so nothing more to store
-    absent: bool = False  # a bias that this configuration does without
+    absent: bool = False  # what this configuration does without: biases, or norms' weights
 
     @property
     def count(self) -> int:
@@ -41,6 +42,7 @@ def sizes(config: GPTConfig) -> dict[str, int]:
         "P": config.context_length,
         "L": config.n_layer,
         "H": config.n_head,
+        "G": config.kv_heads,
         "D": config.head_size,
         "C": config.n_embd,
         "M": config.mlp_size,
@@ -52,16 +54,17 @@ def sizes(config: GPTConfig) -> dict[str, int]:
 
 def block_components(config: GPTConfig) -> list[Component]:
     """The weights and biases of one block, absent ones included; names as in `h.0`."""
-    C, M = config.n_embd, config.mlp_size
-    no_bias, no_qkv_bias = not config.bias, not config.has_qkv_bias
+    C, M, rows = config.n_embd, config.mlp_size, sum(config.attention_rows)
+    no_gain, no_bias, no_qkv_bias = config.modern, not config.bias, not config.has_qkv_bias
+    qkv = "3 * C" if rows == 3 * C else "(C + 2 * G * D)"
     return [
-        Component("ln_1.weight", (C,), "C"),
+        Component("ln_1.weight", (C,), "C", absent=no_gain),
         Component("ln_1.bias", (C,), "C", absent=no_bias),
-        Component("attn.c_attn.weight", (3 * C, C), "3 * C * C"),
-        Component("attn.c_attn.bias", (3 * C,), "3 * C", absent=no_qkv_bias),
+        Component("attn.c_attn.weight", (rows, C), f"{qkv} * C"),
+        Component("attn.c_attn.bias", (rows,), qkv, absent=no_qkv_bias),
         Component("attn.c_proj.weight", (C, C), "C * C"),
         Component("attn.c_proj.bias", (C,), "C", absent=no_bias),
-        Component("ln_2.weight", (C,), "C"),
+        Component("ln_2.weight", (C,), "C", absent=no_gain),
         Component("ln_2.bias", (C,), "C", absent=no_bias),
         Component("mlp.c_fc.weight", (M, C), "M * C"),
         Component("mlp.c_fc.bias", (M,), "M", absent=no_bias),
@@ -80,9 +83,9 @@ def components(config: GPTConfig) -> list[Component]:
     ]
     return [
         Component("wte.weight", (V, C), "V * C"),
-        Component("wpe.weight", (P, C), "P * C"),
+        Component("wpe.weight", (P, C), "P * C", absent=config.modern),
         *blocks,
-        Component("ln_f.weight", (C,), "C"),
+        Component("ln_f.weight", (C,), "C", absent=config.modern),
         Component("ln_f.bias", (C,), "C", absent=not config.bias),
         Component("lm_head.weight", (V, C), "V * C", tied=config.tie_weights),
     ]
@@ -112,8 +115,8 @@ def optimizer_bytes(config: GPTConfig) -> int:
 
 
 def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -> int:
-    """Bytes of the keys and values of that many tokens: 2 * L * C numbers for each."""
-    return 2 * config.n_layer * config.n_embd * tokens * dtype_bytes
+    """Bytes of the keys and values of that many tokens: 2 * L * G * D numbers for each."""
+    return 2 * config.n_layer * config.kv_heads * config.head_size * tokens * dtype_bytes
 
 
 def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
@@ -128,19 +131,38 @@ def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = 
     and each weight is copied. Counted is what PyTorch keeps for backward: in each block the
     residual stream twice, two norms, query, key, value and attention's output (no T x T), the MLP
     before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
-    attention weights three times, since the fused kernel there cannot drop. A test holds it within
-    10% of what PyTorch says it allocates.
+    attention weights three times, since the fused kernel there cannot drop. The modern block keeps
+    queries and keys as `_rotated_bytes` says. A test holds it within 10% of what PyTorch says it
+    allocates.
     """
     H, C, M, T = (sizes(config)[letter] for letter in "HCMP")
     block = FLOAT32 * (2 * C + H + 4) + dtype_bytes * (6 * C + 2 * M)
     head = (FLOAT32 + dtype_bytes) * C
+    bend = FLOAT32 * M  # what the last MLP needs to go back through its activation
+    if config.modern:
+        block += _rotated_bytes(config, dtype_bytes)
+        head += FLOAT32 * C  # before the norm that follows the embedding
+        bend = 3 * dtype_bytes * M
     if config.dropout:
         block += dtype_bytes * 2 * C + FLOAT32 * 3 * H * T + (FLOAT32 - dtype_bytes) * 3 * C
         head += FLOAT32 * C
     copies = 0 if dtype_bytes == FLOAT32 else weight_bytes(config, dtype_bytes)
     # Backward's own peak is at the loss or, where the vocabulary is small, in the last MLP.
-    last = max(loss_bytes(config, micro_batch), micro_batch * T * FLOAT32 * M)
+    last = max(loss_bytes(config, micro_batch), micro_batch * T * bend)
     return micro_batch * T * (config.n_layer * block + head) + last + copies
+
+
+def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
+    """Bytes per token and block that the modern attention keeps beyond GPT-2's.
+
+    Queries and keys after rotation (in float32) and once more after their norm, with a number per
+    head for it. Grouped keys and values are repeated for attention, and c_attn's output let go.
+    """
+    heads = config.n_head + config.kv_heads
+    turned = heads * config.head_size
+    repeated = -config.n_embd if config.kv_heads < config.n_head else 0
+    normed = 0 if config.dropout else dtype_bytes * turned  # dropping keeps a scaled copy instead
+    return FLOAT32 * (turned + heads) + normed + dtype_bytes * repeated
 
 
 def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
@@ -164,10 +186,12 @@ def multiplied_parameters(config: GPTConfig) -> int:
     """N of the FLOP formula: L * (4 * C * C + 2 * C * M) + V * C, what each token is multiplied by.
 
     That is all matrices of the blocks and the head, tied or not; embeddings are only looked up,
-    and biases and norms cost next to nothing.
+    and biases, norms and rotations cost next to nothing. With fewer heads of keys and values,
+    2 * C * G * D takes the place of 2 of the 4 * C * C.
     """
     V, L, C, M = (sizes(config)[letter] for letter in "VLCM")
-    return L * (4 * C * C + 2 * C * M) + V * C
+    attention = C * sum(config.attention_rows) + C * C
+    return L * (attention + 2 * C * M) + V * C
 
 
 def flops_per_token(config: GPTConfig, *, training: bool) -> float:

@@ -6,6 +6,7 @@ only the keys up to its end, so a long context costs little more than the triang
 leaves. Knows nothing of weights or caches.
 
 Shapes:  B batch    H heads    T queries    S positions so far    D channels per head
+         G heads of keys and values, each for H / G of the queries'
          R queries in a block    E keys up to the block's end
 """
 
@@ -22,12 +23,14 @@ BLOCK = 128  # queries; the fastest of 64 to 1,024, at contexts of 256 and 1,024
 def attend(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *, in_blocks: bool = False
 ) -> Tensor:
-    """Softmax attention.  (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
+    """Softmax attention.  (B, H, T, D), (B, G, S, D), (B, G, S, D) -> (B, H, T, D)
 
     The T queries are the last of the S positions. `dropout` is the probability with which an
     attention weight is dropped; `in_blocks` computes a whole text (T = S) by plain products.
     """
-    T, S = q.shape[2], k.shape[2]
+    H, T, G, S = *q.shape[1:3], *k.shape[1:3]
+    if G < H:
+        k, v = (part.repeat_interleave(H // G, dim=1) for part in (k, v))  # (B, H, S, D)
     if in_blocks and 1 < T == S:
         return _Blocks.apply(q, k, v, dropout)
     # One query sees all; a square is plainly causal; between the two (a chunk of a prefill) the

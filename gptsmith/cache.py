@@ -2,7 +2,8 @@
 
 Belongs to the caller, who passes it to the model; knows nothing of attention or sampling.
 
-Shapes:  L layers    B batch    H heads    T new tokens    S seen so far    D channels per head
+Shapes:  L layers    B batch    G heads of keys and values    T new tokens    S seen so far
+         D channels per head
 """
 
 import torch
@@ -15,7 +16,7 @@ class KVCache:
     """Keys and values of every layer, allocated once and filled from the left.
 
     Each layer extends it by the same T positions; the model then advances it once. The arrays are
-    (L, B, H, capacity, D): for GPT-2 in float32, 72 KiB per token.
+    (L, B, G, capacity, D): for GPT-2 in float32, 72 KiB per token.
     """
 
     def __init__(
@@ -33,13 +34,13 @@ class KVCache:
                 f"a cache of {self.capacity} tokens: between 1 and the model's context_length "
                 f"{config.context_length} is needed"
             )
-        shape = (config.n_layer, batch_size, config.n_head, self.capacity, config.head_size)
+        shape = (config.n_layer, batch_size, config.kv_heads, self.capacity, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new positions and return all it has: (B, H, T, D) -> (B, H, S + T, D)."""
+        """Write a layer's new positions and return all it has: (B, G, T, D) -> (B, G, S + T, D)."""
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")

@@ -1,4 +1,4 @@
-"""A model is one folder: tensors to disk and back, under the names Hugging Face's GPT-2 uses.
+"""A model is one folder: tensors to disk and back, under the names Hugging Face uses for it.
 
 Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
 """
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import folder as on_disk
+from . import nanochat
 from .config import GPTConfig
 from .folder import DamagedError
 from .model import GPT
@@ -40,7 +41,7 @@ def save(
     optimizer: Mapping[str, Tensor] | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a model as a new Hugging Face GPT-2 folder, whole or not at all.
+    """Write a model as a new Hugging Face folder (GPT-2's or NanoChat's), whole or not at all.
 
     `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
     """
@@ -73,13 +74,15 @@ def save(
 
 
 def to_hugging_face(model: GPT) -> dict[str, Tensor]:
-    """A model's tensors with the names and orientation that GPT2LMHeadModel saves.
+    """A model's tensors with the names and orientation that its Hugging Face class saves.
 
-    That class has every bias, so the ones that this model does without are written as zeros.
+    GPT2LMHeadModel has every bias, so the ones that this model does without are written as zeros.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_weights:
         del weights["lm_head.weight"]
+    if model.config.modern:
+        return apart(model.config, weights)
     for name in every_name(model.config):
         if name not in weights:
             rows = weights[name.removesuffix("bias") + "weight"].shape[0]
@@ -88,6 +91,24 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
         name if name.startswith("lm_head") else PREFIX + name: oriented(name, tensor)
         for name, tensor in weights.items()
     }
+
+
+def apart(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors as NanoChat names them, with query, key and value apart."""
+    names, result = nanochat.names(config), dict[str, Tensor]()
+    for name, tensor in weights.items():
+        rows = config.attention_rows if len(names[name]) == 3 else (len(tensor),)
+        parts = [part.clone() for part in tensor.split(rows)]  # a file wants none that share memory
+        result |= dict(zip(names[name], parts, strict=True))
+    return result
+
+
+def joined(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `apart` took apart; tensors that are incomplete or unknown stay as they are."""
+    for name, theirs in nanochat.names(config).items():
+        if all(part in weights for part in theirs):
+            weights[name] = torch.cat([weights.pop(part) for part in theirs])
+    return weights
 
 
 def oriented(name: str, tensor: Tensor) -> Tensor:
@@ -109,7 +130,7 @@ def every_name(config: GPTConfig) -> list[str]:
 def load(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer | None]:
-    """The model of a run, checkpoint or Hugging Face GPT-2 folder, in evaluation mode.
+    """The model of a run, checkpoint or Hugging Face folder, in evaluation mode.
 
     The tokenizer is None where the folder has none. What a manifest lists is verified first.
     """
@@ -133,7 +154,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
 ) -> GPT:
-    """The model in a folder, in evaluation mode; ValueError where its tensors are not a GPT-2's.
+    """The model in a folder, in evaluation mode; ValueError where its tensors are not a model's.
 
     `dropout` replaces the folder's, as fine-tuning may want.
     """
@@ -142,15 +163,19 @@ def load_model(
         config = replace(config, dropout=dropout)
     on_disk.check_shapes(folder, config)
     weights = read_weights(folder, dtype)
-    config = with_biases_found(config, weights, folder)
+    if config.modern:
+        weights = joined(config, weights)
+    else:
+        config = with_biases_found(config, weights, folder)
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
         model = GPT(config)
     wanted = model.state_dict()
     if config.tie_weights:
         weights.setdefault("lm_head.weight", weights.get("wte.weight", torch.empty(0)))
-    absent_biases = set(every_name(config)) - set(wanted)
-    for name in absent_biases:
-        weights.pop(name, None)
+    if not config.modern:
+        absent_biases = set(every_name(config)) - set(wanted)
+        for name in absent_biases:
+            weights.pop(name, None)
     check_tensors(folder, weights, wanted)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
@@ -158,7 +183,7 @@ def load_model(
 
 
 def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of a folder under our names and orientation, as `dtype`."""
+    """Every tensor of a folder as `dtype`; a GPT-2's under our names and orientation."""
     weights = {}
     for path in on_disk.weight_files(folder):
         try:
@@ -194,10 +219,11 @@ def check_tensors(
     folder: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> None:
     """Raise ValueError unless the tensors are exactly those wanted, by name and shape."""
+    kind = "GPT-2" if "wpe.weight" in wanted else "NanoChat"
     if missing := sorted(wanted.keys() - weights.keys()):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of a GPT-2, {missing[0]} first")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind}, {missing[0]} first")
     if extra := sorted(weights.keys() - wanted.keys()):
-        raise ValueError(f"{folder} has {len(extra)} tensors no GPT-2 has, {extra[0]} first")
+        raise ValueError(f"{folder} has {len(extra)} tensors no {kind} has, {extra[0]} first")
     for name, tensor in wanted.items():
         if weights[name].shape != tensor.shape:
             got, needed = tuple(weights[name].shape), tuple(tensor.shape)

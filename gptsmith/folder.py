@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import nanochat
 from .config import GPTConfig, suggestion
 
 CONFIG = "config.json"
@@ -189,13 +190,17 @@ def check_shapes(folder: Path, config: GPTConfig) -> None:
     for path in weight_files(folder):
         found = tensor_shapes(path)
         shapes |= {name.removeprefix("transformer."): shape for name, shape in found.items()}
-    C = config.n_embd
-    wanted = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.context_length, C)}
+    V, P, C = config.vocab_size, config.context_length, config.n_embd
+    if config.modern:
+        wanted, block = dict.fromkeys(nanochat.WHOLE["wte.weight"], (V, C)), nanochat.LAYERS
+    else:
+        wanted, block = {"wte.weight": (V, C), "wpe.weight": (P, C)}, "h."
     for name, shape in wanted.items():
         if name in shapes and shapes[name] != shape:
             got = shapes[name]
             raise ValueError(f"{folder}: {name} is {got}, but config.json calls for {shape}")
-    layers = len({name.split(".")[1] for name in shapes if name.startswith("h.")})
+    inside = [name.removeprefix(block) for name in shapes if name.startswith(block)]
+    layers = len({name.split(".")[0] for name in inside})
     if layers != config.n_layer:
         raise ValueError(
             f"{folder} has {layers} layers, but config.json calls for {config.n_layer}"

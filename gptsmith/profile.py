@@ -155,8 +155,8 @@ def watched(trainer: Trainer, clock: Clock) -> Iterator[None]:
 
 def model_parts(model: GPT) -> list[tuple[Any, str, str]]:
     """The model's methods that take and return a tensor, as (owner, name, part)."""
-    modules: list[tuple[Any, str]]
-    modules = [(model.wte, EMBEDDINGS), (model.wpe, EMBEDDINGS), (model.ln_f, NORMS)]
+    modules: list[tuple[Any, str]] = [(model.wte, EMBEDDINGS), (model.ln_f, NORMS)]
+    modules += [(model.ln_0, NORMS)] if model.config.modern else [(model.wpe, EMBEDDINGS)]
     block: Any
     for block in model.h:
         modules += [
@@ -167,7 +167,7 @@ def model_parts(model: GPT) -> list[tuple[Any, str, str]]:
             (block.attn.drop, REST),
             (block.ln_2, NORMS),
             (block.mlp.c_fc, STREAM_TO_MLP),
-            (block.mlp.gelu, ACTIVATION),
+            (block.mlp.activation, ACTIVATION),
             (block.mlp.c_proj, MLP_TO_STREAM),
         ]
     return [(model, "features", REST), *((module, "forward", part) for module, part in modules)]

@@ -16,7 +16,7 @@ PACKAGE = Path(gptsmith.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 # Every import points to an earlier line.
 READING_ORDER = """
-    config accounting settings recipe runtime folder
+    config accounting settings recipe runtime nanochat folder
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
@@ -30,7 +30,7 @@ READING_ORDER = """
 """.split()
 SIBLINGS = ("training", "inspection")
 NO_TORCH = (
-    "config accounting settings recipe runtime folder tokenizers data.prepare "
+    "config accounting settings recipe runtime nanochat folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
 ).split()
 MATHEMATICS = ("cache", "attention", "loss", "model")

@@ -223,7 +223,7 @@ def test_training_files_are_only_verified_for_training(saved: Path) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(b"12"), "is cut short"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\2" + bytes(99)), "not a safetensors"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda f: edit(f, model_type="llama"), "model_type 'llama': only 'gpt2'"),
+        (lambda f: edit(f, model_type="llama"), "model_type 'llama': only 'gpt2' and 'nanochat'"),
         (lambda f: edit(f, n_layer=3), "has 2 layers, but config.json calls for 3"),
         (lambda f: edit(f, n_layer=1), "has 2 layers, but config.json calls for 1"),
         (lambda f: edit(f, n_positions=10), r"wpe.weight is \(11, 12\), but .* calls for \(10"),

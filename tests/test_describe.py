@@ -131,7 +131,7 @@ def test_every_shape_of_the_trace() -> None:
         ("+ residual", (stream, stream), stream),
         ("h.0.ln_2", (stream,), stream),
         ("h.0.mlp.c_fc", (stream,), (2, 5, 31)),
-        ("h.0.mlp.gelu", ((2, 5, 31),), (2, 5, 31)),
+        ("h.0.mlp.activation", ((2, 5, 31),), (2, 5, 31)),
         ("h.0.mlp.c_proj", ((2, 5, 31),), stream),
         ("+ residual", (stream, stream), stream),
         ("h.1", (stream,), stream),

@@ -121,7 +121,7 @@ def late(function: Callable[..., Any]) -> Callable[..., Any]:
         ("h.0.attn.drop", "everything else"),
         ("h.0.ln_2", "norms"),
         ("h.1.mlp.c_fc", "mlp.c_fc"),
-        ("h.0.mlp.gelu", "activation"),
+        ("h.0.mlp.activation", "activation"),
         ("h.1.mlp.c_proj", "mlp.c_proj"),
         ("h.1.mlp.drop", "everything else"),
         ("ln_f", "norms"),

@@ -4,7 +4,7 @@ Knows nothing of weights or PyTorch, only of a GPTConfig; the figures are accoun
 
 Letters:  B batch       T tokens given    V vocabulary    P positions (context_length)
           L blocks      H heads           D channels per head
-          C channels    M channels inside the MLP
+          C channels    M channels inside the MLP           G heads of keys and values
 """
 
 from dataclasses import asdict, dataclass
@@ -16,11 +16,13 @@ from ..config import GPTConfig
 from .text import columns, human_bytes, human_flops, shape_text
 
 WIDTH = 88  # columns of the page
+BENDS = {"gelu_tanh": ("GELU", " (tanh)"), "gelu_erf": ("GELU", " (erf)"), "relu2": ("ReLU^2", "")}
 
 # The legend, as it stands at the top of the page.
 MEANING = (
     {"V": "vocabulary", "C": "channels", "H": "heads", "L": "blocks"},
     {"P": "positions", "M": "MLP channels", "D": "channels per head"},
+    {"G": "heads of keys and values"},  # where they are fewer than H
 )
 
 
@@ -95,13 +97,16 @@ def block_terms(config: GPTConfig) -> list[Term]:
     def linear(name: str) -> int:
         return part[f"{name}.weight"] + part[f"{name}.bias"]
 
-    each, out = linear("attn.c_attn") // 3, linear("attn.c_proj")
+    out, (rows, keys, _) = linear("attn.c_proj"), config.attention_rows
+    each = linear("attn.c_attn") * rows // (rows + 2 * keys)
+    few = linear("attn.c_attn") * keys // (rows + 2 * keys)
+    qkv = f"3 x {each:,} (q, k, v)" if few == each else f"{each:,} (q) + 2 x {few:,} (k, v)"
     wide, narrow = linear("mlp.c_fc"), linear("mlp.c_proj")
     norm = part["ln_1.weight"] + part["ln_1.bias"]
     return [
-        Term("attention", f"3 x {each:,} (q, k, v) + {out:,} (out)", 3 * each + out),
+        Term("attention", f"{qkv} + {out:,} (out)", each + 2 * few + out),
         Term("MLP", f"{wide:,} (in) + {narrow:,} (out)", wide + narrow),
-        Term("two norms", f"2 x {norm:,}", 2 * norm),
+        Term("two norms", f"2 x {norm:,}" if norm else "no weights", 2 * norm),
     ]
 
 
@@ -109,33 +114,51 @@ def terms(config: GPTConfig) -> list[Term]:
     """The sum of the whole model; its counts add up to the total."""
     V, P, C, L = (accounting.sizes(config)[letter] for letter in "VPCL")
     block = accounting.block_count(config)
-    norm = C + C if config.bias else C
+    norm = "no weights" if config.modern else f"{C:,} + {C:,}" if config.bias else f"{C:,}"
+    places = "none: rotations" if config.modern else f"{P:,} x {C:,}"
+    count = {part.name: part.count for part in accounting.components(config)}
     head = "tied to wte: no more" if config.tie_weights else f"{V:,} x {C:,}"
     return [
         Term("token embedding", f"{V:,} x {C:,}", V * C),
-        Term("position embedding", f"{P:,} x {C:,}", P * C),
+        Term("position embedding", places, count["wpe.weight"]),
         Term("1 block" if L == 1 else f"{L} blocks", f"{L} x {block:,}", L * block),
-        Term("final norm", f"{C:,} + {C:,}" if config.bias else f"{C:,}", norm),
+        Term("final norm", norm, count["ln_f.weight"] + count["ln_f.bias"]),
         Term("head", head, 0 if config.tie_weights else V * C),
     ]
 
 
 def forward_stages(config: GPTConfig) -> list[Stage]:
     """A forward pass from tokens to logits, with one block spelled out."""
-    gelu = "tanh" if config.activation == "gelu_tanh" else "erf"
+    name, kind = BENDS[config.activation]
+    norm = "mean square 1" if config.norm == "rms" else "mean 0, variance 1"
+    grouped = config.kv_heads < config.n_head
+    embedded = [Stage("wte + wpe", "the token's vector plus its position's", "(B, T, C)")]
+    turned = []
+    if config.modern:
+        embedded = [
+            Stage("wte", "the token's vector", "(B, T, C)"),
+            Stage("ln_0", f"to {norm}", "(B, T, C)"),
+        ]
+        heads = "(B, T, H+G, D)" if grouped else "(B, T, 2H, D)"
+        turned = [Stage("h.attn.qk_norm", f"q, k rotated, to {norm}", heads)]
     return [
         Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
-        Stage("wte + wpe", "the token's vector plus its position's", "(B, T, C)"),
-        Stage("h.ln_1", "each vector to mean 0, variance 1", "(B, T, C)"),
-        Stage("h.attn.c_attn", "query, key and value, at once", "(B, T, 3C)"),
+        *embedded,
+        Stage("h.ln_1", f"each vector to {norm}", "(B, T, C)"),
+        Stage(
+            "h.attn.c_attn",
+            "query, key and value, at once",
+            "(B, T, C+2GD)" if grouped else "(B, T, 3C)",
+        ),
+        *turned,
         Stage("  q, k, v", "three, cut into heads", "(B, H, T, D)"),
         Stage("  softmax", "of q k' / sqrt(D): who listens to whom", "(B, H, T, T)"),
         Stage("  weights v", "what it hears", "(B, H, T, D)"),
         Stage("h.attn.c_proj", "heads side by side again, mixed", "(B, T, C)"),
         Stage("  + residual", "added to what came in", "(B, T, C)"),
-        Stage("h.ln_2", "mean 0, variance 1 again", "(B, T, C)"),
+        Stage("h.ln_2", f"{norm} again", "(B, T, C)"),
         Stage("h.mlp.c_fc", "each token alone, in other channels", "(B, T, M)"),
-        Stage("  GELU", f"the bend between two matrices ({gelu})", "(B, T, M)"),
+        Stage(f"  {name}", f"the bend between two matrices{kind}", "(B, T, M)"),
         Stage("h.mlp.c_proj", "and back", "(B, T, C)"),
         Stage("  + residual", "added to what came in", "(B, T, C)"),
         Stage("ln_f", "after the last block, once more", "(B, T, C)"),
@@ -163,7 +186,8 @@ def memory(config: GPTConfig) -> dict[str, int]:
 def _heading(title: str, config: GPTConfig) -> list[str]:
     total = f"{accounting.parameter_count(config):,} parameters"
     sizes = accounting.sizes(config)
-    rows = [tuple(f"{x} {word} {sizes[x]:,}" for x, word in line.items()) for line in MEANING]
+    shown = [line for line in MEANING if config.kv_heads < config.n_head or "G" not in line]
+    rows = [tuple(f"{x} {word} {sizes[x]:,}" for x, word in line.items()) for line in shown]
     rows = [row + ("",) * (len(rows[0]) - len(row)) for row in rows]
     return [_flush(title, total), "=" * WIDTH, *columns(rows, "<<<<", gap=4)]
 
@@ -215,10 +239,12 @@ def _sums(config: GPTConfig) -> list[str]:
 
 def _forward(config: GPTConfig) -> list[str]:
     """The shapes of a forward pass, in letters and in this model's numbers."""
-    C, sizes = config.n_embd, accounting.sizes(config)
+    H, G, wide = config.n_head, config.kv_heads, sum(config.attention_rows)
+    sizes = accounting.sizes(config)
+    sums = {"3C": wide, "C+2GD": wide, "2H": 2 * H, "H+G": H + G}
 
     def numbers(shape: str) -> str:
-        values = {**{letter: str(size) for letter, size in sizes.items()}, "3C": str(3 * C)}
+        values = {letter: str(size) for letter, size in {**sizes, **sums}.items()}
         return f"({', '.join(values.get(axis, axis) for axis in shape[1:-1].split(', '))})"
 
     rows = [(f"  {s.name}", s.does, s.shape, numbers(s.shape)) for s in forward_stages(config)]
@@ -233,7 +259,8 @@ def _memory(config: GPTConfig) -> list[str]:
     """What training and generation hold, in float32."""
     held, context = memory(config), f"one context of {config.context_length:,} tokens"
     dropped = "; dropout keeps (T, T) too" if config.dropout else ", kept for backward"
-    cached = f"2 x {config.n_layer} x {config.n_embd} numbers per token"
+    keys = config.kv_heads * config.head_size
+    cached = f"2 x {config.n_layer} x {keys} numbers per token"
     rows = [
         ("weights", "a number for each parameter", "weights"),
         ("gradients", "a number for each parameter", "gradients"),
@@ -250,8 +277,9 @@ def _memory(config: GPTConfig) -> list[str]:
 def _flops(config: GPTConfig) -> list[str]:
     """Arithmetic per token, from the formula to the figures."""
     N = f"{accounting.multiplied_parameters(config):,}"
+    attention = "4 C C" if config.kv_heads == config.n_head else "2 C C + 2 C G D"
     rows = [
-        ("N", "L (4 C C + 2 C M) + V C multiply each token", N),
+        ("N", f"L ({attention} + 2 C M) + V C multiply each token", N),
         *(
             (name, formula, human_flops(accounting.flops_per_token(config, training=training)))
             for name, formula, training in (

@@ -79,22 +79,29 @@ class _Watch(TorchFunctionMode):
         self.entered: Shape = ()  # what came into the block
         block.register_forward_pre_hook(self.enter)
         self.after(model.wte, "wte", "a vector per token")
-        self.after(model.wpe, "wpe", "a vector per position")
-        model.drop.register_forward_hook(self.embedded)
-        self.after(block.ln_1, "h.0.ln_1", "to mean 0, variance 1")
+        config = model.config
+        norm = "to mean square 1" if config.norm == "rms" else "to mean 0, variance 1"
+        if config.modern:
+            self.after(model.ln_0, "ln_0", norm)
+        else:
+            self.after(model.wpe, "wpe", "a vector per position")
+            model.drop.register_forward_hook(self.embedded)
+        self.after(block.ln_1, "h.0.ln_1", norm)
         self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
+        if config.modern:
+            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, too")
         block.attn.c_proj.register_forward_pre_hook(self.joined)
         self.after(block.attn.c_proj, "h.0.attn.c_proj", "heads mixed")
         block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
-        self.after(block.ln_2, "h.0.ln_2", "to mean 0, variance 1")
+        self.after(block.ln_2, "h.0.ln_2", norm)
         self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "each token alone: C to M")
-        self.after(block.mlp.gelu, "h.0.mlp.gelu", "the bend in between")
+        self.after(block.mlp.activation, "h.0.mlp.activation", "the bend in between")
         self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "and back: M to C")
         block.register_forward_hook(lambda module, inputs, output: self.added(output))
         for layer, other in enumerate(model.h):
             if layer > 0:
                 self.after(other, f"h.{layer}", "the same, other weights")
-        self.after(model.ln_f, "ln_f", "to mean 0, variance 1")
+        self.after(model.ln_f, "ln_f", norm)
         self.after(model.lm_head, "lm_head", "a score per next token")
 
     def after(self, module: nn.Module, name: str, does: str) -> None:
@@ -139,7 +146,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """See attention's (B, H, T, D) queries, keys, values and result; the first block's only."""
         result = function(*arguments, **(options or {}))
-        first = self.lines and self.lines[-1].name == "h.0.attn.c_attn"
+        first = self.lines and self.lines[-1].name in ("h.0.attn.c_attn", "h.0.attn.qk_norm")
         if function is F.scaled_dot_product_attention and first:
             q, k, v = (tuple(part.shape) for part in arguments[:3])
             scores = (*q[:-1], k[-2])

@@ -76,13 +76,18 @@ def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
     if settings.optimizer == "adamw":
         return [AdamW(list(model.parameters()), settings)]
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
+    # Query, key and value lie in c_attn. With fewer heads of keys, as many heads of queries at a
+    # time make one matrix, so that all pieces have the same shape.
+    pieces = model.config.n_head // model.config.kv_heads + 2
     inside = set(matrices)
     muon = Muon(
         matrices,
         settings.muon_learning_rate,
         momentum=settings.muon_momentum,
         weight_decay=settings.weight_decay,
-        stacks={p: 3 for name, p in model.named_parameters() if name.endswith("c_attn.weight")},
+        stacks={
+            p: pieces for name, p in model.named_parameters() if name.endswith("c_attn.weight")
+        },
     )
     for group in muon.param_groups:
         group["times"] = settings.muon_learning_rate / settings.learning_rate
