@@ -261,3 +261,23 @@ def test_gpt2s_files_are_found_elsewhere_and_checked(
 def test_the_nasty_text_is_nasty() -> None:
     assert len({unicodedata.category(character) for character in NASTY}) >= 14
     assert valid(NASTY)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "learned"])
+def test_texts_encoded_together_are_as_if_alone(name: str) -> None:
+    corpus = ["It's  here. \n\n We'll see\t", " ", "", "x", "naïve 北京 12345\n", "'s 've", "\n \n"]
+    tokenizer = open_tokenizer("gpt2") if name == "gpt2" else learn_bpe(corpus * 20, 280)
+    for texts in (corpus, corpus[::-1], corpus[:1], ["", ""], ["a ", " b", "  ", "c\n"]):
+        together = tokenizer.encode_together(texts)
+        assert together is not None
+        assert [ids.tolist() for ids in together] == [tokenizer.encode(text) for text in texts]
+        assert all(ids.dtype == tokenizer.dtype for ids in together)
+
+
+def test_texts_that_cannot_be_encoded_together_say_so() -> None:
+    tokenizer = open_tokenizer("gpt2")
+    assert tokenizer.encode_together(["a", "an <|endoftext|> that is text"]) is None
+    assert tokenizer.encode_together(["<|endof", "text|>"]) is not None
+    assert byte_tokenizer().encode_together(["a", "b"]) is None
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tokenizer.encode_together(["a", "\ud800"])
