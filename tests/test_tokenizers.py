@@ -267,10 +267,10 @@ def test_the_nasty_text_is_nasty() -> None:
 def test_texts_encoded_together_are_as_if_alone(name: str) -> None:
     corpus = ["It's  here. \n\n We'll see\t", " ", "", "x", "naïve 北京 12345\n", "'s 've", "\n \n"]
     tokenizer = open_tokenizer("gpt2") if name == "gpt2" else learn_bpe(corpus * 20, 280)
-    for texts in (corpus, corpus[::-1], corpus[:1], ["", ""], ["a ", " b", "  ", "c\n"]):
-        together = tokenizer.encode_together(texts)
+    for few in (corpus, corpus[::-1], corpus[:1], ["", ""], ["a ", " b", "  ", "c\n"]):
+        together = tokenizer.encode_together(few)
         assert together is not None
-        assert [ids.tolist() for ids in together] == [tokenizer.encode(text) for text in texts]
+        assert [ids.tolist() for ids in together] == [tokenizer.encode(text) for text in few]
         assert all(ids.dtype == tokenizer.dtype for ids in together)
 
 
