@@ -1,7 +1,7 @@
 """What one GPU does with GPT-2: a plain nanoGPT-style step, and gptsmith's in the same minutes.
 
-    python benchmarks/gpu.py          one NVIDIA H200, under ten minutes
-    python benchmarks/gpu.py --toy    the same at toy size on a CPU, under a minute
+    python benchmarks/gpu.py --data TEXT    one NVIDIA H200, under ten minutes
+    python benchmarks/gpu.py --toy          the same at toy size on a CPU, under a minute
 
 Also nanoGPT's GPU recipe for Shakespeare as a command, the chip's own matrix rate, and a check of
 loss and gradients. Each case is a process with a time limit, so that what fails or hangs costs only
