@@ -25,6 +25,9 @@ test: .venv/test
 	rm -rf .venv/transformers-4.57
 	$(BIN)/pip install -q --no-deps --target .venv/transformers-4.57 \
 		transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+# torchao too, because transformers imports it where it is found, and its libraries for GPUs complain.
+	rm -rf .venv/torchao
+	$(BIN)/pip install -q --no-deps --target .venv/torchao -c requirements.lock torchao
 	@touch $@
 
 clean:

@@ -186,7 +186,7 @@ def our_step(scale: Scale, micro: int, compiles: str, dtype: str, optimizer: str
     """A step as `gptsmith train` does it; one that does other than asked is an error."""
     config, total = scale.config, scale.warm_up + scale.steps
     how: Any = {"device": scale.device.type, "dtype": dtype, "compile": compiles}
-    machine = devices.choose(MachineSettings(micro_batch=micro, **how), total)
+    machine = devices.choose(MachineSettings(micro_batch=micro, **how))
     device = devices.prepare_machine(machine)
     what: Any = {"optimizer": optimizer, "learning_rate": 6e-4, "steps": total}
     training = TrainingSettings(batch_tokens=scale.batch_rows * config.context_length, **what)

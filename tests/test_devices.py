@@ -1,6 +1,8 @@
 """What computes: what is chosen, what is refused, and 8-bit floats."""
 
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from gptsmith import GPT, GPTConfig, cli, devices
 from gptsmith.settings import MachineSettings
 from tests.conftest import TINY
+
+TORCHAO = Path(sys.prefix) / "torchao"  # apart: transformers imports it where it is found
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [("bf16", "blocks"), ("float32", "kernel")])
@@ -53,8 +57,12 @@ def test_fp8_is_for_hopper_and_for_training(monkeypatch: pytest.MonkeyPatch) -> 
         devices.weight_dtype("fp8")
 
 
-def test_float8_products_are_near_and_the_weights_the_same() -> None:
+def test_float8_products_are_near_and_the_weights_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Emulated, which rounds as the GPU would."""
+    assert TORCHAO.is_dir(), "torchao is missing: `make test` installs it"
+    monkeypatch.syspath_prepend(TORCHAO)
     logging.getLogger("torchao").setLevel(logging.CRITICAL)  # its CUDA libraries do not load here
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY | {"n_head": 2, "n_embd": 64, "vocab_size": 65}))
