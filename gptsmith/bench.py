@@ -65,9 +65,7 @@ def make_trainer(
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
     model = GPT(config).to(device)
-    model.attend_in_blocks(machine.attention == "blocks")
-    if machine.dtype == "fp8":
-        devices.multiply_in_float8(model)
+    devices.prepare_model(model, machine)
     how = machine.compile
     if how == "auto":  # as long runs find
         how = "yes" if device.type == "cuda" else "no"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import runtime
+from .model import GPT
 from .settings import Dtype, MachineSettings
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -153,6 +154,13 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
     blocks = [module for name, module in model.named_children() if name == "h"]
     for block in blocks:
         convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate))
+
+
+def prepare_model(model: GPT, settings: MachineSettings) -> None:
+    """Let a model that is to learn compute as the (chosen) settings say; its weights stay."""
+    model.attend_in_blocks(settings.attention == "blocks")
+    if settings.dtype == "fp8":
+        multiply_in_float8(model)
 
 
 def number_bytes(dtype: Dtype) -> int:

@@ -33,7 +33,7 @@ from gptsmith.tokenizers import char_tokenizer
 from gptsmith.training.muon import Muon
 from gptsmith.training.optimizers import make_optimizers
 from tests.conftest import scrambled
-from tests.test_accounting import peak_allocation
+from tests.test_accounting import check_activations
 
 TINY: dict[str, Any] = {
     **MODERN,
@@ -312,17 +312,7 @@ def test_the_accounts_are_the_models(form: str) -> None:
     ],
 )
 def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
-    config = GPTConfig(**MODERN, **sizes, context_length=128)
-    model, tokens = GPT(config), torch.zeros(7, 128, dtype=torch.long)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype_bytes == 2):
-            loss = model(tokens, tokens).loss
-        loss.backward()
-
-    step()  # gradients exist from here on
-    estimate = accounting.activation_bytes(config, 7, dtype_bytes=dtype_bytes)
-    assert estimate == pytest.approx(peak_allocation(step), rel=0.1)
+    check_activations(GPTConfig(**MODERN, **sizes, context_length=128), dtype_bytes)
 
 
 @parametrize_forms

@@ -153,8 +153,8 @@ class Trainer:
             self.ready = (done + 1, *self.load(done + 1))
         numbers = torch.stack((loss, norm)).tolist()  # the one wait of a step
         skipped = not all(map(math.isfinite, numbers))
-        for optimizer in self.optimizers:
-            if not skipped:
+        if not skipped:
+            for optimizer in self.optimizers:
                 self.scaler.step(optimizer)  # type: ignore[arg-type]
         self.scaler.update()
         return StepReport(

@@ -360,9 +360,7 @@ def make_trainer(
     """What the loop works on."""
     machine = settings.machine
     assert machine.micro_batch is not None
-    model.attend_in_blocks(machine.attention == "blocks")
-    if machine.dtype == "fp8":
-        devices.multiply_in_float8(model)
+    devices.prepare_model(model, machine)
     batches = Batches(
         dataset.train,
         model.config.context_length,
