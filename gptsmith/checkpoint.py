@@ -1,33 +1,38 @@
-"""A model is one folder: tensors to disk and back, under the names Hugging Face uses for it.
+"""A model is one folder: to disk and back, as the Hugging Face class of its kind keeps it.
 
 Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import folder as on_disk
-from . import nanochat
 from .config import GPTConfig
-from .folder import DamagedError
 from .model import GPT
+from .names import PREFIX, hugging_face, parts
 from .tokenizers import Tokenizer, load_tokenizer
+from .weights import (
+    DTYPES,
+    Entry,
+    Fetch,
+    Stored,
+    from_theirs,
+    safetensors_reader,
+    to_theirs,
+    with_all,
+    write_safetensors,
+)
 
-BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-PREFIX = "transformer."  # what GPT2LMHeadModel puts before every name but lm_head's
-# GPT2LMHeadModel keeps these as (in, out); nn.Linear as (out, in).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files carry; not weights
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
+# What transformers calls a number format in config.json.
+DTYPE_WORDS = {"float32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 # -- writing
@@ -45,83 +50,77 @@ def save(
 
     `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
     """
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"but the model's vocabulary only {model.config.vocab_size:,}"
-        )
+    fetch = model.state_dict().__getitem__
+    stored = Stored(config=model.config, fetch=fetch, tokenizer=tokenizer)
+    check_pair(stored.config, tokenizer, "the model")
     with on_disk.written_whole(Path(folder)) as temporary:
-        try:
-            save_file(
-                to_hugging_face(model), temporary / on_disk.WEIGHTS, metadata={"format": "pt"}
-            )
-            if optimizer is not None:
-                (temporary / OPTIMIZER).parent.mkdir()
-                save_file(dict(optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder} could not be written: {error}") from error
-        end_of_text = None if tokenizer is None else tokenizer.end_of_text
-        ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        config = {**model.config.to_hugging_face(), **ids, "dtype": "float32"}
-        on_disk.write_json(temporary / on_disk.CONFIG, config)
-        on_disk.write_json(
-            temporary / "generation_config.json", {"_from_model_config": True, **ids}
-        )
-        if tokenizer is not None:
-            tokenizer.save(temporary, model_max_length=model.config.context_length)
+        write(stored, temporary)
+        if optimizer is not None:
+            (temporary / OPTIMIZER).parent.mkdir()
+            write_safetensors(temporary / OPTIMIZER, entries_of(optimizer))
         if state is not None:
             on_disk.write_json(temporary / STATE, state)
 
 
-def to_hugging_face(model: GPT) -> dict[str, Tensor]:
+def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> None:
+    """Write a stored model into a folder that exists, in `stored.dtype`, one tensor at a time.
+
+    Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
+    """
+    config, tokenizer = stored.config, stored.tokenizer
+    write_shards(hugging_face_entries(stored), folder, shard_bytes)
+    end_of_text = None if tokenizer is None else tokenizer.end_of_text
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    said = {**config.to_hugging_face(), **ids, "dtype": DTYPE_WORDS[stored.dtype]}
+    on_disk.write_json(folder / on_disk.CONFIG, said)
+    on_disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if tokenizer is not None:
+        tokenizer.save(folder, model_max_length=config.context_length)
+
+
+def hugging_face_entries(stored: Stored) -> list[Entry]:
     """A model's tensors with the names and orientation that its Hugging Face class saves.
 
     GPT2LMHeadModel has every bias, so the ones that this model does without are written as zeros.
     """
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    if model.config.tie_weights:
-        del weights["lm_head.weight"]
-    if model.config.modern:
-        return apart(model.config, weights)
-    for name in every_name(model.config):
-        if name not in weights:
-            rows = weights[name.removesuffix("bias") + "weight"].shape[0]
-            weights[name] = torch.zeros(rows)
-    return {
-        name if name.startswith("lm_head") else PREFIX + name: oriented(name, tensor)
-        for name, tensor in weights.items()
-    }
+    config, table = stored.config, hugging_face(stored.config)
+    wider = config if config.modern else replace(config, bias=True, qkv_bias=True)
+    fetch = with_all(config, stored.fetch, wider)
+    entries = to_theirs(table, wider, fetch, DTYPES[stored.dtype])
+    if config.modern:
+        return entries
+    return [
+        entry if entry.name == "lm_head.weight" else entry._replace(name=PREFIX + entry.name)
+        for entry in entries
+    ]
 
 
-def apart(config: GPTConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as NanoChat names them, with query, key and value apart."""
-    names, result = nanochat.names(config), dict[str, Tensor]()
-    for name, tensor in weights.items():
-        rows = config.attention_rows if len(names[name]) == 3 else (len(tensor),)
-        parts = [part.clone() for part in tensor.split(rows)]  # a file wants none that share memory
-        result |= dict(zip(names[name], parts, strict=True))
-    return result
+def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
+    """Write one safetensors file, or several of a limited size and the index that lists them."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        full = sum(other.bytes for other in shards[-1]) + entry.bytes
+        if shard_bytes is not None and shards[-1] and full > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_safetensors(folder / on_disk.WEIGHTS, entries)
+        return
+    place = dict[str, str]()
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard)
+        place |= {entry.name: name for entry in shard}
+    total = {"total_size": sum(entry.bytes for entry in entries)}
+    on_disk.write_json(folder / on_disk.WEIGHTS_INDEX, {"metadata": total, "weight_map": place})
 
 
-def joined(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `apart` took apart; tensors that are incomplete or unknown stay as they are."""
-    for name, theirs in nanochat.names(config).items():
-        if all(part in weights for part in theirs):
-            weights[name] = torch.cat([weights.pop(part) for part in theirs])
-    return weights
-
-
-def oriented(name: str, tensor: Tensor) -> Tensor:
-    """A tensor turned between our orientation and theirs; the turn is its own inverse."""
-    return tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.contiguous()
-
-
-def every_name(config: GPTConfig) -> list[str]:
-    """Our names of the tensors that a Hugging Face folder holds: all biases, no tied head."""
-    blocks = [f"h.{layer}.{part}" for layer in range(config.n_layer) for part in BLOCK]
-    names = [f"{part}.{kind}" for part in (*blocks, "ln_f") for kind in ("weight", "bias")]
-    head = [] if config.tie_weights else ["lm_head.weight"]
-    return ["wte.weight", "wpe.weight", *names, *head]
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Tensors in memory, as what is to be written."""
+    return [
+        Entry(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in tensors.items()
+    ]
 
 
 # -- reading
@@ -134,100 +133,88 @@ def load(
 
     The tokenizer is None where the folder has none. What a manifest lists is verified first.
     """
-    folder = on_disk.find_model(name)
-    model = load_model(folder, device=device, dtype=dtype)
-    if not (folder / "tokenizer.json").is_file():
-        return model, None
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"but the model's vocabulary only {model.config.vocab_size:,}: they are no pair"
-        )
-    return model, tokenizer
+    stored = open_folder(on_disk.find_model(name))
+    return build(stored, device=device, dtype=dtype), stored.tokenizer
 
 
 def load_model(
-    folder: Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    dropout: float | None = None,
+    folder: Path, *, device: torch.device | str = "cpu", dropout: float | None = None
 ) -> GPT:
-    """The model in a folder, in evaluation mode; ValueError where its tensors are not a model's.
+    """The model in a folder, in float32 and evaluation mode.
 
     `dropout` replaces the folder's, as fine-tuning may want.
     """
-    config = on_disk.read_config(folder)
+    stored = open_folder(folder, with_tokenizer=False)
     if dropout is not None:
-        config = replace(config, dropout=dropout)
-    on_disk.check_shapes(folder, config)
-    weights = read_weights(folder, dtype)
-    if config.modern:
-        weights = joined(config, weights)
-    else:
-        config = with_biases_found(config, weights, folder)
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = GPT(config)
-    wanted = model.state_dict()
-    if config.tie_weights:
-        weights.setdefault("lm_head.weight", weights.get("wte.weight", torch.empty(0)))
+        stored = replace(stored, config=replace(stored.config, dropout=dropout))
+    return build(stored, device=device)
+
+
+def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
+    """What a model's folder holds; ValueError where its tensors are not those of its config.json.
+
+    No tensor is read but biases.
+    """
+    config = on_disk.read_config(folder)
+    account = on_disk.check_tensors(folder, config)
+    found, get_exactly = safetensors_reader(on_disk.weight_files(folder))
+    exact = {name.removeprefix(PREFIX): name for name in found}
+    fetch = from_theirs(hugging_face(config), config, lambda name: get_exactly(exact[name]))
     if not config.modern:
-        absent_biases = set(every_name(config)) - set(wanted)
-        for name in absent_biases:
-            weights.pop(name, None)
-    check_tensors(folder, weights, wanted)
+        config = with_biases_found(config, fetch, exact, folder)
+    tokenizer = None
+    if with_tokenizer and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        check_pair(config, tokenizer, folder)
+    dtype = on_disk.stored_dtype(folder)
+    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, dtype=dtype, account=account)
+
+
+def build(
+    stored: Stored,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
+    """A stored model in memory, in evaluation mode."""
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = GPT(stored.config)
+    weights = {}
+    for name in model.state_dict():
+        tied = name == "lm_head.weight" and stored.config.tie_weights
+        tensor = stored.fetch("wte.weight" if tied else name)
+        weights[name] = tensor.to(dtype).contiguous()
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.to(device).eval()
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of a folder as `dtype`; a GPT-2's under our names and orientation."""
-    weights = {}
-    for path in on_disk.weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for theirs in file.keys():  # noqa: SIM118 (it is no dict)
-                    name = theirs.removeprefix(PREFIX)
-                    if not name.endswith(MASKS):
-                        weights[name] = oriented(name, file.get_tensor(theirs).to(dtype))
-        except SafetensorError as error:
-            raise DamagedError(f"{path} is not a whole safetensors file: {error}") from error
-    return weights
-
-
-def with_biases_found(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> GPTConfig:
+def with_biases_found(
+    config: GPTConfig, fetch: Fetch, found: Mapping[str, str], folder: Path
+) -> GPTConfig:
     """The configuration with biases switched on where the tensors have them.
 
     Tensors are the truth: a folder fine-tuned elsewhere may have learned the biases that were
     written as zeros, and its "gptsmith" section still calls absent.
     """
-    found = {name for name, tensor in weights.items() if name.endswith(".bias") and tensor.any()}
-    qkv = any(name.endswith("attn.c_attn.bias") for name in found)
-    rest = any(not name.endswith("attn.c_attn.bias") for name in found)
-    truth = replace(config, bias=config.bias or rest, qkv_bias=config.has_qkv_bias or qkv)
-    if (truth.bias, truth.has_qkv_bias) != (config.bias, config.has_qkv_bias):
+    absent = [part.name for part in parts(config).values() if part.absent and part.name in found]
+    learned = [name for name in absent if fetch(name).any()]
+    qkv = any(name.endswith("attn.c_attn.bias") for name in learned)
+    rest = any(not name.endswith("attn.c_attn.bias") for name in learned)
+    if learned:
         warnings.warn(
             f"{folder} has biases that its config.json calls absent: they are used", stacklevel=3
         )
-        return truth
-    return config
+    return replace(config, bias=config.bias or rest, qkv_bias=config.has_qkv_bias or qkv)
 
 
-def check_tensors(
-    folder: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError unless the tensors are exactly those wanted, by name and shape."""
-    kind = "GPT-2" if "wpe.weight" in wanted else "NanoChat"
-    if missing := sorted(wanted.keys() - weights.keys()):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of a {kind}, {missing[0]} first")
-    if extra := sorted(weights.keys() - wanted.keys()):
-        raise ValueError(f"{folder} has {len(extra)} tensors no {kind} has, {extra[0]} first")
-    for name, tensor in wanted.items():
-        if weights[name].shape != tensor.shape:
-            got, needed = tuple(weights[name].shape), tuple(tensor.shape)
-            raise ValueError(f"{folder}: {name} is {got}, but config.json calls for {needed}")
+def check_pair(config: GPTConfig, tokenizer: Tokenizer | None, place: object) -> None:
+    """ValueError where a tokenizer has ids that the model does not."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"but the model's vocabulary only {config.vocab_size:,}: they are no pair"
+        )
 
 
 def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -235,8 +222,5 @@ def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not (folder / STATE).is_file() or not (folder / OPTIMIZER).is_file():
         raise ValueError(f"{folder} holds a model but no training state: start from it with --from")
     state = on_disk.read_json(folder / STATE)
-    try:
-        with safe_open(folder / OPTIMIZER, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except SafetensorError as error:
-        raise DamagedError(f"{folder / OPTIMIZER} is not whole: {error}") from error
+    shapes, get = safetensors_reader([folder / OPTIMIZER])
+    return {name: get(name) for name in shapes}, state

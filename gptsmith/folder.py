@@ -12,11 +12,12 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import nanochat
 from .config import GPTConfig, suggestion
+from .names import MASK, PREFIX, Account, Shape, account, hugging_face
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -181,34 +182,42 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
 
 
-def check_shapes(folder: Path, config: GPTConfig) -> None:
-    """ValueError where a folder's tensors are not of the size that its config.json says.
+def check_tensors(folder: Path, config: GPTConfig) -> Account:
+    """What each tensor of a folder is; ValueError where they are not those of its config.json.
 
-    Looks at headers alone, and only as far as needed before a model of that size is made.
+    Looks at the files' headers alone.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = dict[str, Shape]()
     for path in weight_files(folder):
-        found = tensor_shapes(path)
-        shapes |= {name.removeprefix("transformer."): shape for name, shape in found.items()}
-    V, P, C = config.vocab_size, config.context_length, config.n_embd
-    if config.modern:
-        wanted, block = dict.fromkeys(nanochat.WHOLE["wte.weight"], (V, C)), nanochat.LAYERS
-    else:
-        wanted, block = {"wte.weight": (V, C), "wpe.weight": (P, C)}, "h."
-    for name, shape in wanted.items():
-        if name in shapes and shapes[name] != shape:
-            got = shapes[name]
-            raise ValueError(f"{folder}: {name} is {got}, but config.json calls for {shape}")
-    inside = [name.removeprefix(block) for name in shapes if name.startswith(block)]
-    layers = len({name.split(".")[0] for name in inside})
-    if layers != config.n_layer:
-        raise ValueError(
-            f"{folder} has {layers} layers, but config.json calls for {config.n_layer}"
-        )
+        shapes |= tensor_shapes(path)
+    masks = {name: "a causal mask, no weight" for name in shapes if MASK.fullmatch(name)}
+    return account(
+        hugging_face(config),
+        config,
+        {name.removeprefix(PREFIX): shape for name, shape in shapes.items()},
+        place=folder,
+        kind="NanoChat" if config.modern else "GPT-2",
+        says=CONFIG,
+        ignored={name.removeprefix(PREFIX): why for name, why in masks.items()},
+        zero_biases=not config.modern,
+    )
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def stored_dtype(folder: Path) -> str:
+    """The number format of a folder's largest tensor; "float32" for any that we do not write."""
+    words = {"F16": "fp16", "BF16": "bf16"}
+    entries = [entry for path in weight_files(folder) for entry in header(path).values()]
+    largest = max(entries, key=lambda entry: prod(entry["shape"]), default={})
+    return words.get(largest.get("dtype", ""), "float32")
+
+
+def tensor_shapes(path: Path) -> dict[str, Shape]:
     """Name and shape of each tensor in a safetensors file, from its header alone."""
+    return {name: tuple(entry["shape"]) for name, entry in header(path).items()}
+
+
+def header(path: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of each tensor: "shape", "dtype" and "data_offsets"."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -216,21 +225,21 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if length > size - 8:
             raise DamagedError(f"{path} is cut short: {size:,} bytes do not even hold its header")
         try:
-            header = json.loads(file.read(length))
+            entries = json.loads(file.read(length))
         except ValueError as error:
             raise DamagedError(f"{path} is not a safetensors file: {error}") from error
-    if not isinstance(header, dict):
+    if not isinstance(entries, dict):
         raise DamagedError(f"{path} is not a safetensors file: its header is no object")
-    header.pop("__metadata__", None)
+    entries.pop("__metadata__", None)
     if not all(
-        isinstance(e, dict) and {"shape", "data_offsets"} <= e.keys() for e in header.values()
+        isinstance(e, dict) and {"shape", "data_offsets"} <= e.keys() for e in entries.values()
     ):
         raise DamagedError(f"{path} is not a safetensors file: its header lists no tensors")
-    if size < 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+    if size < 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0):
         raise DamagedError(
             f"{path} is cut short: {size:,} bytes are fewer than its header promises"
         )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return entries
 
 
 # -- which folder a name means

@@ -16,11 +16,11 @@ PACKAGE = Path(gptsmith.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 # Every import points to an earlier line.
 READING_ORDER = """
-    config accounting settings recipe runtime nanochat folder
+    config accounting names settings recipe runtime folder
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model devices checkpoint sampling generate evaluate
+    cache attention loss model devices weights checkpoint sampling generate evaluate
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
@@ -30,7 +30,7 @@ READING_ORDER = """
 """.split()
 SIBLINGS = ("training", "inspection")
 NO_TORCH = (
-    "config accounting settings recipe runtime nanochat folder tokenizers data.prepare "
+    "config accounting names settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
 ).split()
 MATHEMATICS = ("cache", "attention", "loss", "model")

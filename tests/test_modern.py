@@ -153,7 +153,7 @@ def test_saving_and_loading_changes_nothing(form: str, tmp_path: Path) -> None:
         ({"num_key_value_heads": 4}, "n_kv_head is 4: a divisor of n_head 6"),
         ({"num_hidden_layers": 3}, "has 2 layers, but config.json calls for 3"),
         ({"vocab_size": 36}, r"embed_tokens.weight is \(37, 24\), but .* \(36, 24\)"),
-        ({"num_key_value_heads": 3}, r"c_attn.weight is \(40, 24\), but .* \(48, 24\)"),
+        ({"num_key_value_heads": 3}, r"k_proj.weight is \(8, 24\), but .* \(12, 24\)"),
     ],
 )
 def test_another_nanochat_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -174,7 +174,11 @@ def test_a_softcap_that_is_not_mentioned_is_nanochats_own() -> None:
 @pytest.mark.parametrize(
     ("drop", "extra", "message"),
     [
-        ("self_attn.k_proj.weight", {}, "lacks 2 tensors of a NanoChat, h.0.attn.c_attn.weight"),
+        (
+            "self_attn.k_proj.weight",
+            {},
+            "lacks 2 tensors of a NanoChat, model.layers.0.self",
+        ),
         ("", {"model.layers.0.mlp.fc1.bias": torch.ones(31)}, "has 1 tensors no NanoChat has"),
     ],
 )

@@ -1,0 +1,157 @@
+"""A model's tensors, fetched one at a time: from safetensors, to safetensors, under any names.
+
+Nothing here ever holds all of a model, so that one as large as the memory can be read, renamed and
+written. Knows nothing of configurations on disk or of other formats' files.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import GPTConfig
+from .folder import DamagedError, tensor_shapes
+from .names import Account, Row, Shape, parts, rows, their_shapes
+from .tokenizers import Tokenizer
+
+Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten after use
+
+# Our word for a number format, PyTorch's, and the one in a safetensors header.
+DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADER_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A model that lies in some file: what it is, and each of its tensors when asked for."""
+
+    config: GPTConfig
+    fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file
+    tokenizer: Tokenizer | None
+    dtype: str = "float32"  # one of DTYPES: what its matrices are stored in, or come closest to
+    account: Account = Account()
+
+
+class Entry(NamedTuple):
+    """A tensor yet to be written, under somebody's name for it."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    fetch: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in a file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+# -- under other names
+
+
+def from_theirs(table: Iterable[Row], config: GPTConfig, get: Fetch) -> Fetch:
+    """What fetches our tensors where `get` fetches theirs."""
+    by_name = {row.ours: row for row in rows(table, config)}
+
+    def fetch(name: str) -> Tensor:
+        row = by_name[name]
+        tensors = [get(theirs) for theirs in row.theirs]
+        if row.turned:
+            tensors = [tensor.t() for tensor in tensors]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+    return fetch
+
+
+def to_theirs(
+    table: Iterable[Row], config: GPTConfig, fetch: Fetch, dtype: torch.dtype
+) -> list[Entry]:
+    """Their tensors of a model, in the table's order; what the model does without is left out."""
+    ours, entries = parts(config), []
+    for row in rows(table, config):
+        part = ours[row.ours]
+        if part.absent or part.tied:
+            continue
+        for number, (name, shape) in enumerate(their_shapes(row, config, part.shape).items()):
+            get = partial(_part, row, number, config, fetch)
+            entries.append(Entry(name, shape, dtype, get))
+    return entries
+
+
+def _part(row: Row, number: int, config: GPTConfig, fetch: Fetch) -> Tensor:
+    """One of their tensors, cut out of ours and turned."""
+    tensor = fetch(row.ours)
+    if len(row.theirs) > 1:
+        tensor = tensor.split(config.attention_rows)[number]
+    return tensor.t() if row.turned else tensor
+
+
+def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
+    """What fetches the same model as one of `wider`, which has tensors that `config` lacks.
+
+    An absent bias is zeros, and an untied head is the embedding that it was tied to.
+    """
+    ours, theirs = parts(config), parts(wider)
+
+    def get(name: str) -> Tensor:
+        if name == "lm_head.weight" and config.tie_weights:
+            return fetch("wte.weight")
+        return torch.zeros(theirs[name].shape) if ours[name].absent else fetch(name)
+
+    return get
+
+
+# -- safetensors
+
+
+def safetensors_reader(files: Iterable[Path]) -> tuple[dict[str, Shape], Fetch]:
+    """The shapes of all tensors in some files, and what fetches each.
+
+    A file is opened anew for each, since what has been looked at stays in memory until it closes.
+    """
+    shapes, place = dict[str, Shape](), dict[str, Path]()
+    for path in files:
+        found = tensor_shapes(path)
+        shapes |= found
+        place |= dict.fromkeys(found, path)
+
+    def get(name: str) -> Tensor:
+        try:
+            with safe_open(place[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise DamagedError(f"{place[name]} is not a whole safetensors file: {error}") from error
+
+    return shapes, get
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
+    """Write tensors to a file, one at a time; `safetensors` itself wants all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        words = {"dtype": HEADER_WORDS[entry.dtype], "shape": entry.shape}
+        header[entry.name] = {**words, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            file.write(to_bytes(entry.fetch(), entry))
+
+
+def to_bytes(tensor: Tensor, entry: Entry) -> Any:
+    """The numbers of a tensor as they lie in a file: little-endian, row by row."""
+    if tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"{entry.name} is {tuple(tensor.shape)}, but should be {entry.shape}")
+    numbers = tensor.detach().cpu().to(entry.dtype).contiguous()
+    return numbers.reshape(-1).view(torch.uint8).numpy().data
