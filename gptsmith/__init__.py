@@ -45,6 +45,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "convert":
+        return import_module(f"{__name__}.convert")
     if name not in _HOMES:
         raise AttributeError(f"gptsmith has no '{name}'")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

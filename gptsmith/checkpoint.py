@@ -15,7 +15,7 @@ from torch import Tensor
 from . import folder as on_disk
 from .config import GPTConfig
 from .model import GPT
-from .names import PREFIX, hugging_face, parts
+from .names import PREFIX, Shape, full_name, hugging_face, parts
 from .tokenizers import Tokenizer, load_tokenizer
 from .weights import (
     DTYPES,
@@ -89,10 +89,7 @@ def hugging_face_entries(stored: Stored) -> list[Entry]:
     entries = to_theirs(table, wider, fetch, DTYPES[stored.dtype])
     if config.modern:
         return entries
-    return [
-        entry if entry.name == "lm_head.weight" else entry._replace(name=PREFIX + entry.name)
-        for entry in entries
-    ]
+    return [entry._replace(name=full_name(entry.name)) for entry in entries]
 
 
 def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
@@ -156,18 +153,25 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
     No tensor is read but biases.
     """
     config = on_disk.read_config(folder)
-    account = on_disk.check_tensors(folder, config)
-    found, get_exactly = safetensors_reader(on_disk.weight_files(folder))
-    exact = {name.removeprefix(PREFIX): name for name in found}
-    fetch = from_theirs(hugging_face(config), config, lambda name: get_exactly(exact[name]))
-    if not config.modern:
-        config = with_biases_found(config, fetch, exact, folder)
+    found, get = safetensors_reader(on_disk.weight_files(folder))
     tokenizer = None
     if with_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-        check_pair(config, tokenizer, folder)
-    dtype = on_disk.stored_dtype(folder)
-    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, dtype=dtype, account=account)
+    stored = stored_in(folder, config, found, get, on_disk.stored_dtype(folder))
+    check_pair(stored.config, tokenizer, folder)
+    return replace(stored, tokenizer=tokenizer)
+
+
+def stored_in(
+    folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch, dtype: str
+) -> Stored:
+    """A model in the tensors of its Hugging Face class, without the folder's tokenizer."""
+    account = on_disk.check_tensors(folder, config, found)
+    exact = {name.removeprefix(PREFIX): name for name in found}
+    fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
+    if not config.modern:
+        config = with_biases_found(config, fetch, exact, folder)
+    return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=account)
 
 
 def build(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from . import __version__
+from .commands.convert import add_export, add_import, export, import_
 from .commands.look import add_bench, add_describe, bench, describe
 from .commands.text import add_prepare, add_tokenizer, prepare, tokenizer
 from .commands.train import add_train, train
@@ -41,6 +42,8 @@ VERBS = {
     "evaluate": Verb("measure a model's loss on a text", add_evaluate, evaluate),
     "plot": Verb("draw the loss curves of runs", add_plot, plot),
     "describe": Verb("show a model's components, memory and FLOPs", add_describe, describe),
+    "import": Verb("bring a model from another format", add_import, import_),
+    "export": Verb("write a model in another format", add_export, export),
     "bench": Verb("measure how fast this machine trains or generates", add_bench, bench),
 }
 

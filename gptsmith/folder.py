@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -58,6 +58,27 @@ def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         explain_full_disk(error, folder)
+        raise
+
+
+@contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name only once it is on disk.
+
+    Any failure removes it; `path` must not exist.
+    """
+    if path.exists():
+        raise ValueError(f"{path} already exists: choose another name, or remove it first")
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        explain_full_disk(error, path)
         raise
 
 
@@ -179,17 +200,23 @@ def weight_files(folder: Path) -> list[Path]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, though {WEIGHTS_INDEX} lists it")
         return paths
+    if any(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{folder} has no {WEIGHTS}, only .bin files: `gptsmith import {folder} OUT` reads them"
+        )
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
 
 
-def check_tensors(folder: Path, config: GPTConfig) -> Account:
-    """What each tensor of a folder is; ValueError where they are not those of its config.json.
-
-    Looks at the files' headers alone.
-    """
+def all_shapes(folder: Path) -> dict[str, Shape]:
+    """Name and shape of every tensor of a folder, from its files' headers alone."""
     shapes = dict[str, Shape]()
     for path in weight_files(folder):
         shapes |= tensor_shapes(path)
+    return shapes
+
+
+def check_tensors(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) -> Account:
+    """What each tensor of a folder is; ValueError where they are not those of its config.json."""
     masks = {name: "a causal mask, no weight" for name in shapes if MASK.fullmatch(name)}
     return account(
         hugging_face(config),

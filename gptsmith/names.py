@@ -62,6 +62,15 @@ def hugging_face(config: GPTConfig) -> list[Row]:
     return NANOCHAT if config.modern else GPT2
 
 
+def full_name(name: str) -> str:
+    """The name of one of GPT-2's tensors with the prefix that it has in GPT2LMHeadModel."""
+    return name if name.startswith("lm_head") else PREFIX + name
+
+
+TIED = "the tied head, which is wte.weight"
+ZEROS = "zeros, as the model has no such bias"
+
+
 def parts(config: GPTConfig) -> dict[str, Component]:
     """Every tensor that the model could have, by our name; some are absent, the head maybe tied."""
     return {part.name: part for part in components(config)}
@@ -122,10 +131,10 @@ def account(
         known |= shapes
         absent = [name for name in shapes if name not in found]
         if part.absent:
-            result.ignored.update({n: "zeros: no such bias here" for n in shapes if n in found})
+            result.ignored.update({name: ZEROS for name in shapes if name in found})
         elif part.tied:
-            result.ignored.update({n: "tied: it is wte.weight" for n in shapes if n in found})
-            result.missing.update({row.ours: "tied: it is wte.weight"} if absent else {})
+            result.ignored.update({name: TIED for name in shapes if name in found})
+            result.missing.update({row.ours: TIED} if absent else {})
         else:
             lacking += absent
             result.read.update(shapes)

@@ -40,6 +40,11 @@ class Stored:
     account: Account = Account()
 
 
+def dtype_of(tensor: Tensor) -> str:
+    """Our word for the numbers of a tensor; "float32" for any that we do not write."""
+    return next((word for word, dtype in DTYPES.items() if dtype == tensor.dtype), "float32")
+
+
 class Entry(NamedTuple):
     """A tensor yet to be written, under somebody's name for it."""
 

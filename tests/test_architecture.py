@@ -21,14 +21,17 @@ READING_ORDER = """
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
     cache attention loss model devices weights checkpoint sampling generate evaluate
+    convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
+    convert.formats convert.compare convert.report convert.carry convert
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
     bench profile flags
-    commands.words commands.text commands.train commands.use commands.look commands
+    commands.words commands.text commands.train commands.use commands.look commands.convert
+    commands
     cli __main__ __init__
 """.split()
-SIBLINGS = ("training", "inspection")
+SIBLINGS = ("training", "convert", "inspection")
 NO_TORCH = (
     "config accounting names settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
@@ -36,7 +39,15 @@ NO_TORCH = (
 MATHEMATICS = ("cache", "attention", "loss", "model")
 PURE = {"torch", "math", "typing"}
 # Heavy or optional: imported where used.
-OPTIONAL = ("pyarrow", "torchao", "torch.utils.tensorboard", "wandb", "matplotlib", "resource")
+OPTIONAL = (
+    "pyarrow",
+    "torchao",
+    "transformers",
+    "torch.utils.tensorboard",
+    "wandb",
+    "matplotlib",
+    "resource",
+)
 
 
 def module_names() -> list[str]:

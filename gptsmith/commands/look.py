@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
-from ..folder import check_tensors, find_model, read_config
+from ..folder import all_shapes, check_tensors, find_model, read_config
 from ..inspection.describe import describe as describe_model
 from ..recipe import convert, read_toml, recipes, updated
 from ..settings import MachineSettings, TrainingSettings
@@ -55,7 +55,7 @@ def described_config(what: str) -> tuple[GPTConfig, str]:
         raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
     folder = find_model(what)
     config = read_config(folder)
-    check_tensors(folder, config)  # what is damaged is said, not described
+    check_tensors(folder, config, all_shapes(folder))  # what is damaged is said, not described
     return config, str(folder)
 
 

@@ -3,7 +3,15 @@
 Every tokenizer is a `tokenizer.json` of the `tokenizers` library, so other tools read it too.
 """
 
-from .build import byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe, open_tokenizer
+from .build import (
+    byte_tokenizer,
+    char_tokenizer,
+    character_level,
+    gpt2_tokenizer,
+    learn_bpe,
+    open_tokenizer,
+    tokenizer_in,
+)
 from .tokenizer import Decoder, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -11,8 +19,10 @@ __all__ = [
     "Tokenizer",
     "byte_tokenizer",
     "char_tokenizer",
+    "character_level",
     "gpt2_tokenizer",
     "learn_bpe",
     "load_tokenizer",
     "open_tokenizer",
+    "tokenizer_in",
 ]

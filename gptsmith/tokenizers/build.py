@@ -32,7 +32,11 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
     if not found:
         raise ValueError("there is no character to learn from: the text is empty")
     refuse_surrogates("".join(found))
-    vocab = {character: id for id, character in enumerate(found)}
+    return character_level({character: id for id, character in enumerate(found)})
+
+
+def character_level(vocab: dict[str, int]) -> Tokenizer:
+    """A tokenizer of these characters and their ids."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend)

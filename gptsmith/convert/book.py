@@ -1,0 +1,154 @@
+"""The GPTModel of "Build a Large Language Model (From Scratch)": its state dict, and its sizes.
+
+A state dict does not tell the number of heads, so the configuration dictionary goes with it, as
+JSON. Knows nothing of other formats.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import GPTConfig
+from ..folder import read_json, write_json
+from ..names import Row, account
+from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
+from .limits import only_gpt2_block, only_usual_mlp
+from .pickles import is_torch_file, load_torch_file, tensors_of
+
+WEIGHTS, SIZES = "model.pth", "config.json"
+ENDINGS = (".pth", ".pt")
+
+_BLOCK = "trf_blocks.{}."
+# ours                              theirs
+NAMES = [
+    Row("wte.weight", ("tok_emb.weight",)),
+    Row("wpe.weight", ("pos_emb.weight",)),
+    Row("h.{}.ln_1.weight", (f"{_BLOCK}norm1.scale",)),
+    Row("h.{}.ln_1.bias", (f"{_BLOCK}norm1.shift",)),
+    *(
+        Row(
+            f"h.{{}}.attn.c_attn.{kind}",
+            tuple(f"{_BLOCK}att.W_{part}.{kind}" for part in ("query", "key", "value")),
+        )
+        for kind in ("weight", "bias")
+    ),
+    Row("h.{}.attn.c_proj.weight", (f"{_BLOCK}att.out_proj.weight",)),
+    Row("h.{}.attn.c_proj.bias", (f"{_BLOCK}att.out_proj.bias",)),
+    Row("h.{}.ln_2.weight", (f"{_BLOCK}norm2.scale",)),
+    Row("h.{}.ln_2.bias", (f"{_BLOCK}norm2.shift",)),
+    Row("h.{}.mlp.c_fc.weight", (f"{_BLOCK}ff.layers.0.weight",)),
+    Row("h.{}.mlp.c_fc.bias", (f"{_BLOCK}ff.layers.0.bias",)),
+    Row("h.{}.mlp.c_proj.weight", (f"{_BLOCK}ff.layers.2.weight",)),
+    Row("h.{}.mlp.c_proj.bias", (f"{_BLOCK}ff.layers.2.bias",)),
+    Row("ln_f.weight", ("final_norm.scale",)),
+    Row("ln_f.bias", ("final_norm.shift",)),
+    Row("lm_head.weight", ("out_head.weight",)),
+]
+MASK = re.compile(r"trf_blocks\.[0-9]+\.att\.mask")
+KEYS = {  # theirs: ours
+    "vocab_size": "vocab_size",
+    "context_length": "context_length",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "drop_rate": "dropout",
+    "qkv_bias": "has_qkv_bias",
+}
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file, or the only such file of a folder, is a state dict with `tok_emb`."""
+    try:
+        file = weights_in(path)
+    except ValueError:
+        return False
+    return is_torch_file(file) and "tok_emb.weight" in state_of(load_torch_file(file))
+
+
+def read(path: Path) -> Stored:
+    """The model of a state dict whose configuration dictionary lies beside it."""
+    file = weights_in(path)
+    tensors = tensors_of(state_of(load_torch_file(file)), file)
+    config = config_beside(file)
+    masks = {name: "a causal mask, no weight" for name in tensors if MASK.fullmatch(name)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    explained = account(
+        NAMES, config, shapes, place=file, kind="the book's GPTModel", ignored=masks
+    )
+    return Stored(
+        config=config,
+        fetch=from_theirs(NAMES, config, tensors.__getitem__),
+        tokenizer=None,
+        dtype=dtype_of(tensors["tok_emb.weight"]),
+        account=explained,
+    )
+
+
+def weights_in(path: Path) -> Path:
+    """The file itself, or the one in a folder that may hold a state dict."""
+    if path.is_file():
+        return path
+    files = sorted(file for file in path.glob("*") if file.suffix in ENDINGS)
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {len(files)} files of weights: name the one to read")
+    return files[0]
+
+
+def state_of(found: Any) -> dict[str, Tensor]:
+    """The state dict, alone or where the book saves it beside the optimizer's."""
+    if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
+        found = found["model_state_dict"]
+    return found if isinstance(found, dict) else {}
+
+
+def config_beside(file: Path) -> GPTConfig:
+    """The configuration in the JSON file beside the weights that has the book's keys."""
+    found = []
+    for path in sorted(file.parent.glob("*.json")):
+        try:
+            value = read_json(path)
+        except ValueError:
+            continue  # somebody else's file
+        if "emb_dim" in value:
+            found.append((path, value))
+    if len(found) != 1:
+        raise ValueError(
+            f"{file.parent} holds {len(found)} JSON files with the book's configuration: one is "
+            f'needed, as {{"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, '
+            f'"n_heads": 12, "n_layers": 12, "drop_rate": 0.1, "qkv_bias": false}}'
+        )
+    path, value = found[0]
+    try:
+        return GPTConfig.from_book(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def nearest(config: GPTConfig) -> GPTConfig:
+    """The closest GPTModel: tanh GELU, a head of its own, biases but in query, key and value."""
+    only_gpt2_block(config, "the book")
+    only_usual_mlp(config, "the book")
+    return replace(
+        config,
+        activation="gelu_tanh",
+        bias=True,
+        qkv_bias=config.has_qkv_bias,
+        tie_weights=False,
+        norm_eps=1e-5,
+    )
+
+
+def write(stored: Stored, out: Path, dtype: str) -> None:
+    """Write the state dict and its configuration dictionary into a folder."""
+    config = stored.config
+    entries = to_theirs(NAMES, config, stored.fetch, DTYPES[dtype])
+    state = {entry.name: entry.fetch().to(entry.dtype).contiguous() for entry in entries}
+    P = config.context_length
+    mask = torch.ones(P, P).triu(1)  # a buffer there, so a strict load asks for it
+    state |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layer)}
+    torch.save(state, out / WEIGHTS)
+    write_json(out / SIZES, {theirs: getattr(config, ours) for theirs, ours in KEYS.items()})

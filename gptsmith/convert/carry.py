@@ -1,0 +1,208 @@
+"""From one format to another: what a model loses, what it keeps, and proof that it is the same.
+
+Knows the formats by the verbs of their table alone.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..folder import file_written_whole, written_whole
+from ..names import TIED
+from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
+from ..weights import Stored, with_all
+from .compare import largest_difference, logits, rounding_of, some_tokens
+from .formats import Place
+from .limits import losses
+from .nanogpt import read_characters
+from .report import Report
+
+GPT2_VOCABULARY = 50257
+PADDED_TO = (64, 128)  # multiples of rows that vocabularies are padded to, for speed
+
+
+# -- the model and its tokenizer, as a pair
+
+
+def stored_at(source: Place, tokenizer: str | None = None) -> Stored:
+    """What a source holds, with the tokenizer that is named instead of its own.
+
+    Where there is neither, and the vocabulary has GPT-2's size, it is taken for GPT-2's.
+    """
+    stored = source.format.module.read(source.path)
+    if TIED in stored.account.ignored.values() and not torch.equal(
+        stored.fetch("lm_head.weight"), stored.fetch("wte.weight")
+    ):
+        raise ValueError(f"{source.path}: the head is tied to the embedding, but is another tensor")
+    if tokenizer is not None:
+        return replace(stored, tokenizer=named_tokenizer(tokenizer))
+    if stored.tokenizer is None and stored.config.vocab_size in padded_sizes(GPT2_VOCABULARY):
+        return replace(stored, tokenizer=gpt2_tokenizer())
+    return stored
+
+
+def named_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that a word stands for: none, gpt2, byte, a folder, or a `meta.pkl`."""
+    if name == "none":
+        return None
+    if Path(name).is_file():
+        return read_characters(Path(name))
+    return open_tokenizer(name)
+
+
+def padded_sizes(vocab_size: int) -> set[int]:
+    """A vocabulary's size, and those that it may be padded to for speed."""
+    return {vocab_size, *(-(-vocab_size // step) * step for step in PADDED_TO)}
+
+
+def without_padding(stored: Stored, place: Path) -> tuple[Stored, int]:
+    """The model without the rows beyond its tokenizer's ids, and how many those were.
+
+    ValueError where there are more of them than padding for speed explains, or too few rows.
+    """
+    config, tokenizer = stored.config, stored.tokenizer
+    if tokenizer is None or tokenizer.vocab_size == config.vocab_size:
+        return stored, 0
+    V, rows = tokenizer.vocab_size, config.vocab_size
+    if rows not in padded_sizes(V):
+        raise ValueError(
+            f"{place}: the tokenizer has {V:,} tokens and the embedding {rows:,} rows: they are no "
+            "pair; name the right one with --tokenizer, or none"
+        )
+
+    def fetch(name: str) -> Tensor:
+        tensor = stored.fetch(name)
+        return tensor[:V] if name in ("wte.weight", "lm_head.weight") else tensor
+
+    return replace(stored, config=replace(config, vocab_size=V), fetch=fetch), rows - V
+
+
+# -- carrying it over
+
+
+def carry(
+    stored: Stored,
+    source: Place,
+    target: Place,
+    *,
+    dtype: str | None = None,
+    approximate: bool = False,
+    shard_bytes: int | None = None,
+    padding: int = 0,
+    run_original: bool = False,
+) -> Report:
+    """Write a stored model in the target's format, all or nothing, and compare the logits.
+
+    ValueError where the format cannot say what the model is, unless `approximate`, and where an
+    exact copy does not compute the same as the model, or as its own system does. `padding` rows
+    were left out of its vocabulary.
+    """
+    dtype = check_dtype(target, dtype, stored.dtype)
+    nearest = target.format.module.nearest(stored.config)
+    lost = losses(stored.config, nearest)
+    if lost and not approximate:
+        raise ValueError(
+            f"{target.format.title}: no way to say {'; '.join(lost)}; "
+            "--approximate writes the nearest there is"
+        )
+    if shard_bytes is not None and not target.format.ours:
+        raise ValueError(f"{target.format.title}: never cut into shards, so leave that out")
+    near = replace(
+        stored, config=nearest, fetch=with_all(stored.config, stored.fetch, nearest), dtype=dtype
+    )
+    options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    with opened(target) as temporary:
+        target.format.module.write(near, temporary, dtype, **options)
+        tokens = some_tokens(stored.config)
+        before, written = logits(stored, tokens), Place(temporary, target.name)
+        after, tokenizer = read_back(written, stored, tokens)
+        difference = largest_difference(before, after)
+        exact = not lost and dtype in ("float32", stored.dtype)
+        if not (difference <= rounding_of(before) if exact else isfinite(difference)):
+            raise ValueError(
+                f"{target.path} was not written: its logits would differ by {difference:.2g}"
+            )
+        original = "" if not run_original else compare_original(source, tokens, before)
+        size = bytes_in(temporary)
+    return Report(
+        source=str(source.path),
+        source_format=source.format.title,
+        target=str(target.path),
+        target_format=target.format.title,
+        dtype=dtype,
+        bytes=size,
+        config=stored.config,
+        account=stored.account,
+        lost=tuple(lost),
+        padding=padding,
+        tokenizer=tokenizer,
+        difference=difference,
+        original=original,
+    )
+
+
+def opened(target: Place) -> AbstractContextManager[Path]:
+    """A temporary place for a new file or folder, which takes its name once it is whole."""
+    if target.format.is_file:
+        return file_written_whole(target.path)
+    return written_whole(target.path, manifest=target.format.ours)
+
+
+def check_dtype(target: Place, wanted: str | None, stored: str) -> str:
+    """The number format to write: the one wanted, the one stored, or float32."""
+    dtypes = target.format.dtypes
+    if wanted is None:
+        return stored if stored in dtypes else "float32"
+    if wanted not in dtypes:
+        can = ", ".join(dtypes)
+        raise ValueError(f"{target.format.title}: written in {can}, not in {wanted}")
+    return wanted
+
+
+def read_back(written: Place, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
+    """The logits of what was written, and in words what became of the tokenizer."""
+    module = written.format.module
+    if written.format.can("read"):
+        copy = module.read(written.path)
+        after, held = logits(copy, tokens), copy.tokenizer
+    else:
+        after, held = module.run(written.path, tokens), None
+        if (written.path / "tokenizer.json").is_file():
+            held = load_tokenizer(written.path)
+    if stored.tokenizer is None:
+        return after, "none"
+    words = f"{stored.tokenizer.kind}, {stored.tokenizer.vocab_size:,} tokens"
+    if held is None:
+        return after, f"not written ({words}): the format has no place for it"
+    if held.fingerprint != stored.tokenizer.fingerprint:
+        raise ValueError(f"{written.format.title}: it would change the tokenizer ({words})")
+    return after, words
+
+
+def compare_original(source: Place, tokens: Tensor, ours: Tensor) -> str:
+    """In words, how far our logits are from those of the system that the source belongs to.
+
+    ValueError where that is further than rounding explains.
+    """
+    if not source.format.can("run"):
+        return "not compared with the original, which takes its own code to run"
+    if find_spec(source.format.runner) is None:
+        return f"not compared with the original: {source.format.runner} is not installed"
+    theirs = source.format.module.run(source.path, tokens)[..., : ours.shape[-1]]
+    difference = largest_difference(ours, theirs)
+    if not difference <= rounding_of(theirs):
+        raise ValueError(
+            f"{source.path}: {source.format.runner} computes other logits, by {difference:.2g}"
+        )
+    return f"largest difference to the original, run by {source.format.runner}: {difference:.2g}"
+
+
+def bytes_in(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

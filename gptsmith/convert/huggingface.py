@@ -1,0 +1,92 @@
+"""A Hugging Face folder: our own form, and as others write it, with pickled weights too.
+
+Knows nothing of other formats; what the folder is made of is known to `checkpoint`.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..config import GPTConfig
+from ..folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
+from ..names import PREFIX
+from ..tokenizers import Tokenizer, tokenizer_in
+from ..weights import Stored, dtype_of
+from .pickles import load_torch_file, tensors_of
+
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def recognise(path: Path) -> bool:
+    """Whether a folder's config.json names a model type of transformers', ours or another."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
+
+
+def read(path: Path) -> Stored:
+    """The model and tokenizer of a folder, whatever files its weights are in."""
+    if not any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) and any(
+        (path / name).is_file() for name in (PICKLED, PICKLED_INDEX)
+    ):
+        stored = from_pickles(path)
+    else:
+        stored = checkpoint.open_folder(path, with_tokenizer=False)
+    return replace(stored, tokenizer=tokenizer_of(path))
+
+
+def from_pickles(folder: Path) -> Stored:
+    """The model of a folder whose weights torch.save wrote, in one file or several."""
+    config, files = read_config(folder), [PICKLED]
+    if not (folder / PICKLED).is_file():
+        places = read_json(folder / PICKLED_INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{folder / PICKLED_INDEX} has no weight_map of names to files")
+        files = sorted({str(name) for name in places.values()})
+    tensors = dict[str, Tensor]()
+    for name in files:
+        if not (folder / name).is_file() or Path(name).name != name:
+            raise FileNotFoundError(f"{folder / name} is missing, though the index lists it")
+        tensors |= tensors_of(load_torch_file(folder / name), folder / name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    embedding = tensors.get(PREFIX + "wte.weight", tensors.get("wte.weight", torch.empty(0)))
+    return checkpoint.stored_in(folder, config, shapes, tensors.__getitem__, dtype_of(embedding))
+
+
+def tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder in any of GPT-2's three forms, or None."""
+    names = ("tokenizer.json", "vocab.json", "encoder.json")
+    return tokenizer_in(folder) if any((folder / name).is_file() for name in names) else None
+
+
+def nearest(config: GPTConfig) -> GPTConfig:
+    """The model itself: the "gptsmith" section says what GPT2Config cannot."""
+    return config
+
+
+def write(stored: Stored, out: Path, dtype: str, *, shard_bytes: int | None = None) -> None:
+    """Write the folder, in files of at most `shard_bytes`."""
+    checkpoint.write(replace(stored, dtype=dtype), out, shard_bytes=shard_bytes)
+
+
+def run(path: Path, tokens: Tensor) -> Tensor:
+    """The logits that transformers itself computes, in float32.  (B, T) -> (B, T, V)"""
+    import transformers
+
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    with torch.inference_mode():
+        return model.eval()(tokens).logits

@@ -1,0 +1,140 @@
+"""nanoGPT's `ckpt.pt`: a pickled dictionary of a model's sizes and its state dict.
+
+With it goes `meta.pkl`, where nanoGPT keeps the characters of a text. Knows nothing of other
+formats.
+"""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import GPTConfig
+from ..names import GPT2, MASK, PREFIX, account, full_name
+from ..tokenizers import Tokenizer, character_level
+from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
+from .limits import only_gpt2_block, only_usual_mlp
+from .pickles import is_torch_file, load_plain_pickle, load_torch_file, tensors_of
+
+CHECKPOINT, CHARACTERS = "ckpt.pt", "meta.pkl"
+NAMES = [row._replace(turned=False) for row in GPT2]  # GPT-2's names, our orientation
+SIZES = {  # theirs: ours
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "context_length",
+    "bias": "bias",
+    "vocab_size": "vocab_size",
+    "dropout": "dropout",
+}
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file, or the `ckpt.pt` of a folder, is a checkpoint with `model_args`."""
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not is_torch_file(file):
+        return False
+    found = load_torch_file(file)
+    return isinstance(found, dict) and {"model", "model_args"} <= found.keys()
+
+
+def read(path: Path) -> Stored:
+    """The model of a checkpoint, with its characters where a `meta.pkl` is found."""
+    file = path / CHECKPOINT if path.is_dir() else path
+    checkpoint = load_torch_file(file)
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise ValueError(f"{file} is no nanoGPT checkpoint: it lacks 'model' and 'model_args'")
+    tensors = tensors_of(checkpoint["model"], file)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    config = config_of(checkpoint["model_args"], file)
+    masks = {name: "a causal mask, no weight" for name in tensors if MASK.fullmatch(name)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    explained = account(
+        NAMES, config, shapes, place=file, kind="nanoGPT", says="its model_args", ignored=masks
+    )
+    return Stored(
+        config=config,
+        fetch=from_theirs(NAMES, config, tensors.__getitem__),
+        tokenizer=characters_beside(file, checkpoint.get("config")),
+        dtype=dtype_of(tensors["wte.weight"]),
+        account=explained,
+    )
+
+
+def config_of(sizes: Any, file: Path) -> GPTConfig:
+    """The model that `model_args` describes; nanoGPT has the erf GELU and a tied head."""
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{file}: model_args is {type(sizes).__name__}, not a dictionary")
+    if missing := sorted(SIZES.keys() - sizes.keys()):
+        raise ValueError(f"{file}: model_args lacks {', '.join(missing)}")
+    if unknown := sorted(str(key) for key in sizes.keys() - SIZES.keys()):
+        raise ValueError(f"{file}: model_args has {', '.join(unknown)}, which nanoGPT's has not")
+    ours = {SIZES[key]: value for key, value in sizes.items()}
+    try:
+        return GPTConfig(**ours, activation="gelu_erf")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def characters_beside(file: Path, settings: Any) -> Tokenizer | None:
+    """The tokenizer of the `meta.pkl` beside a checkpoint, or where nanoGPT keeps its dataset's."""
+    places = [file.with_name(CHARACTERS)]
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    if isinstance(dataset, str) and dataset == Path(dataset).name:
+        places.append(file.resolve().parent.parent / "data" / dataset / CHARACTERS)
+    found = [place for place in places if place.is_file()]
+    return read_characters(found[0]) if found else None
+
+
+def read_characters(path: Path) -> Tokenizer:
+    """The character tokenizer in a `meta.pkl`, with nanoGPT's ids."""
+    meta = load_plain_pickle(path)
+    ids = meta.get("stoi") if isinstance(meta, dict) else None
+    if not isinstance(ids, dict) or sorted(map(str, ids.values())) != sorted(
+        map(str, range(len(ids)))
+    ):
+        raise ValueError(f"{path} has no 'stoi' of characters to the ids from 0 on")
+    if odd := [key for key in ids if not isinstance(key, str) or len(key) != 1]:
+        raise ValueError(f"{path}: {odd[0]!r} in 'stoi' is not a character")
+    return character_level(ids)
+
+
+def nearest(config: GPTConfig) -> GPTConfig:
+    """The closest model of nanoGPT's: erf GELU, tied, biases everywhere or nowhere."""
+    only_gpt2_block(config, "nanoGPT")
+    only_usual_mlp(config, "nanoGPT")
+    return replace(
+        config,
+        activation="gelu_erf",
+        tie_weights=True,
+        bias=config.bias or config.has_qkv_bias,
+        qkv_bias=None,
+        norm_eps=1e-5,
+    )
+
+
+def write(stored: Stored, out: Path, dtype: str) -> None:
+    """Write `ckpt.pt`, and `meta.pkl` for characters, into a folder.
+
+    The dataset that the checkpoint names has the folder's name; without characters it names none,
+    and nanoGPT's sample.py takes GPT-2's tokens.
+    """
+    config, tokenizer = stored.config, stored.tokenizer
+    entries = to_theirs(NAMES, config, stored.fetch, DTYPES[dtype])
+    state = {full_name(entry.name): entry.fetch().to(entry.dtype).contiguous() for entry in entries}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    checkpoint = {
+        "model": state,
+        "model_args": {theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
+        "iter_num": 0,
+        "best_val_loss": 1e9,  # as nanoGPT begins
+        "config": {},
+    }
+    if tokenizer is not None and tokenizer.kind == "char":
+        checkpoint["config"] = {"dataset": "gptsmith"}
+        vocab = tokenizer.vocab
+        meta = {"vocab_size": len(vocab), "stoi": vocab, "itos": {i: c for c, i in vocab.items()}}
+        (out / CHARACTERS).write_bytes(pickle.dumps(meta))
+    torch.save(checkpoint, out / CHECKPOINT)
