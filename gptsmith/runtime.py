@@ -13,6 +13,9 @@ import psutil
 
 MOST_THREADS = 16  # per core
 
+# Of glibc's malloc.h; thresholds are in bytes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
 
 def cores() -> int:
     """CPU cores that this process may use."""
@@ -86,12 +89,22 @@ def keep_freed_memory() -> None:
     It would return each large buffer to the system, which hands it out again page by page: a
     quarter of the time of a step of GPT-2 on a CPU.
     """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return
-    set_option = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    set_option(trim_threshold, 2**31 - 1)  # bytes: never
-    set_option(mmap_max, 0)
+    tell_malloc({M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0})
+
+
+def return_freed_memory() -> None:
+    """Let the C library return large buffers at once, where it can be told so.
+
+    Weights that are read one after another otherwise leave holes, of half a model's size in all.
+    """
+    tell_malloc({M_MMAP_THRESHOLD: 2**20})
+
+
+def tell_malloc(options: dict[int, int]) -> None:
+    """Set options of glibc's allocator; other systems have none of them."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def allow_deterministic_cuda() -> None:

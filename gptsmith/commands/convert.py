@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..flags import Parser
+from ..runtime import return_freed_memory
 from .words import MODEL_HELP
 
 # Every word that somebody has for a number format, and ours.
@@ -77,6 +78,7 @@ def export(options: Namespace) -> None:
 
 def choices(options: Namespace) -> dict[str, Any]:
     """What both commands let a user choose."""
+    return_freed_memory()
     dtype = None
     if options.dtype is not None:
         if options.dtype.lower() not in DTYPES:

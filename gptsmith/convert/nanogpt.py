@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import GPTConfig
-from ..names import GPT2, MASK, PREFIX, account, full_name
+from ..names import GPT2, MASK, PREFIX, account, full_name, parts
 from ..tokenizers import Tokenizer, character_level
 from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
@@ -127,6 +128,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     state["lm_head.weight"] = state["transformer.wte.weight"]
     checkpoint = {
         "model": state,
+        "optimizer": fresh_optimizer(config),
         "model_args": {theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         "iter_num": 0,
         "best_val_loss": 1e9,  # as nanoGPT begins
@@ -138,3 +140,17 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         meta = {"vocab_size": len(vocab), "stoi": vocab, "itos": {i: c for c, i in vocab.items()}}
         (out / CHARACTERS).write_bytes(pickle.dumps(meta))
     torch.save(checkpoint, out / CHECKPOINT)
+
+
+def fresh_optimizer(config: GPTConfig) -> dict[str, Any]:
+    """The state that nanoGPT's AdamW has before its first step, so that its train.py can resume.
+
+    Matrices decay and are its first group; the rest, biases and norms, are its second.
+    """
+    shapes = [part.shape for part in parts(config).values() if not (part.absent or part.tied)]
+    groups: list[dict[str, Any]] = [
+        {"params": [nn.Parameter(torch.empty(0)) for shape in shapes if len(shape) in dimensions]}
+        for dimensions in ((2,), (1,))
+    ]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
+    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
