@@ -1,0 +1,285 @@
+"""GGUF, in which llama.cpp keeps a model: GPT-2's tensors and its tokenizer in one file, and back.
+
+Knows nothing of other architectures' files, nor of numbers coarser than Q8_0. The facts about
+llama.cpp that are stated here were read in its source and seen in its behaviour, which the tests
+hold them to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import GPTConfig
+from ..folder import DamagedError
+from ..names import Row, account
+from ..weights import Entry, Fetch, Stored, from_theirs, to_bytes, to_theirs
+from .gguf_header import MAGIC, Place, header, library
+from .gguf_tokenizer import add_tokenizer, check_tokenizer, read_tokenizer
+
+ARCHITECTURE = "gpt2"
+DTYPES = ("float32", "fp16", "bf16", "q8_0")  # what `write` can be asked for
+
+_BLOCK = {  # ours: theirs
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+NAMES = [
+    Row("wte.weight", ("token_embd.weight",)),
+    Row("wpe.weight", ("position_embd.weight",)),
+    *(
+        Row(f"h.{{}}.{ours}.{part}", (f"blk.{{}}.{theirs}.{part}",))
+        for ours, theirs in _BLOCK.items()
+        for part in ("weight", "bias")
+    ),
+    Row("ln_f.weight", ("output_norm.weight",)),
+    Row("ln_f.bias", ("output_norm.bias",)),
+    Row("lm_head.weight", ("output.weight",)),
+]
+VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
+
+# llama.cpp's words, by our word for a number format: of a tensor, and of a file that is mostly so.
+TENSOR_TYPES = {"float32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+FILE_TYPES = {
+    "float32": "ALL_F32",
+    "fp16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+}
+TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Q8_BLOCK = 32  # numbers of one row that share a scale
+
+# Our key, where a token was added that the model does not have; llama.cpp passes over it.
+OWN_VOCABULARY = "gptsmith.vocab_size"
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file is a GGUF, by its first four bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def nearest(config: GPTConfig) -> GPTConfig:
+    """The closest model that llama.cpp's GPT-2 can be.
+
+    It has every bias and the tanh GELU, and its file says nothing of dropout.
+    """
+    if config.modern:
+        raise ValueError("llama.cpp has no model with the modern block: GGUF is for GPT-2's")
+    if config.head_size == 1 or config.context_length == 1:
+        raise ValueError("llama.cpp fails with one channel per head, or a context of one token")
+    return replace(
+        config,
+        activation="gelu_tanh",
+        bias=True,
+        qkv_bias=None,
+        dropout=0.0,
+        norm_eps=shortest(config.norm_eps),
+    )
+
+
+def shortest(number: float) -> float:
+    """The shortest decimal of a float32: 1e-05 where the file can only hold 9.99999974e-06."""
+    return float(str(np.float32(number)))
+
+
+# -- writing
+
+
+def write(stored: Stored, out: Path, dtype: str) -> None:
+    """Write a stored model, whose configuration is `nearest`'s, with its tokenizer."""
+    if dtype not in DTYPES:
+        raise ValueError(f"GGUF cannot be written in {dtype!r}: one of {', '.join(DTYPES)}")
+    if stored.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, and without one llama.cpp ends with a failed assertion: "
+            "add its tokenizer.json to the folder first"
+        )
+    check_tokenizer(stored.tokenizer)
+    config, fetch, gguf = stored.config, stored.fetch, library()
+    writer = gguf.GGUFWriter(out, ARCHITECTURE)
+    if stored.tokenizer.end_of_text is None:
+        # llama.cpp has no BPE without an end of text: unless told, it stops at token 11. Told of
+        # one that the model lacks, it must never draw it; llama.cpp does so since July 2026.
+        writer.add_uint32(OWN_VOCABULARY, config.vocab_size)
+        writer.add_array("tokenizer.ggml.suppress_tokens", [config.vocab_size])
+        config, fetch = replace(config, vocab_size=config.vocab_size + 1), with_a_row(fetch)
+    describe(writer, config, gguf.LlamaFileType[FILE_TYPES[dtype]])
+    add_tokenizer(writer, stored.tokenizer, config.vocab_size)
+    entries = to_theirs(NAMES, config, fetch, torch.float32)
+    types = [gguf.GGMLQuantizationType[tensor_type(entry, dtype)] for entry in entries]
+    for entry, type in zip(entries, types, strict=True):
+        block, size = gguf.GGML_QUANT_SIZES[type]
+        bytes = prod(entry.shape) // block * size
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), bytes, type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry, type in zip(entries, types, strict=True):
+            writer.write_tensor_data(encoded(entry, type, gguf))
+    finally:
+        writer.close()
+
+
+def describe(writer: Any, config: GPTConfig, file_type: int) -> None:
+    """Add what a file says of its model."""
+    writer.add_name("GPT-2")
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(library().GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.mlp_size)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.norm_eps)
+
+
+def tensor_type(entry: Entry, dtype: str) -> str:
+    """The numbers that a tensor is kept in, as llama.cpp's own converter chooses them.
+
+    Vectors and positions stay in float32; rows that are no whole blocks of Q8_0 become float16.
+    """
+    if len(entry.shape) == 1 or entry.name == "position_embd.weight":
+        return "F32"
+    if dtype == "q8_0" and entry.shape[-1] % Q8_BLOCK:
+        return "F16"
+    return TENSOR_TYPES[dtype]
+
+
+def encoded(entry: Entry, type: Any, gguf: Any) -> np.ndarray:
+    """A tensor as the bytes that the file has."""
+    if type.name in TORCH_TYPES:
+        raw = to_bytes(entry.fetch(), entry._replace(dtype=TORCH_TYPES[type.name]))
+        return np.frombuffer(raw, np.uint8)
+    raw = to_bytes(entry.fetch(), entry)
+    return gguf.quants.quantize(np.frombuffer(raw, np.float32).reshape(entry.shape), type)
+
+
+def with_a_row(fetch: Fetch) -> Fetch:
+    """What fetches a model with one token more, whose embedding is zeros."""
+
+    def get(name: str) -> Tensor:
+        tensor = fetch(name)
+        if name not in VOCABULARY:
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
+
+    return get
+
+
+# -- reading
+
+
+def read(path: Path) -> Stored:
+    """The GPT-2 in a GGUF file; ValueError for other models and for coarser numbers.
+
+    A head that says the same as the embedding is tied, as llama.cpp's converter writes it twice.
+    """
+    values, places = header(path)
+    if (got := values.get("general.architecture")) != ARCHITECTURE:
+        raise ValueError(f"{path} holds a model of kind {got!r}: only 'gpt2' is understood")
+    if (parts := values.get("split.count", 1)) != 1:
+        raise ValueError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
+    config = read_config(path, values, places)
+    found = {name: place.shape for name, place in places.items()}
+    result = account(NAMES, config, found, place=path, says="its header")
+    for name, place in places.items():
+        if place.type not in TENSOR_TYPES.values():
+            known = ", ".join(TENSOR_TYPES.values())
+            raise ValueError(f"{path}: {name} is in {place.type}: only {known} are understood")
+    fetch = from_theirs(NAMES, config, lambda name: read_tensor(path, places[name]))
+    own = values.get(OWN_VOCABULARY, config.vocab_size)
+    if not isinstance(own, int) or not 1 <= own <= config.vocab_size:
+        raise ValueError(f"{path} says {OWN_VOCABULARY} {own!r}, of {config.vocab_size:,} tokens")
+    largest = max(places.values(), key=lambda place: prod(place.shape))
+    return Stored(
+        config=replace(config, vocab_size=own),
+        fetch=partial(first_rows, own, fetch),
+        tokenizer=read_tokenizer(path, values, own),
+        dtype={"F16": "fp16", "BF16": "bf16"}.get(largest.type, "float32"),
+        account=result,
+    )
+
+
+def read_config(path: Path, values: Mapping[str, Any], places: Mapping[str, Place]) -> GPTConfig:
+    """The model that a header describes."""
+
+    def number(name: str, otherwise: Any = None) -> Any:
+        value = values.get(f"{ARCHITECTURE}.{name}", otherwise)
+        if value is None:
+            raise ValueError(f"{path} is no whole GPT-2: its header lacks {ARCHITECTURE}.{name}")
+        return value
+
+    heads, width = number("attention.head_count"), number("embedding_length")
+    if (keys := number("attention.head_count_kv", heads)) != heads:
+        raise ValueError(f"{path} has {keys} heads of keys, but {heads} of queries: no GPT-2 has")
+    inner, head = number("feed_forward_length"), places.get("output.weight")
+    tokens = values.get("tokenizer.ggml.tokens")
+    if tokens is not None and not isinstance(tokens, list):
+        raise DamagedError(f"{path} is not a whole GGUF file: its tokens are no list")
+    epsilon = number("attention.layer_norm_epsilon")
+    try:
+        config = GPTConfig(
+            vocab_size=number("vocab_size") if tokens is None else len(tokens),
+            context_length=number("context_length"),
+            n_layer=number("block_count"),
+            n_head=heads,
+            n_embd=width,
+            n_inner=inner,
+            tie_weights=head is None or same_bytes(path, head, places.get("token_embd.weight")),
+            norm_eps=shortest(epsilon) if isinstance(epsilon, float) else epsilon,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return replace(config, n_inner=None) if inner == 4 * width else config
+
+
+def read_tensor(path: Path, place: Place) -> Tensor:
+    """One tensor, in the numbers of the file, or in float32 where they come in blocks."""
+    with path.open("rb") as file:
+        file.seek(place.start)
+        data = np.fromfile(file, np.uint8, place.bytes)
+    if len(data) < place.bytes:
+        raise DamagedError(f"{path} is cut short: it became smaller while it was read")
+    if place.type in TORCH_TYPES:
+        return torch.from_numpy(data).view(TORCH_TYPES[place.type]).reshape(place.shape)
+    gguf = library()
+    blocks = data.reshape(*place.shape[:-1], -1)
+    return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[place.type]))
+
+
+def first_rows(count: int, fetch: Fetch, name: str) -> Tensor:
+    """A tensor of ours, without the rows of tokens that were added for llama.cpp."""
+    tensor = fetch(name)
+    return tensor[:count] if name in VOCABULARY else tensor
+
+
+def same_bytes(path: Path, one: Place, other: Place | None) -> bool:
+    """Whether two tensors of a file are the same, looked at one piece at a time."""
+    if other is None or (one.shape, one.type) != (other.shape, other.type):
+        return False
+    with path.open("rb") as file:
+        for start, end in pairwise([*range(0, one.bytes, 1 << 20), one.bytes]):
+            pieces = []
+            for place in (one, other):
+                file.seek(place.start + start)
+                pieces.append(file.read(end - start))
+            if pieces[0] != pieces[1]:
+                return False
+    return True

@@ -1,0 +1,123 @@
+"""Tokenizers as llama.cpp's file has them: lists of tokens, types and merges, and back.
+
+Every kind of ours becomes a BPE over bytes that splits text as GPT-2's does; llama.cpp gives the
+same ids. Where the tokenizer has no end of text, llama.cpp's must have one, and the last id is it.
+What llama.cpp does otherwise: text that looks like <|endoftext|> is that token, and characters that
+a char tokenizer does not know are passed over.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from ..tokenizers import Tokenizer, character_level
+from ..tokenizers.tokenizer import BYTES, END_OF_TEXT, SYMBOLS, splits_like
+
+KIND = "gptsmith.tokenizer"  # our key: "bpe", "byte" or "char"; llama.cpp passes over it
+NO_MERGES = ["[no] [merges]"]  # llama.cpp wants a list, and the library writes no empty one
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+
+
+# -- writing
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """ValueError for a tokenizer whose ids llama.cpp would not give."""
+    if tokenizer.kind != "bpe":
+        return
+    model = tokenizer.spec["model"]
+    switches = ("ignore_merges", "dropout", "byte_fallback", "unk_token")
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    odd = [name for name in (*switches, *affixes) if model.get(name)]
+    odd += [token["content"] for token in tokenizer.spec["added_tokens"] if not token["special"]]
+    if splits_like(tokenizer.spec) != "gpt2":
+        odd.append("another pre-tokenizer")
+    if odd:
+        raise ValueError(
+            f"the tokenizer has {odd[0]}, which GPT-2's has not: llama.cpp would give other ids"
+        )
+
+
+def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Add the tokenizer, as a BPE over bytes that splits text as GPT-2's does."""
+    texts = {id: token for token, id in tokenizer.vocab.items()}
+    if tokenizer.kind == "char":
+        texts = {id: symbols(token.encode()) for id, token in texts.items()}
+    end = tokenizer.end_of_text
+    if end is None:
+        end = vocab_size - 1
+        texts[end] = END_OF_TEXT
+    controls = {end, *tokenizer.specials}
+    tokens = [texts.get(id, f"[PAD{id}]") for id in range(vocab_size)]
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("the tokenizer has a token [PAD...], which is what unused ids are called")
+    types = [
+        CONTROL if id in controls else NORMAL if id in texts else UNUSED for id in range(vocab_size)
+    ]
+    writer.add_string(KIND, tokenizer.kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges_of(tokenizer) or NO_MERGES)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
+
+
+def symbols(data: bytes) -> str:
+    """Bytes in GPT-2's printable alphabet."""
+    return "".join(SYMBOLS[byte] for byte in data)
+
+
+def merges_of(tokenizer: Tokenizer) -> list[str]:
+    """The merges; those of a char tokenizer join the bytes of each character, first to last."""
+    if tokenizer.kind != "char":
+        pairs = tokenizer.spec["model"]["merges"]
+        return [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    found = dict[str, None]()
+    for character in tokenizer.vocab:
+        data = symbols(character.encode())
+        found |= {f"{data[:at]} {data[at]}": None for at in range(1, len(data))}
+    return list(found)
+
+
+# -- reading
+
+
+def read_tokenizer(path: Path, values: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a file, or None where it has none; ValueError for another than GPT-2's."""
+    model = values.get("tokenizer.ggml.model", "none")
+    if model in ("none", "no_vocab"):
+        return None
+    split = values.get("tokenizer.ggml.pre", "gpt-2")  # files of before May 2024 do not say it
+    if (model, split) != ("gpt2", "gpt-2"):
+        raise ValueError(f"{path} has the tokenizer {model!r}, {split!r}: only GPT-2's is known")
+    try:
+        return build_tokenizer(values, vocab_size)
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} has no valid tokenizer: {error}") from error
+
+
+def build_tokenizer(values: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer that a header's lists say."""
+    kind = values.get(KIND, "bpe")
+    tokens = values["tokenizer.ggml.tokens"][:vocab_size]
+    types = values.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    pairs = values.get("tokenizer.ggml.merges", [])
+    merges: Any = [] if pairs == NO_MERGES else [tuple(pair.split(" ")) for pair in pairs]
+    vocab = {t: id for id, t in enumerate(tokens) if types[id] != UNUSED}
+    if kind == "char":
+        vocab = {bytes(BYTES[s] for s in token).decode(): id for token, id in vocab.items()}
+        return character_level(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=kind != "byte"
+    )
+    backend.decoder = decoders.ByteLevel()
+    specials = [t for t, id in vocab.items() if types[id] == CONTROL or t == END_OF_TEXT]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    return Tokenizer(backend)
