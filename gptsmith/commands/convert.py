@@ -58,6 +58,7 @@ def import_(options: Namespace) -> None:
     """Bring a model from another format into a folder of our own."""
     from ..convert import import_model
 
+    return_freed_memory()
     report = import_model(
         Path(options.source),
         Path(options.out),
@@ -72,13 +73,13 @@ def export(options: Namespace) -> None:
     """Write a model in the format of another tool."""
     from ..convert import export_model
 
+    return_freed_memory()
     wanted = {"to": options.to, "approximate": options.approximate}
     show(export_model(options.model, Path(options.out), **wanted, **choices(options)), options)
 
 
 def choices(options: Namespace) -> dict[str, Any]:
     """What both commands let a user choose."""
-    return_freed_memory()
     dtype = None
     if options.dtype is not None:
         if options.dtype.lower() not in DTYPES:
