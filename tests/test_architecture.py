@@ -21,6 +21,7 @@ READING_ORDER = """
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
     cache attention loss model devices weights checkpoint sampling generate evaluate
+    convert.crc32c convert.bundle convert.tensorflow convert
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
@@ -28,7 +29,7 @@ READING_ORDER = """
     commands.words commands.text commands.train commands.use commands.look commands
     cli __main__ __init__
 """.split()
-SIBLINGS = ("training", "inspection")
+SIBLINGS = ("training", "inspection", "convert")
 NO_TORCH = (
     "config accounting names settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
