@@ -21,7 +21,7 @@ READING_ORDER = """
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
     cache attention loss model devices weights checkpoint sampling generate evaluate
-    convert.crc32c convert.bundle convert.tensorflow convert
+    convert.crc32c convert.bundle convert.tensorflow convert.hub convert
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
@@ -37,7 +37,15 @@ NO_TORCH = (
 MATHEMATICS = ("cache", "attention", "loss", "model")
 PURE = {"torch", "math", "typing"}
 # Heavy or optional: imported where used.
-OPTIONAL = ("pyarrow", "torchao", "torch.utils.tensorboard", "wandb", "matplotlib", "resource")
+OPTIONAL = (
+    "pyarrow",
+    "torchao",
+    "torch.utils.tensorboard",
+    "wandb",
+    "matplotlib",
+    "resource",
+    "huggingface_hub",
+)
 
 
 def module_names() -> list[str]:
