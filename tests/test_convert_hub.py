@@ -320,6 +320,7 @@ def failing(name: str, data: bytes) -> tuple[int, dict[str, str], bytes] | None:
     ("spoil", "reason"),
     [
         (smaller, r"Consistency check failed: file should be of size \d+ but has size \d+ .*"),
+        (cut_short, r"peer closed connection .*received \d+ bytes, expected \d+.*"),
         (failing, r".*\b500\b.*"),
     ],
 )
