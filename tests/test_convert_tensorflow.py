@@ -252,13 +252,21 @@ def test_an_index_by_tensorflow_is_read_without_it(tmp_path: Path) -> None:
 # -- the checksum
 
 
+def shifted(state: int) -> int:
+    """A checksum's state after one more byte of zeros, bit by bit, as RFC 3720 defines it."""
+    for _ in range(8):
+        state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
+    return state
+
+
+SHIFTED = [shifted(byte) for byte in range(256)]
+
+
 def slow_crc32c(data: bytes) -> int:
-    """Bit by bit, as RFC 3720 defines it."""
+    """Byte by byte."""
     state = 0xFFFFFFFF
     for byte in data:
-        state ^= byte
-        for _ in range(8):
-            state = state >> 1 ^ (0x82F63B78 if state & 1 else 0)
+        state = state >> 8 ^ SHIFTED[(state ^ byte) & 0xFF]
     return state ^ 0xFFFFFFFF
 
 
@@ -271,7 +279,7 @@ def test_the_checksum_is_that_of_the_standard() -> None:
 
 
 @pytest.mark.parametrize("size", [*range(20), 1023, 1024, 1025, 4093])
-def test_the_checksum_is_that_of_every_bit(size: int) -> None:
+def test_the_checksum_is_that_of_every_byte(size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
     assert crc32c(data) == slow_crc32c(data)
 
@@ -493,7 +501,7 @@ def test_names_that_only_look_whole_do_no_harm(toy: Path) -> None:
     records = [(b"", HEADER), *((n.encode(), entry(a, 0)) for n, a in arrays.items())]
     contents = block(records)[:-5]
     outcomes = set[str]()
-    for _ in range(3000):
+    for _ in range(1000):
         changed = bytearray(contents)
         for _ in range(chance.randint(1, 4)):
             changed[chance.randrange(len(changed))] = chance.choice([0, 1, 127, 128, 255])
