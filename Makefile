@@ -28,6 +28,10 @@ test: .venv/test
 # torchao too, because transformers imports it where it is found, and its libraries for GPUs complain.
 	rm -rf .venv/torchao
 	$(BIN)/pip install -q --no-deps --target .venv/torchao -c requirements.lock torchao
+# TensorFlow writes what its reader is tested with; of what it asks for, only what saving needs.
+	rm -rf .venv/tensorflow
+	$(BIN)/pip install -q --no-deps --target .venv/tensorflow -c requirements.lock tensorflow-cpu \
+		absl-py astunparse gast ml_dtypes opt_einsum termcolor wrapt
 	@touch $@
 
 clean:

@@ -112,6 +112,15 @@ def allow_deterministic_cuda() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def decline_telemetry() -> None:
+    """Ask huggingface_hub not to report on its user; works only before it is imported.
+
+    It would name the version of PyTorch in every request, and ask its server for a list of coding
+    assistants to look for in the environment. Whoever set the variable is left in charge.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
 def tiktoken_cache_folders() -> list[Path]:
     """Where tiktoken keeps the vocabulary files that it once downloaded."""
     named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]

@@ -1,0 +1,266 @@
+"""What lies in a TensorFlow checkpoint: the names, shapes and numbers of its variables.
+
+A checkpoint is an index, a table in LevelDB's format whose values are protocol buffers, and files
+of plain numbers. Knows nothing of GPT-2, and needs no TensorFlow.
+
+Sources: leveldb's `doc/table_format.md`, and `tensor_bundle.proto`, `tensor_shape.proto`,
+`versions.proto` and `types.proto` of TensorFlow. Compressed blocks, slices of variables and the
+numbers of big-endian machines are refused: TensorFlow writes the first never, and the others where
+no GPT-2 was ever saved.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..folder import DamagedError
+from ..names import Shape
+from .crc32c import crc32c, unmasked
+
+FOOTER = 48  # bytes: where two blocks are, and the magic number
+MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
+TRAILER = 5  # bytes after a block: how it is compressed, and its checksum
+VERSION = 1  # of bundles, the only one there is
+FLOAT32 = 1  # among TensorFlow's data types
+DTYPES = {2: "float64", 3: "int32", 9: "int64", 14: "bfloat16", 19: "float16"}
+
+# Far more than any checkpoint has; an index beyond them was not written by TensorFlow.
+MOST_BYTES, MOST_VARIABLES, LONGEST_NAME, MOST_DIMENSIONS = 1 << 26, 100_000, 512, 254
+
+Message = dict[int, list[int | bytes]]  # the values of each field, by its number
+
+
+class Variable(NamedTuple):
+    """Where a variable lies, and what it should be."""
+
+    dtype: int
+    shape: Shape
+    shard: int
+    offset: int
+    size: int  # bytes
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checkpoint whose index has been read."""
+
+    index: Path
+    shards: int
+    variables: dict[str, Variable]
+
+    def file(self, shard: int) -> Path:
+        """One of the files with the numbers."""
+        return self.index.with_suffix(f".data-{shard:05}-of-{self.shards:05}")
+
+    def check_float32(self, name: str) -> None:
+        """ValueError unless a variable is of float32."""
+        dtype = self.variables[name].dtype
+        if dtype != FLOAT32:
+            word = DTYPES.get(dtype, f"TensorFlow's data type {dtype}")
+            raise ValueError(f"{self.index}: {name} is {word}, but float32 is needed")
+
+    def read(self, name: str) -> np.ndarray:
+        """The numbers of a float32 variable; DamagedError unless they are what was written."""
+        self.check_float32(name)
+        variable = self.variables[name]
+        path = self.file(variable.shard)
+        count = prod(variable.shape)
+        numbers = np.fromfile(path, "<f4", count, offset=variable.offset)
+        if numbers.size != count or crc32c(numbers) != unmasked(variable.checksum):
+            raise DamagedError(f"{path} was changed since it was written: {name} differs")
+        return numbers.reshape(variable.shape)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file ends as a table in LevelDB's format does."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - len(MAGIC)))
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def open_bundle(index: Path) -> Bundle:
+    """The checkpoint of an index; an error of one line unless all of its files are whole."""
+    try:
+        bundle = _parse(index)
+    except ValueError as error:
+        kind = type(error)  # a DamagedError, or a ValueError for what is not understood
+        raise kind(f"{index} cannot be read as a TensorFlow checkpoint: {error}") from error
+    ends = dict.fromkeys(range(bundle.shards), 0)
+    for variable in bundle.variables.values():
+        ends[variable.shard] = max(ends[variable.shard], variable.offset + variable.size)
+    for shard, end in ends.items():
+        path = bundle.file(shard)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {index.name} lists it")
+        if path.stat().st_size < end:
+            size = path.stat().st_size
+            raise DamagedError(f"{path} is cut short: {size:,} bytes, but {end:,} were written")
+    return bundle
+
+
+def _parse(index: Path) -> Bundle:
+    if index.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{index.stat().st_size:,} bytes are no index's")
+    records = _table(index.read_bytes())
+    key, value = next(records, (None, b""))
+    if key != b"":
+        raise DamagedError("it does not begin with a header")
+    shards = _header(_message(value))
+    variables = dict[str, Variable]()
+    for key, value in records:
+        name = key.decode(errors="backslashreplace")
+        variables[name] = _variable(name, _message(value), shards)
+        if len(variables) > MOST_VARIABLES:
+            raise ValueError(f"it has more than {MOST_VARIABLES:,} variables")
+    return Bundle(index, shards, variables)
+
+
+# -- what the records mean
+
+
+def _header(header: Message) -> int:
+    """How many files the numbers are in; ValueError where they are not as expected."""
+    version = _number(_message(header.get(3, [b""])[-1]), 2)
+    if version > VERSION:
+        raise ValueError(f"it needs a reader of version {version}, and this is one of {VERSION}")
+    if _number(header, 2):
+        raise ValueError("its numbers are a big-endian machine's: save it on an ordinary one")
+    shards = _number(header, 1)
+    if not 1 <= shards <= MOST_VARIABLES:
+        raise DamagedError(f"it says that it has {shards} files")
+    return shards
+
+
+def _variable(name: str, entry: Message, shards: int) -> Variable:
+    if 7 in entry:
+        raise ValueError(f"{name} is stored in slices: save it whole")
+    dimensions = _message(entry.get(2, [b""])[-1]).get(2, [])
+    if len(dimensions) > MOST_DIMENSIONS:
+        raise DamagedError(f"{name} has {len(dimensions)} dimensions")
+    shape = tuple(_number(_message(dimension), 1) for dimension in dimensions)
+    dtype, shard, offset, size, checksum = (_number(entry, n) for n in (1, 3, 4, 5, 6))
+    if shard >= shards:
+        raise DamagedError(f"{name} is in file {shard} of {shards}")
+    if dtype == FLOAT32 and size != 4 * prod(shape):
+        raise DamagedError(f"{name} is {shape}, but has {size} bytes")
+    return Variable(dtype, shape, shard, offset, size, checksum)
+
+
+# -- protocol buffers
+
+
+def _message(data: int | bytes) -> Message:
+    """The fields of a message, or of one in a field."""
+    if isinstance(data, int):
+        raise DamagedError("a number is where a message should be")
+    fields, at = Message(), 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        value: int | bytes
+        match tag & 7:
+            case 0:
+                value, at = _varint(data, at)
+            case 1 | 5 as wire:
+                size = 8 if wire == 1 else 4
+                value = int.from_bytes(_cut(data, at, size), "little")
+                at += size
+            case 2:
+                size, at = _varint(data, at)
+                value = _cut(data, at, size)
+                at += size
+            case wire:
+                raise DamagedError(f"a field is of the unknown kind {wire}")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def _number(fields: Message, field: int) -> int:
+    """The number in a field, 0 where it is absent; the last counts where it is repeated."""
+    value = fields.get(field, [0])[-1]
+    if isinstance(value, bytes):
+        raise DamagedError("a message is where a number should be")
+    return value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits to the byte, lowest first, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = _cut(data, at, 1)[0]
+        value, at = value | (byte & 0x7F) << shift, at + 1
+        if byte < 0x80:
+            return value, at
+    raise DamagedError("a number has more than ten bytes")
+
+
+def _cut(data: bytes, start: int, size: int) -> bytes:
+    if start + size > len(data):
+        raise DamagedError("it is cut short")
+    return data[start : start + size]
+
+
+# -- the table
+
+
+def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values, in the order of the keys."""
+    if len(data) < FOOTER or not data.endswith(MAGIC):
+        raise DamagedError("its end is not a table's")
+    footer = data[-FOOTER:]
+    _, at = _handle(footer, 0)  # of the block about other blocks, which is empty
+    directory, _ = _handle(footer, at)
+    end, previous = 0, None
+    for _, handle in _records(_block(data, *directory)):
+        (start, size), _ = _handle(handle, 0)
+        if start < end:
+            raise DamagedError("its blocks overlap")
+        end = start + size
+        for key, value in _records(_block(data, start, size)):
+            if previous is not None and key <= previous:
+                raise DamagedError("its names are out of order")
+            yield key, value
+            previous = key
+
+
+def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """Where a block starts and its size, and where this ends."""
+    start, at = _varint(data, at)
+    size, at = _varint(data, at)
+    return (start, size), at
+
+
+def _block(data: bytes, start: int, size: int) -> bytes:
+    """A block, checked."""
+    block = _cut(data, start, size + TRAILER)
+    if crc32c(block[:-4]) != unmasked(int.from_bytes(block[-4:], "little")):
+        raise DamagedError("a checksum differs")
+    if block[size]:
+        raise ValueError(f"it is compressed (kind {block[size]}), which TensorFlow never does")
+    return block[:size]
+
+
+def _records(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a block, where a key is told by how it differs from the last."""
+    restarts = int.from_bytes(_cut(block, max(0, len(block) - 4), 4), "little")
+    end = len(block) - 4 * (restarts + 1)  # a list of where keys are whole, for searching
+    if end < 0:
+        raise DamagedError("it is cut short")
+    block, key, at = block[:end], b"", 0
+    while at < end:
+        shared, at = _varint(block, at)
+        added, at = _varint(block, at)
+        size, at = _varint(block, at)
+        if shared > len(key) or shared + added > LONGEST_NAME:
+            raise DamagedError("a name is not whole")
+        key = key[:shared] + _cut(block, at, added)
+        at += added
+        yield key, _cut(block, at, size)
+        at += size

@@ -1,0 +1,131 @@
+"""OpenAI's own GPT-2: the TensorFlow folder that it was published as, and what was made from it.
+
+Such a folder has hparams.json, a checkpoint (`bundle.py`), and encoder.json and vocab.bpe. It is
+read without TensorFlow, and never written. Knows nothing of how a checkpoint lies in its files.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import GPTConfig
+from ..folder import read_json
+from ..names import Row, Shape, account
+from ..tokenizers import Tokenizer
+from ..tokenizers.build import from_files
+from ..weights import Stored, from_theirs
+from .bundle import is_index, open_bundle
+
+HPARAMS = "hparams.json"
+# theirs, of OpenAI's `src/model.py`: ours. It knows no others.
+NUMBERS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "context_length",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+
+_LAYER = "model/h{}/"
+# ours                                theirs                                    turned
+NAMES = [  # a matrix has a leading axis of 1 there, for a convolution: not counted here
+    Row("wte.weight", ("model/wte",)),
+    Row("wpe.weight", ("model/wpe",)),
+    Row("h.{}.ln_1.weight", (f"{_LAYER}ln_1/g",)),
+    Row("h.{}.ln_1.bias", (f"{_LAYER}ln_1/b",)),
+    Row("h.{}.attn.c_attn.weight", (f"{_LAYER}attn/c_attn/w",), turned=True),
+    Row("h.{}.attn.c_attn.bias", (f"{_LAYER}attn/c_attn/b",)),
+    Row("h.{}.attn.c_proj.weight", (f"{_LAYER}attn/c_proj/w",), turned=True),
+    Row("h.{}.attn.c_proj.bias", (f"{_LAYER}attn/c_proj/b",)),
+    Row("h.{}.ln_2.weight", (f"{_LAYER}ln_2/g",)),
+    Row("h.{}.ln_2.bias", (f"{_LAYER}ln_2/b",)),
+    Row("h.{}.mlp.c_fc.weight", (f"{_LAYER}mlp/c_fc/w",), turned=True),
+    Row("h.{}.mlp.c_fc.bias", (f"{_LAYER}mlp/c_fc/b",)),
+    Row("h.{}.mlp.c_proj.weight", (f"{_LAYER}mlp/c_proj/w",), turned=True),
+    Row("h.{}.mlp.c_proj.bias", (f"{_LAYER}mlp/c_proj/b",)),
+    Row("ln_f.weight", ("model/ln_f/g",)),
+    Row("ln_f.bias", ("model/ln_f/b",)),
+]
+
+# What a Saver of all variables keeps besides weights, as tf.train.AdamOptimizer calls it.
+TRAINING = re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?")
+
+
+def recognise(path: Path) -> bool:
+    """Whether a folder has hparams.json and the index of a TensorFlow checkpoint."""
+    try:
+        return (path / HPARAMS).is_file() and any(map(is_index, path.glob("*.index")))
+    except OSError:
+        return False
+
+
+def read(path: Path) -> Stored:
+    """The model of a folder; ValueError unless its tensors are those that hparams.json promises.
+
+    `n_head` alone cannot be checked, since no tensor's shape tells it.
+    """
+    config = read_config(path / HPARAMS)
+    bundle = open_bundle(find_index(path))
+    shapes = {name: without_leading_one(v.shape) for name, v in bundle.variables.items()}
+    training = "of the optimizer's, no weight"
+    explained = account(
+        NAMES,
+        config,
+        shapes,
+        place=bundle.index,
+        says=HPARAMS,
+        ignored={name: training for name in shapes if TRAINING.fullmatch(name)},
+    )
+    for name in explained.read:
+        bundle.check_float32(name)
+
+    def get(name: str) -> Tensor:
+        return torch.from_numpy(bundle.read(name).reshape(shapes[name]))
+
+    fetch, tokenizer = from_theirs(NAMES, config, get), tokenizer_in(path)
+    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, account=explained)
+
+
+def without_leading_one(shape: Shape) -> Shape:
+    """(1, in, out) as (in, out)."""
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The model that a hparams.json describes: five numbers, and GPT-2 in everything else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {HPARAMS}: copy the one of its GPT-2")
+    hparams = read_json(path)
+    if missing := [name for name in NUMBERS if name not in hparams]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no GPT-2's")
+    if unknown := [name for name in hparams if name not in NUMBERS]:
+        raise ValueError(f"{path} has {', '.join(unknown)}, which OpenAI's GPT-2 does not know")
+    try:
+        return GPTConfig(**{ours: hparams[theirs] for theirs, ours in NUMBERS.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def find_index(folder: Path) -> Path:
+    """The checkpoint that a folder's file `checkpoint` names, or the only one that it has."""
+    found = sorted(path for path in folder.glob("*.index") if is_index(path))
+    said = folder / "checkpoint"
+    text = said.read_text(encoding="utf-8", errors="replace") if said.is_file() else ""
+    if last := re.search(r'^model_checkpoint_path: "(?:.*[/\\])?([^"]+)"', text, re.MULTILINE):
+        named = folder / f"{last[1]}.index"
+        if named in found:
+            return named
+    if not found:
+        raise FileNotFoundError(f"{folder} has no *.index of a TensorFlow checkpoint")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder} has {names}: write which into its file 'checkpoint'")
+    return found[0]
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer of encoder.json and vocab.bpe, or None where there is neither."""
+    both = folder / "encoder.json", folder / "vocab.bpe"
+    return from_files(*both) if any(path.is_file() for path in both) else None
