@@ -22,6 +22,7 @@ READING_ORDER = """
     data.prepare data.batches data
     cache attention loss model devices weights checkpoint sampling generate evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
+    convert.onnx
     convert.formats convert.compare convert.report convert.carry convert
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
@@ -42,6 +43,7 @@ PURE = {"torch", "math", "typing"}
 OPTIONAL = (
     "pyarrow",
     "torchao",
+    "onnx",
     "transformers",
     "torch.utils.tensorboard",
     "wandb",

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..config import suggestion
-from . import book, huggingface, llmc, nanogpt
+from . import book, huggingface, llmc, nanogpt, onnx
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ FORMATS = {
     "nanogpt": Format("nanoGPT checkpoint", nanogpt),
     "book": Format("GPTModel of the book", book),
     "llmc": Format("llm.c model", llmc, ("float32", "bf16"), is_file=True),
+    "onnx": Format("ONNX folder", onnx, ("float32", "fp16"), runner="onnxruntime"),
 }
 READABLE = [name for name, format in FORMATS.items() if format.can("read")]
 WRITABLE = [name for name, format in FORMATS.items() if format.can("write")]
