@@ -23,7 +23,7 @@ READING_ORDER = """
     cache attention loss model devices weights checkpoint sampling generate evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
-    convert.crc32c convert.bundle convert.tensorflow convert.hub
+    convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
     convert.formats convert.compare convert.report convert.carry convert
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
@@ -44,6 +44,7 @@ PURE = {"torch", "math", "typing"}
 OPTIONAL = (
     "pyarrow",
     "torchao",
+    "onnx",
     "transformers",
     "torch.utils.tensorboard",
     "wandb",

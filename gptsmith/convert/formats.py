@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..config import suggestion
-from . import book, gguf, huggingface, llmc, nanogpt
+from . import book, gguf, huggingface, llmc, nanogpt, onnx, tensorflow
+from .hub import PUBLISHED, fetch_published
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ FORMATS = {
     "book": Format("GPTModel of the book", book),
     "llmc": Format("llm.c model", llmc, ("float32", "bf16"), is_file=True),
     "gguf": Format("GGUF file", gguf, gguf.DTYPES, is_file=True),
+    "tensorflow": Format("TensorFlow folder of OpenAI's", tensorflow),
+    "onnx": Format("ONNX folder", onnx, ("float32", "fp16"), runner="onnxruntime"),
 }
 READABLE = [name for name, format in FORMATS.items() if format.can("read")]
 WRITABLE = [name for name, format in FORMATS.items() if format.can("write")]
@@ -60,7 +63,12 @@ class Place(NamedTuple):
 
 
 def find_source(path: Path, name: str | None) -> Place:
-    """A path with its format: the one that is named, or the one that its content shows."""
+    """A path with its format: the one that is named, or the one that its content shows.
+
+    Where nothing is there, "gpt2" and its like are the published weights.
+    """
+    if str(path) in PUBLISHED and not path.exists():
+        return Place(fetch_published(str(path)), "huggingface")
     if not path.exists():
         beside = path.parent.glob("*") if path.parent.is_dir() else []
         raise FileNotFoundError(
