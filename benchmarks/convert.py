@@ -25,6 +25,7 @@ from gptsmith.config import PRESETS, GPTConfig
 from gptsmith.convert.formats import READABLE, WRITABLE
 from gptsmith.folder import written_whole
 from gptsmith.names import parts
+from gptsmith.tokenizers import gpt2_tokenizer
 from gptsmith.weights import Stored
 
 GB = 10**9
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="gpt2-xl", choices=PRESETS)
+    parser.add_argument("--dtype", help="as export takes it")
     parser.add_argument("--formats", nargs="*", default=WRITABLE, choices=WRITABLE)
     options = parser.parse_args()
     print(f"{'conversion':<28}{'seconds':>9}{'memory':>10}{'weights':>10}  within weights + 1 GB")
@@ -70,12 +72,13 @@ def main() -> None:
         config = replace(PRESETS[options.preset], **FORMS.get(name, {}))
         weights = weight_bytes(config)
         model, there, back = (options.folder / part for part in ("model", "there", "back"))
-        stored = Stored(config=config, fetch=random_fetch(config), tokenizer=None)
+        stored = Stored(config=config, fetch=random_fetch(config), tokenizer=gpt2_tokenizer())
         with written_whole(model) as temporary:
             checkpoint.write(stored, temporary)
-        commands = {f"to {name}": ["export", str(model), str(there), "--to", name]}
+        dtype = ["--dtype", options.dtype] if options.dtype else []
+        commands = {f"to {name}": ["export", str(model), str(there), "--to", name, *dtype]}
         if name in READABLE:
-            commands[f"from {name}"] = ["import", str(there), str(back), "--tokenizer", "none"]
+            commands[f"from {name}"] = ["import", str(there), str(back)]
         for title, words in commands.items():
             seconds, memory = convert(words)
             within = "yes" if memory <= weights + GB else "NO"

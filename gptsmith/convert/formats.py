@@ -71,9 +71,8 @@ def find_source(path: Path, name: str | None) -> Place:
         return Place(fetch_published(str(path)), "huggingface")
     if not path.exists():
         beside = path.parent.glob("*") if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"nothing at {path}{suggestion(path.name, [p.name for p in beside])}"
-        )
+        known = [*PUBLISHED, *(other.name for other in beside)]
+        raise FileNotFoundError(f"nothing at {path}{suggestion(path.name, known)}")
     if name is not None:
         return Place(path, check_name(name, READABLE, "read"))
     for name in READABLE:
