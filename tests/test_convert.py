@@ -24,6 +24,7 @@ from torch import Tensor
 
 import gptsmith
 from gptsmith import GPT, GPTConfig, cli
+from gptsmith.commands import convert as commands
 from gptsmith.convert import export_model, import_model
 from gptsmith.convert.compare import logits
 from gptsmith.convert.formats import FORMATS, READABLE, WRITABLE
@@ -473,6 +474,8 @@ def test_killed_halfway_it_leaves_no_model(tmp_path: Path) -> None:
 
 
 def test_the_table_names_what_can_be_done() -> None:
+    assert commands.READABLE.split(", ") == READABLE
+    assert commands.WRITABLE.split(", ") == WRITABLE
     assert {"huggingface", "nanogpt", "book", "llmc"} <= set(READABLE) & set(WRITABLE)
     for name in READABLE:
         assert FORMATS[name].can("recognise"), name

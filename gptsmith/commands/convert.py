@@ -10,6 +10,10 @@ from ..flags import Parser
 from ..runtime import return_freed_memory
 from .words import MODEL_HELP
 
+# As in the table of convert/formats.py, which takes longer to import than help may take.
+READABLE = "huggingface, nanogpt, book, llmc, gguf, tensorflow"
+WRITABLE = "huggingface, nanogpt, book, llmc, gguf, onnx"
+
 # Every word that somebody has for a number format, and ours.
 DTYPES = {
     **dict.fromkeys(("float32", "f32", "fp32"), "float32"),
@@ -26,7 +30,7 @@ def add_import(parser: Parser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument(
-        "--from", dest="format", metavar="FORMAT", help="the format, instead of looking at SOURCE"
+        "--from", dest="format", metavar="FORMAT", help=f"instead of looking at SOURCE: {READABLE}"
     )
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="gpt2, byte, none, a folder or a meta.pkl"
@@ -37,7 +41,7 @@ def add_import(parser: Parser) -> None:
 def add_export(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="the new file or folder")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="docs/formats.md lists them")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {WRITABLE}")
     parser.add_argument(
         "--approximate",
         action="store_true",
