@@ -435,20 +435,27 @@ def test_an_archive_that_is_no_model_is_not_taken_for_one(tmp_path: Path) -> Non
         gptsmith.convert.read(tmp_path / "book.zip")
 
 
+FULL = """
+import resource, signal, sys
+from gptsmith.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("to", WRITABLE)
-def test_a_full_disk_leaves_nothing(
-    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_disk_that_takes_no_more_leaves_nothing(to: str, tmp_path: Path) -> None:
+    """No file may grow beyond 20 kB, which ends every kind of writing halfway."""
     form = {"activation": "gelu_erf"} if to == "nanogpt" else {}
-    gptsmith.save(scrambled(GPTConfig(**TINY, **form)), None, tmp_path / "model")
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(FORMATS[to].module, "write", full)
-    words = ["export", str(tmp_path / "model"), str(out), "--to", to]
-    assert "the disk is full" in refused(words, capsys)
+    config = GPTConfig(**(TINY | {"vocab_size": 257, "n_embd": 24} | form))
+    gptsmith.save(scrambled(config), byte_tokenizer(), tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", to]
+    command = [sys.executable, "-c", FULL, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("gptsmith: ")
+    assert done.stderr.count("\n") == 1, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 

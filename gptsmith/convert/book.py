@@ -17,7 +17,7 @@ from ..folder import read_json, write_json
 from ..names import Row, account
 from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
-from .pickles import is_torch_file, load_torch_file, tensors_of
+from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
 WEIGHTS, SIZES = "model.pth", "config.json"
 ENDINGS = (".pth", ".pt")
@@ -150,5 +150,5 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     P = config.context_length
     mask = torch.ones(P, P).triu(1)  # a buffer there, so a strict load asks for it
     state |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layer)}
-    torch.save(state, out / WEIGHTS)
+    save_torch_file(state, out / WEIGHTS)
     write_json(out / SIZES, {theirs: getattr(config, ours) for theirs, ours in KEYS.items()})

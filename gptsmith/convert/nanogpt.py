@@ -17,7 +17,13 @@ from ..names import GPT2, MASK, PREFIX, account, full_name, parts
 from ..tokenizers import Tokenizer, character_level
 from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
-from .pickles import is_torch_file, load_plain_pickle, load_torch_file, tensors_of
+from .pickles import (
+    is_torch_file,
+    load_plain_pickle,
+    load_torch_file,
+    save_torch_file,
+    tensors_of,
+)
 
 CHECKPOINT, CHARACTERS = "ckpt.pt", "meta.pkl"
 NAMES = [row._replace(turned=False) for row in GPT2]  # GPT-2's names, our orientation
@@ -139,7 +145,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         vocab = tokenizer.vocab
         meta = {"vocab_size": len(vocab), "stoi": vocab, "itos": {i: c for c, i in vocab.items()}}
         (out / CHARACTERS).write_bytes(pickle.dumps(meta))
-    torch.save(checkpoint, out / CHECKPOINT)
+    save_torch_file(checkpoint, out / CHECKPOINT)
 
 
 def fresh_optimizer(config: GPTConfig) -> dict[str, Any]:

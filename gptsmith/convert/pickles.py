@@ -65,6 +65,18 @@ def is_legacy(path: Path) -> bool:
         return file.read(len(LEGACY)) == LEGACY
 
 
+def save_torch_file(value: Any, path: Path) -> None:
+    """Write what `load_torch_file` reads; OSError where the disk does not take it."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # PyTorch's archive, which says nothing of the disk
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or OSError(f"{path} could not be written: {error}") from error
+
+
 def tensors_of(state: Any, place: Path) -> dict[str, Tensor]:
     """A state dict, checked to be one; `torch.compile`'s prefix of every name is taken off."""
     if not isinstance(state, dict) or not state:
