@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import folder as on_disk
 from .config import GPTConfig
@@ -181,8 +182,7 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> GPT:
     """A stored model in memory, in evaluation mode."""
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        model = GPT(stored.config)
+    model = without_weights(stored.config)
     weights = {}
     for name in model.state_dict():
         tied = name == "lm_head.weight" and stored.config.tie_weights
@@ -191,6 +191,27 @@ def build(
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.to(device).eval()
+
+
+def without_weights(config: GPTConfig) -> GPT:
+    """A model whose weights are yet to be assigned, so that they take no memory and no time."""
+    with torch.device("meta"), _NothingDrawn():
+        return GPT(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Where this holds, torch.nn.init does nothing.
+
+    On the device "meta" it would draw no number either, but import PyTorch's compiler for it, which
+    takes longer than to read GPT-2.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, inputs: Any = (), options: Any = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return inputs[0] if inputs else options["tensor"]
+        return function(*inputs, **(options or {}))
 
 
 def with_biases_found(

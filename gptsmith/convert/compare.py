@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import without_weights
 from ..config import GPTConfig
-from ..model import GPT
 from ..weights import Fetch, Stored
 
 # Of the largest logit: ten times what float32 and another order of additions make of 48 layers.
@@ -30,8 +30,7 @@ def logits(stored: Stored, tokens: Tensor) -> Tensor:
 
     Each layer's weights are fetched as the forward pass reaches it, and forgotten behind it.
     """
-    with torch.device("meta"):
-        model = GPT(stored.config).eval()
+    model = without_weights(stored.config).eval()
     tied = {"lm_head.weight": "wte.weight"} if stored.config.tie_weights else {}
     for name, module in model.named_modules():
         kinds = [kind for kind, _ in module.named_parameters(recurse=False)]
