@@ -54,12 +54,8 @@ class Moments:
         setattr(owner, name, wrapped)
 
 
-def half_file(tensors: Any, path: Path) -> None:
-    """What a write that was cut short leaves."""
-    os.truncate(path, os.path.getsize(path) // 2)
-
-
-def half_text(path: Path, *text: str) -> None:
+def half_file(path: Path, *written: Any) -> None:
+    """Leave what a write that was cut short leaves."""
     os.truncate(path, os.path.getsize(path) // 2)
 
 
@@ -77,8 +73,8 @@ def train(words: list[str], deadly: int | None) -> int:
         moments.around(os, "rename")
         moments.around(os, "replace")
         moments.around(shutil, "rmtree")
-        moments.around(checkpoint, "save_file", half_file)
-        moments.around(Path, "write_text", half_text)
+        moments.around(checkpoint, "write_safetensors", half_file)
+        moments.around(Path, "write_text", half_file)
         moments.around(loop.Trainer, "step")
         status = cli.main(["train", *words])
         os.write(writer, json.dumps([status, moments.count]).encode())
