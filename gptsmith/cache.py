@@ -52,6 +52,8 @@ class KVCache:
         """Count `tokens` new positions as seen, once every layer has written them."""
         self.length += tokens
 
-    def clear(self) -> None:
-        """Forget everything, keeping the memory."""
-        self.length = 0
+    def rewind(self, length: int) -> None:
+        """Forget what came after the first `length` tokens, keeping the memory."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} tokens cannot go back to {length}")
+        self.length = length

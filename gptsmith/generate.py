@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .drafts import Draft
 from .model import GPT
 from .sampling import next_token
 from .settings import GREEDY, SamplingSettings
 from .tokenizers import Tokenizer
+
+MOST_GUESSED = 8  # tokens of a draft that are read at once
 
 
 def generate(
@@ -27,14 +30,20 @@ def generate(
     sampling: SamplingSettings = GREEDY,
     seed: int = 0,
     use_cache: bool = True,
+    draft: Draft | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row of tokens, one new token per row at a time.  (B, T) -> (B,), (B,), ...
+
+    With a `draft`, which needs a single row, tokens that are guessed right cost no pass of their
+    own; the tokens are the same, since each is chosen from the model's own logits.
 
     Row i draws from a generator of its own, seeded `seed + i`: it gives what it would give alone.
     Past the context limit the model sees the last context_length tokens. Every position then
     shifts, so nothing cached holds any more, and each token costs a whole forward pass.
     """
     check_request(model, tokens, max_new_tokens, sampling)
+    if draft is not None and not (use_cache and len(tokens) == 1):
+        raise ValueError(f"a draft needs a cache and one row of tokens, not {len(tokens)}")
     device, limit = tokens.device, model.config.context_length
     generators = [torch.Generator().manual_seed(seed + row) for row in range(tokens.shape[0])]
     cache = None
@@ -44,20 +53,36 @@ def generate(
         cache = KVCache(
             model.config, tokens.shape[0], capacity=capacity, dtype=dtype, device=device
         )
-    for _ in range(max_new_tokens):
-        if tokens.shape[1] > limit:
+    end = tokens.shape[1] + max_new_tokens
+    while tokens.shape[1] < end:
+        length = tokens.shape[1]
+        if length > limit:
             cache = None
-        logits = next_logits(model, tokens[:, -limit:], cache)
-        chosen = next_token(logits, tokens, sampling, generators)  # (B,)
-        tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
-        yield chosen
+        most = min(MOST_GUESSED, end - length - 1, limit - length)
+        guessed = tokens[:, :0]  # (B, K)
+        if draft is not None and most > 0:
+            guessed = draft.guess(tokens[0], most).unsqueeze(0)
+        K = guessed.shape[1]
+        text = torch.cat([tokens, guessed], dim=1)[:, -limit:]
+        logits = next_logits(model, text, cache, K + 1)
+        for place in range(K + 1):
+            chosen = next_token(logits[:, place], tokens, sampling, generators)  # (B,)
+            tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
+            yield chosen
+            if place < K and chosen[0] != guessed[0, place]:
+                break
+        if cache is not None:
+            cache.rewind(tokens.shape[1] - 1)  # what was read of wrong guesses
 
 
 @torch.inference_mode()
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache | None) -> Tensor:
-    """Logits of the token after these; a cache is given only what it lacks.  (B, T) -> (B, V)"""
+def next_logits(model: GPT, tokens: Tensor, cache: KVCache | None, places: int) -> Tensor:
+    """Logits after each of the last `places` tokens.  (B, T) -> (B, places, V)
+
+    A cache is given only what it lacks.
+    """
     unread = tokens if cache is None else tokens[:, cache.length :]
-    return model.lm_head(model.features(unread, cache)[:, -1])
+    return model.lm_head(model.features(unread, cache)[:, -places:])
 
 
 def check_request(
@@ -97,6 +122,7 @@ def stream(
     seed: int = 0,
     stop: Sequence[str] = (),
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
+    draft: Draft | None = None,
     **choices: Any,
 ) -> Iterator[str]:
     """Continue a text, piece by piece: whole characters only, ended by a stop string, by
@@ -105,7 +131,8 @@ def stream(
     Sampling settings may be given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
     tokens = prompt_tokens(model, tokenizer, prompt)
-    new = generate(model, tokens, max_tokens, sampling=replace(sampling, **choices), seed=seed)
+    sampling = replace(sampling, **choices)
+    new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, draft=draft)
     return until(decoded((int(row[0]) for row in new), tokenizer), stop)
 
 

@@ -20,7 +20,7 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model devices weights checkpoint sampling generate evaluate
+    cache attention loss model devices weights checkpoint sampling drafts generate evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -192,7 +192,11 @@ def test_everything_public_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in READING_ORDER if n in (*MATHEMATICS, "training.muon", "sampling", "generate")],
+    [
+        n
+        for n in READING_ORDER
+        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "generate")
+    ],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:
     """A class's docstring may speak for its methods."""

@@ -27,6 +27,11 @@ def add_sample(parser: Parser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
     )
+    parser.add_argument(
+        "--draft",
+        metavar="text|MODEL",
+        help="guess tokens from the text or by a smaller model: the same output, sooner",
+    )
     parser.add_argument("--json", action="store_true", help="write JSON")
     add_flags(parser, SamplingSettings)
     add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
@@ -46,16 +51,21 @@ def sample(options: Namespace) -> None:
     elif seed < 0:
         raise ValueError(f"seed is {seed}: at least 0 is needed")
 
+    single = counts["num_samples"] == 1 and not options.json
+    if options.draft is not None and not single:
+        raise ValueError("a draft is for one text at a time: leave --num-samples and --json out")
+
     from ..generate import complete, stream
 
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
     if options.seed is None:
         tell(f"seed {seed}")
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
-    if counts["num_samples"] == 1 and not options.json:
-        pieces = stream(model, tokenizer, options.prompt, max_tokens=counts["max_tokens"], **wanted)
+    if single:
+        wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
+        pieces = stream(model, tokenizer, options.prompt, **wanted)
         first = next(pieces, "")  # what cannot be done is said before anything is written
         print(options.prompt + first, end="", flush=True)
         for piece in pieces:
@@ -72,7 +82,23 @@ def sample(options: Namespace) -> None:
     print("\n---\n".join(options.prompt + text for text in texts))
 
 
-def open_model(options: Namespace) -> Any:
+def open_draft(options: Namespace, tokenizer: Any) -> Any:
+    """What guesses for the model: its own text, a model with the same tokenizer, or nothing."""
+    if options.draft is None:
+        return None
+    from ..drafts import FromModel, FromText
+
+    if options.draft == "text":
+        return FromText()
+    model, other = open_model(options, options.draft)
+    if other is None or other.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{options.draft} has another tokenizer than {options.model}: no draft for it"
+        )
+    return FromModel(model)
+
+
+def open_model(options: Namespace, name: str) -> Any:
     """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
     from .. import devices
     from ..checkpoint import load
@@ -82,7 +108,7 @@ def open_model(options: Namespace) -> Any:
         machine = replace(machine, dtype="float32")
     machine = devices.choose(machine)
     device = devices.prepare_machine(machine)
-    return load(options.model, device=device, dtype=devices.weight_dtype(machine.dtype))
+    return load(name, device=device, dtype=devices.weight_dtype(machine.dtype))
 
 
 def add_evaluate(parser: Parser) -> None:
@@ -107,7 +133,7 @@ def evaluate(options: Namespace) -> None:
 
     tokens = convert("tokens", options.tokens, int | None)
     window = convert("context_length", options.context_length, int | None)
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, options.model)
     if window is not None and not 1 <= window <= model.config.context_length:
         limit = model.config.context_length
         raise ValueError(f"context_length is {window}: 1 to the model's {limit} is needed")
