@@ -15,6 +15,7 @@ import torch
 from . import accounting, devices
 from .config import GPTConfig
 from .data.batches import Batches
+from .decode import open_decoder
 from .generate import generate
 from .model import GPT
 from .settings import GREEDY, MachineSettings, TrainingSettings
@@ -130,9 +131,12 @@ def bench_generate(
     torch.manual_seed(0)
     model = GPT(config).to(device, devices.weight_dtype(machine.dtype)).eval()
     prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
-    list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY))
+    decoder = None
+    if rows == 1 and machine.compile != "no":
+        decoder = open_decoder(model, compile=machine.compile == "yes")
+    list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY, decoder=decoder))
     times = [time.perf_counter()]
-    for _ in generate(model, prompt, max_tokens, sampling=GREEDY):
+    for _ in generate(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
         devices.synchronize(device)
         times.append(time.perf_counter())
     decode = times[-1] - times[1]
@@ -140,6 +144,7 @@ def bench_generate(
         "device": str(device),
         "dtype": machine.dtype,
         "threads": machine.threads,
+        "compiled": decoder is not None,
         "parameters": accounting.parameter_count(config),
         "rows": rows,
         "prompt_tokens": prompt_tokens,

@@ -16,7 +16,8 @@ class KVCache:
     """Keys and values of every layer, allocated once and filled from the left.
 
     Each layer extends it by the same T positions; the model then advances it once. The arrays are
-    (L, B, G, capacity, D): for GPT-2 in float32, 72 KiB per token.
+    (L, B, capacity, G, D), so that a row's tokens so far lie together: for GPT-2 in float32,
+    72 KiB per token.
     """
 
     def __init__(
@@ -34,19 +35,23 @@ class KVCache:
                 f"a cache of {self.capacity} tokens: between 1 and the model's context_length "
                 f"{config.context_length} is needed"
             )
-        shape = (config.n_layer, batch_size, config.kv_heads, self.capacity, config.head_size)
+        shape = (config.n_layer, batch_size, self.capacity, config.kv_heads, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new positions and return all it has: (B, G, T, D) -> (B, G, S + T, D)."""
-        end = self.length + keys.shape[2]
+        all_keys, all_values = self.up_to(layer, self.length + keys.shape[2])
+        all_keys[:, self.length :] = keys.transpose(1, 2)
+        all_values[:, self.length :] = values.transpose(1, 2)
+        return all_keys.transpose(1, 2), all_values.transpose(1, 2)
+
+    def up_to(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """A layer's first `end` positions, which the caller may write: (B, end, G, D), twice."""
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` new positions as seen, once every layer has written them."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decode import Decoder
 from .drafts import Draft
 from .model import GPT
 from .sampling import next_token
@@ -31,8 +32,11 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
     draft: Draft | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row of tokens, one new token per row at a time.  (B, T) -> (B,), (B,), ...
+
+    A `decoder` is the same model's step, compiled; it is used for a row on its own.
 
     With a `draft`, which needs a single row, tokens that are guessed right cost no pass of their
     own; the tokens are the same, since each is chosen from the model's own logits.
@@ -64,7 +68,10 @@ def generate(
             guessed = draft.guess(tokens[0], most).unsqueeze(0)
         K = guessed.shape[1]
         text = torch.cat([tokens, guessed], dim=1)[:, -limit:]
-        logits = next_logits(model, text, cache, K + 1)
+        if decoder is not None and cache is not None and decoder.takes(text, cache):
+            logits = decoder.next_logits(text[:, -1], cache).unsqueeze(1)  # (1, 1, V)
+        else:
+            logits = next_logits(model, text, cache, K + 1)
         for place in range(K + 1):
             chosen = next_token(logits[:, place], tokens, sampling, generators)  # (B,)
             tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
@@ -123,6 +130,7 @@ def stream(
     stop: Sequence[str] = (),
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
     draft: Draft | None = None,
+    decoder: Decoder | None = None,
     **choices: Any,
 ) -> Iterator[str]:
     """Continue a text, piece by piece: whole characters only, ended by a stop string, by
@@ -132,7 +140,8 @@ def stream(
     """
     tokens = prompt_tokens(model, tokenizer, prompt)
     sampling = replace(sampling, **choices)
-    new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, draft=draft)
+    how: dict[str, Any] = {"draft": draft, "decoder": decoder}
+    new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, **how)
     return until(decoded((int(row[0]) for row in new), tokenizer), stop)
 
 

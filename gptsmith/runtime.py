@@ -5,6 +5,7 @@ Knows nothing of PyTorch, so that text can be prepared without it; devices.py go
 
 import ctypes
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -105,6 +106,30 @@ def tell_malloc(options: dict[int, int]) -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         for option, value in options.items():
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def use_huge_pages() -> None:
+    """Let PyTorch ask for memory in huge pages; works only before it is imported.
+
+    Reading weights is a quarter faster on a CPU. Whoever set the variable is left in charge.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept between runs: it can be made again, so it may be removed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gptsmith"
+
+
+def processor() -> str:
+    """What the processor calls itself, with what it can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    kept = dict(line.split(":", 1) for line in lines if line.startswith(("model name", "flags")))
+    return " ".join(kept.values()) or platform.processor()
 
 
 def allow_deterministic_cuda() -> None:

@@ -20,7 +20,7 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model devices weights checkpoint sampling drafts generate evaluate
+    cache attention loss model devices weights checkpoint sampling drafts decode generate evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -50,6 +50,7 @@ OPTIONAL = (
     "wandb",
     "matplotlib",
     "resource",
+    "torch._inductor",
     "gguf",
     "huggingface_hub",
 )
@@ -195,7 +196,7 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     [
         n
         for n in READING_ORDER
-        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "generate")
+        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "decode", "generate")
     ],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:

@@ -9,6 +9,7 @@ from ..flags import Parser, add_flags, given
 from ..folder import all_shapes, check_tensors, find_model, read_config
 from ..inspection.describe import describe as describe_model
 from ..recipe import convert, read_toml, recipes, updated
+from ..runtime import use_huge_pages
 from ..settings import MachineSettings, TrainingSettings
 
 
@@ -80,6 +81,8 @@ def add_bench(parser: Parser) -> None:
 
 def bench(options: Namespace) -> None:
     """Measure tokens per second, step time and peak memory."""
+    if options.what == "generate":
+        use_huge_pages()
     from ..bench import bench_generate, bench_train
     from ..profile import profile_train, render
 

@@ -10,8 +10,14 @@ from typing import Any
 
 from ..flags import Parser, add_flags, given
 from ..recipe import convert, updated
+from ..runtime import use_huge_pages
 from ..settings import MachineSettings, PrepareSettings, SamplingSettings
 from .words import DATA_HELP, MODEL_HELP, tell
+
+COMPILE_HELP = (
+    "on a CPU, a compiled step for each token: yes compiles it, which takes some 20 s once for a "
+    "model's shape; auto uses what is compiled already (default: auto)"
+)
 
 
 def add_sample(parser: Parser) -> None:
@@ -34,6 +40,7 @@ def add_sample(parser: Parser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="write JSON")
     add_flags(parser, SamplingSettings)
+    parser.add_argument("--compile", metavar="auto|yes|no", default="auto", help=COMPILE_HELP)
     add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
 
 
@@ -51,6 +58,9 @@ def sample(options: Namespace) -> None:
     elif seed < 0:
         raise ValueError(f"seed is {seed}: at least 0 is needed")
 
+    if options.compile not in ("auto", "yes", "no"):
+        raise ValueError(f"compile is '{options.compile}': one of auto, yes, no is needed")
+    use_huge_pages()
     single = counts["num_samples"] == 1 and not options.json
     if options.draft is not None and not single:
         raise ValueError("a draft is for one text at a time: leave --num-samples and --json out")
@@ -65,6 +75,7 @@ def sample(options: Namespace) -> None:
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
     if single:
         wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
+        wanted |= {"decoder": open_compiled(options.compile, model)}
         pieces = stream(model, tokenizer, options.prompt, **wanted)
         first = next(pieces, "")  # what cannot be done is said before anything is written
         print(options.prompt + first, end="", flush=True)
@@ -80,6 +91,15 @@ def sample(options: Namespace) -> None:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     print("\n---\n".join(options.prompt + text for text in texts))
+
+
+def open_compiled(choice: str, model: Any) -> Any:
+    """The model's compiled step, if that is wanted or at hand."""
+    from ..decode import open_decoder
+
+    if choice == "no":
+        return None
+    return open_decoder(model, compile=choice == "yes")
 
 
 def open_draft(options: Namespace, tokenizer: Any) -> Any:
