@@ -130,7 +130,7 @@ class Decoder:
 
 
 def weights_of(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """A block's weights, in the order of their names."""
+    """A block's weights, (M, C) or (M,) each, in the order of their names."""
     state = dict(block.named_parameters())
     return [state[name].detach() for name in names]
 
