@@ -199,7 +199,7 @@ def compile_head(model: GPT, path: Path) -> None:
 
 
 def compile_ahead(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, path: Path) -> None:
-    """Compile a module for such inputs into a file, which has its name once it is whole."""
+    """Compile a module for such inputs, a row (C,) first, into a file; named once it is whole."""
     import torch._inductor
 
     temporary = path.with_name(f".{path.stem}.pt2")
