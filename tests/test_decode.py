@@ -27,8 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "odd": {"qkv_bias": False, "tie_weights": False, "n_inner": 50, "norm_eps": 1e-3},
 }
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
-# Measured: at most 2e-5 nats, for weights as large as these.
-MOST_KL = 1e-3
+# In nats; measured: 3e-7, and 9e-6 for the plain forward in bf16, which rounds activations too.
+MOST_KL = 1e-5
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def add_sample(parser: Parser) -> None:
     parser.add_argument(
         "--draft",
         metavar="text|MODEL",
-        help="guess tokens from the text or by a smaller model: the same output, sooner",
+        help="guess tokens from the text or by a smaller model: the same output, fewer passes",
     )
     parser.add_argument("--json", action="store_true", help="write JSON")
     add_flags(parser, SamplingSettings)
