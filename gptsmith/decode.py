@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._aoti import AOTIModelPackageLoader  # what torch._inductor loads with, in less time
 
 from . import runtime
 from .cache import KVCache
@@ -102,6 +101,9 @@ class Decoder:
     """A model's step by one token for one row, compiled."""
 
     def __init__(self, model: GPT, block: Path, head: Path) -> None:
+        # What torch._inductor loads such files with, without the second that importing it takes.
+        from torch._C._aoti import AOTIModelPackageLoader
+
         self.model = model
         self.block, self.head = (
             AOTIModelPackageLoader(str(path), "model", False, 1, -1) for path in (block, head)

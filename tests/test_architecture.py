@@ -51,6 +51,7 @@ OPTIONAL = (
     "matplotlib",
     "resource",
     "torch._inductor",
+    "torch._C._aoti",
     "gguf",
     "huggingface_hub",
 )

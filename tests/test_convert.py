@@ -297,6 +297,7 @@ def test_mistakes_get_one_line(
         "import llama out": "model_type 'llama': only 'gpt2' and 'nanochat' are understood",
         "import empty out": "empty is none of these: Hugging Face folder",
         "import notes.txt out": "notes.txt is none of these",
+        "import model/model.safetensors out": "is a part of model, a Hugging Face folder: import",
         "import modle out": "nothing at modle, did you mean 'model'?",
         "import model out --from gguff": "no format 'gguff' can be read",
         "import model out --from book": "holds 0 files of weights",

@@ -78,6 +78,10 @@ def find_source(path: Path, name: str | None) -> Place:
     for name in READABLE:
         if FORMATS[name].module.recognise(path):
             return Place(path, name)
+    for name in READABLE if path.is_file() else ():
+        if FORMATS[name].module.recognise(path.parent):
+            whole = f"{path} is a part of {path.parent}, a {FORMATS[name].title}"
+            raise ValueError(f"{whole}: import the folder")
     titles = ", ".join(FORMATS[name].title for name in READABLE)
     raise ValueError(f"{path} is none of these: {titles}; --from FORMAT overrides this")
 
