@@ -259,7 +259,7 @@ def test_any_way_through_the_cache_agrees(form: str, chunks: tuple[int, ...]) ->
         parts.append(model(part, cache=cache).logits)
     pieced = torch.cat(parts, dim=1)
     assert ((pieced - whole).norm() / whole.norm()).item() < 1e-5
-    assert cache.keys.shape == (2, 2, model.config.kv_heads, 11, 4)
+    assert cache.keys.shape == (2, 2, 11, model.config.kv_heads, 4)
 
 
 @parametrize_forms
