@@ -245,6 +245,20 @@ def test_logits_layer_by_layer_are_the_models(form: str) -> None:
     assert set(asked) == model.state_dict().keys() - tied
 
 
+def test_the_original_is_run_where_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 it takes twice the bytes of a source in half precision."""
+    monkeypatch.setattr(carry, "MEMORY_TO_SPARE", 0)
+    for dtype, words in (
+        (torch.float32, "run by transformers"),
+        (torch.float16, "too much memory"),
+    ):
+        folder = tmp_path / str(dtype)
+        as_safetensors(theirs({}, dtype), folder)
+        assert words in import_model(folder, tmp_path / f"out {dtype}").original
+
+
 # -- padding
 
 

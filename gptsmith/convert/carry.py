@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..accounting import weight_bytes
 from ..folder import file_written_whole, written_whole
 from ..names import TIED
 from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
@@ -23,6 +24,7 @@ from .nanogpt import read_characters
 from .report import Report
 
 GPT2_VOCABULARY = 50257
+MEMORY_TO_SPARE = 500 * 10**6  # bytes, of the GB that a conversion may take beyond the weights
 PADDED_TO = (64, 128)  # multiples of rows that vocabularies are padded to, for speed
 
 
@@ -127,7 +129,7 @@ def carry(
             raise ValueError(
                 f"{target.path} was not written: its logits would differ by {difference:.2g}"
             )
-        original = "" if not run_original else compare_original(source, tokens, before)
+        original = "" if not run_original else compare_original(source, stored, tokens, before)
         size = bytes_in(temporary)
     return Report(
         source=str(source.path),
@@ -184,15 +186,18 @@ def read_back(written: Place, stored: Stored, tokens: Tensor) -> tuple[Tensor, s
     return after, words
 
 
-def compare_original(source: Place, tokens: Tensor, ours: Tensor) -> str:
+def compare_original(source: Place, stored: Stored, tokens: Tensor, ours: Tensor) -> str:
     """In words, how far our logits are from those of the system that the source belongs to.
 
-    ValueError where that is further than rounding explains.
+    ValueError where that is further than rounding explains. It is not run where its float32 weights
+    would take far more memory than the source has bytes.  (B, T), (B, T, V)
     """
     if not source.format.can("run"):
         return "not compared with the original, which takes its own code to run"
     if find_spec(source.format.runner) is None:
         return f"not compared with the original: {source.format.runner} is not installed"
+    if weight_bytes(stored.config) > bytes_in(source.path) + MEMORY_TO_SPARE:
+        return "not compared with the original, whose weights in float32 would take too much memory"
     theirs = source.format.module.run(source.path, tokens)[..., : ours.shape[-1]]
     difference = largest_difference(ours, theirs)
     if not difference <= rounding_of(theirs):
