@@ -249,11 +249,9 @@ def test_the_original_is_run_where_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 it takes twice the bytes of a source in half precision."""
-    monkeypatch.setattr(carry, "MEMORY_TO_SPARE", 0)
-    for dtype, words in (
-        (torch.float32, "run by transformers"),
-        (torch.float16, "too much memory"),
-    ):
+    monkeypatch.setattr(sys.modules["gptsmith.convert.carry"], "MEMORY_TO_SPARE", 0)
+    found = {torch.float32: "run by transformers", torch.float16: "too much memory"}
+    for dtype, words in found.items():
         folder = tmp_path / str(dtype)
         as_safetensors(theirs({}, dtype), folder)
         assert words in import_model(folder, tmp_path / f"out {dtype}").original
