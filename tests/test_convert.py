@@ -441,6 +441,13 @@ def test_garbled_files_raise_only_what_is_expected(
         pytest.fail("a file that is no model was read as one")
 
 
+def test_what_lies_beside_a_file_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "damaged.pt").write_bytes(b"PK nonsense")
+    (tmp_path / "notes.txt").write_text("to be")
+    with pytest.raises(ValueError, match=r"notes\.txt is none of these"):
+        gptsmith.convert.read(tmp_path / "notes.txt")
+
+
 def test_an_archive_that_is_no_model_is_not_taken_for_one(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "book.zip", "w") as archive:
         archive.writestr("chapter.txt", "to be")

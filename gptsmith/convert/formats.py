@@ -78,8 +78,8 @@ def find_source(path: Path, name: str | None) -> Place:
     for name in READABLE:
         if FORMATS[name].module.recognise(path):
             return Place(path, name)
-    for name in READABLE if path.is_file() else ():
-        if FORMATS[name].module.recognise(path.parent):
+    for name in ("huggingface", "tensorflow"):  # which are folders, known by their small files
+        if path.is_file() and FORMATS[name].module.recognise(path.parent):
             whole = f"{path} is a part of {path.parent}, a {FORMATS[name].title}"
             raise ValueError(f"{whole}: import the folder")
     titles = ", ".join(FORMATS[name].title for name in READABLE)
