@@ -23,6 +23,7 @@ from .weights import (
     Entry,
     Fetch,
     Stored,
+    dtype_of,
     from_theirs,
     safetensors_reader,
     to_theirs,
@@ -68,15 +69,20 @@ def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> No
 
     Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
     """
-    config, tokenizer = stored.config, stored.tokenizer
     write_shards(hugging_face_entries(stored), folder, shard_bytes)
+    ids = write_description(stored, folder, dtype=DTYPE_WORDS[stored.dtype])
+    on_disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, int | None]:
+    """Write config.json, with `more` in it, and the tokenizer; return its special ids."""
+    config, tokenizer = stored.config, stored.tokenizer
     end_of_text = None if tokenizer is None else tokenizer.end_of_text
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    said = {**config.to_hugging_face(), **ids, "dtype": DTYPE_WORDS[stored.dtype]}
-    on_disk.write_json(folder / on_disk.CONFIG, said)
-    on_disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    on_disk.write_json(folder / on_disk.CONFIG, {**config.to_hugging_face(), **ids, **more})
     if tokenizer is not None:
         tokenizer.save(folder, model_max_length=config.context_length)
+    return ids
 
 
 def hugging_face_entries(stored: Stored) -> list[Entry]:
@@ -116,7 +122,7 @@ def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Tensors in memory, as what is to be written."""
     return [
-        Entry(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
         for name, tensor in tensors.items()
     ]
 
@@ -158,20 +164,19 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
     tokenizer = None
     if with_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-    stored = stored_in(folder, config, found, get, on_disk.stored_dtype(folder))
+    stored = stored_in(folder, config, found, get)
     check_pair(stored.config, tokenizer, folder)
     return replace(stored, tokenizer=tokenizer)
 
 
-def stored_in(
-    folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch, dtype: str
-) -> Stored:
+def stored_in(folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch) -> Stored:
     """A model in the tensors of its Hugging Face class, without the folder's tokenizer."""
     account = on_disk.check_tensors(folder, config, found)
     exact = {name.removeprefix(PREFIX): name for name in found}
     fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
     if not config.modern:
         config = with_biases_found(config, fetch, exact, folder)
+    dtype = dtype_of(fetch("wte.weight"))
     return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=account)
 
 

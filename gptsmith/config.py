@@ -164,23 +164,19 @@ class GPTConfig:
         Its GPTModel has biases everywhere but in query, key and value (`qkv_bias` adds those), the
         tanh GELU, and an output head of its own, without bias.
         """
-        names = {
-            "vocab_size": "vocab_size",
-            "context_length": "context_length",
-            "emb_dim": "n_embd",
-            "n_heads": "n_head",
-            "n_layers": "n_layer",
-            "drop_rate": "dropout",
-            "qkv_bias": "qkv_bias",
-        }
         for key in book:
-            if key not in names:
-                hint = suggestion(key, names)
+            if key not in BOOK:
+                hint = suggestion(key, BOOK)
                 raise ValueError(f"'{key}' is not a key of the book's configuration{hint}")
-        if missing := [key for key in names if key not in book]:
+        if missing := [key for key in BOOK if key not in book]:
             raise ValueError(f"the book's configuration lacks {', '.join(missing)}")
-        ours = {names[key]: value for key, value in book.items()}
+        ours = {BOOK[key]: value for key, value in book.items()}
         return cls(**ours, activation="gelu_tanh", bias=True, tie_weights=False)
+
+    def to_book(self) -> dict[str, Any]:
+        """The configuration dictionary of the GPTModel with these sizes."""
+        found = {key: getattr(self, ours) for key, ours in BOOK.items()}
+        return found | {"qkv_bias": self.has_qkv_bias}
 
     @classmethod
     def from_hugging_face(cls, theirs: dict[str, Any]) -> "GPTConfig":
@@ -313,6 +309,17 @@ class GPTConfig:
             "use_cache": True,
         }
 
+
+# The keys of the book's configuration dictionary, and our fields.
+BOOK = {
+    "vocab_size": "vocab_size",
+    "context_length": "context_length",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "drop_rate": "dropout",
+    "qkv_bias": "qkv_bias",
+}
 
 # What makes the modern block, all of it: NanoChat's, which transformers 5 reads.
 MODERN: dict[str, Any] = {

@@ -26,12 +26,6 @@ from .cache import KVCache
 from .config import GPTConfig
 from .model import GPT
 
-# In the order in which a block takes them; a bias that the model does without is left out.
-NAMES = tuple(
-    f"{part}.{kind}"
-    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    for kind in ("weight", "bias")
-)
 # A product and the sum that it goes into are one instruction; rounding differs in the last bit.
 OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
 
@@ -48,10 +42,9 @@ class OneRow(nn.Module):
     The last of the S keys and values are this token's own, and are written here.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, names: Sequence[str]) -> None:
         super().__init__()
-        self.config = config
-        self.names = names(config)
+        self.config, self.names = config, names
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, *weights: Tensor) -> Tensor:
         config, w = self.config, dict(zip(self.names, weights, strict=True))
@@ -91,10 +84,14 @@ def norm(x: Tensor, w: dict[str, Tensor], name: str, config: GPTConfig) -> Tenso
     return F.layer_norm(x, x.shape, w[f"{name}.weight"].float(), bias, config.norm_eps)
 
 
-def names(config: GPTConfig) -> list[str]:
-    """The weights and biases that a block of this configuration has, in NAMES' order."""
-    has = {"attn.c_attn.bias": config.has_qkv_bias}
-    return [n for n in NAMES if n.endswith("weight") or has.get(n, config.bias)]
+def names_in(module: nn.Module) -> list[str]:
+    """The weights and biases that a part of a model has, in the order in which it takes them."""
+    return [name for name, _ in module.named_parameters()]
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Those weights, (M, C) or (M,) each."""
+    return [parameter.detach() for parameter in module.parameters()]
 
 
 class Decoder:
@@ -108,8 +105,8 @@ class Decoder:
         self.block, self.head = (
             AOTIModelPackageLoader(str(path), "model", False, 1, -1) for path in (block, head)
         )
-        self.layers = [weights_of(layer, names(model.config)) for layer in model.h]
-        self.last = [model.lm_head.weight, *(p for p in model.ln_f.parameters())]
+        self.layers = [weights_of(layer) for layer in model.h]
+        self.last = [*weights_of(model.lm_head), *weights_of(model.ln_f)]
 
     def takes(self, tokens: Tensor, cache: KVCache) -> bool:
         """Whether this step is the next one: a row on its own, all but its last token read.
@@ -129,12 +126,6 @@ class Decoder:
         cache.advance(1)
         (logits,) = self.head.boxed_run([x, *self.last])
         return logits.unsqueeze(0)
-
-
-def weights_of(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """A block's weights, (M, C) or (M,) each, in the order of their names."""
-    state = dict(block.named_parameters())
-    return [state[name].detach() for name in names]
 
 
 # -- compiling, once
@@ -174,7 +165,10 @@ def open_decoder(model: GPT, *, compile: bool) -> Decoder | None:
 
 def key(model: GPT, part: str) -> str:
     """What a compiled part depends on, in hexadecimal: sizes, numbers, PyTorch, processor, this."""
-    config = asdict(model.config) | {"n_inner": model.config.mlp_size, "names": names(model.config)}
+    config = asdict(model.config) | {
+        "n_inner": model.config.mlp_size,
+        "names": names_in(model.h[0]),
+    }
     sizes = [config[name] for name in DEPENDS[part]]
     here = (torch.__version__, torch.get_num_threads(), runtime.processor())
     depends = (sizes, model.wte.weight.dtype, *here, Path(__file__).read_bytes())
@@ -187,15 +181,15 @@ def compile_block(model: GPT, path: Path) -> None:
     cache = KVCache(config, 1, capacity=3, dtype=dtype)
     keys, values = (part[0] for part in cache.up_to(0, cache.capacity))
     tokens = torch.export.Dim("tokens", min=2, max=config.context_length)
-    weights = weights_of(model.h[0], names(config))
+    weights = weights_of(model.h[0])
     inputs = (torch.zeros(config.n_embd), keys, values, *weights)
     dynamic = (None, {0: tokens}, {0: tokens}, (None,) * len(weights))
-    compile_ahead(OneRow(config), inputs, dynamic, path)
+    compile_ahead(OneRow(config, names_in(model.h[0])), inputs, dynamic, path)
 
 
 def compile_head(model: GPT, path: Path) -> None:
     """Write a compiled output head."""
-    last = [model.lm_head.weight.detach(), *(p.detach() for p in model.ln_f.parameters())]
+    last = (*weights_of(model.lm_head), *weights_of(model.ln_f))
     inputs = (torch.zeros(model.config.n_embd), *last)
     compile_ahead(Head(model.config), inputs, None, path)
 

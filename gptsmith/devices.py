@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import runtime
+from . import runtime, weights
 from .model import GPT
 from .settings import Dtype, MachineSettings
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES["fp8"] = torch.bfloat16  # of all but the products that `multiply_in_float8` replaces
+# fp8: of all but the products that `multiply_in_float8` replaces.
+DTYPES = weights.DTYPES | {"fp8": torch.bfloat16}
 HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
 Item = TypeVar("Item")

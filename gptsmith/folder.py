@@ -12,12 +12,11 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from .config import GPTConfig, suggestion
-from .names import MASK, PREFIX, Account, Shape, account, hugging_face
+from .names import MASKS, PREFIX, Account, Shape, account, hugging_face
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -217,7 +216,6 @@ def all_shapes(folder: Path) -> dict[str, Shape]:
 
 def check_tensors(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) -> Account:
     """What each tensor of a folder is; ValueError where they are not those of its config.json."""
-    masks = {name: "a causal mask, no weight" for name in shapes if MASK.fullmatch(name)}
     return account(
         hugging_face(config),
         config,
@@ -225,17 +223,9 @@ def check_tensors(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) 
         place=folder,
         kind="NanoChat" if config.modern else "GPT-2",
         says=CONFIG,
-        ignored={name.removeprefix(PREFIX): why for name, why in masks.items()},
+        ignored=MASKS,
         zero_biases=not config.modern,
     )
-
-
-def stored_dtype(folder: Path) -> str:
-    """The number format of a folder's largest tensor; "float32" for any that we do not write."""
-    words = {"F16": "fp16", "BF16": "bf16"}
-    entries = [entry for path in weight_files(folder) for entry in header(path).values()]
-    largest = max(entries, key=lambda entry: prod(entry["shape"]), default={})
-    return words.get(largest.get("dtype", ""), "float32")
 
 
 def tensor_shapes(path: Path) -> dict[str, Shape]:

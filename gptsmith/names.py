@@ -53,8 +53,15 @@ NANOCHAT = [  # NanoChatForCausalLM's, the published form of the modern block
 ]
 
 
-# Causal masks, which older files of GPT-2's carry.
-MASK = re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.(bias|masked_bias)")
+class NoWeight(NamedTuple):
+    """Tensors of somebody's files that are no weights, by the pattern of their names."""
+
+    pattern: re.Pattern[str]
+    why: str
+
+
+CAUSAL = "a causal mask, no weight"
+MASKS = NoWeight(re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)"), CAUSAL)  # in older GPT-2s
 
 
 def hugging_face(config: GPTConfig) -> list[Row]:
@@ -111,17 +118,20 @@ def account(
     place: object,
     kind: str = "GPT-2",
     says: str = "its configuration",
-    ignored: Mapping[str, str] | None = None,
+    ignored: NoWeight | None = None,
     zero_biases: bool = False,
 ) -> Account:
     """Explain every tensor of a file; ValueError for one that is missing, unknown or misshapen.
 
-    `ignored` gives a reason for each tensor known to be no weight. With `zero_biases` the file
+    `ignored` says which tensors are known to be no weights. With `zero_biases` the file
     may hold, as zeros, the biases that the model does without. The errors name the `place`, what
     `says` how the tensors ought to be, and the `kind` of model.
     """
     check_layers(table, config, found, f"{place} has {{}} layers, but {says} calls for {{}}")
-    ours, result = parts(config), Account(ignored=dict(ignored or {}))
+    ours, result = parts(config), Account()
+    if ignored is not None:
+        known_names = (name for name in found if ignored.pattern.fullmatch(name))
+        result.ignored.update(dict.fromkeys(known_names, ignored.why))
     known, lacking = dict[str, Shape](), list[str]()
     for row in rows(table, config):
         part = ours[row.ours]

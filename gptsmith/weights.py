@@ -6,7 +6,7 @@ written. Knows nothing of configurations on disk or of other formats' files.
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import GPTConfig
 from .folder import DamagedError, tensor_shapes
-from .names import Account, Row, Shape, parts, rows, their_shapes
+from .names import Account, Row, Shape, account, parts, rows, their_shapes
 from .tokenizers import Tokenizer
 
 Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten after use
@@ -29,6 +29,9 @@ DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat1
 HEADER_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A model that lies in some file: what it is, and each of its tensors when asked for."""
@@ -36,7 +39,7 @@ class Stored:
     config: GPTConfig
     fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file
     tokenizer: Tokenizer | None
-    dtype: str = "float32"  # one of DTYPES: what its matrices are stored in, or come closest to
+    dtype: str = "float32"  # one of DTYPES: what its embedding is stored in, or comes closest to
     account: Account = Account()
 
 
@@ -58,6 +61,14 @@ class Entry(NamedTuple):
         """What it takes in a file."""
         return prod(self.shape) * self.dtype.itemsize
 
+    def read(self) -> Any:
+        """Its numbers as they lie in a file: little-endian, row by row."""
+        tensor = self.fetch()
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"{self.name} is {tuple(tensor.shape)}, but should be {self.shape}")
+        numbers = tensor.detach().cpu().to(self.dtype).contiguous()
+        return numbers.reshape(-1).view(torch.uint8).numpy().data
+
 
 # -- under other names
 
@@ -74,6 +85,27 @@ def from_theirs(table: Iterable[Row], config: GPTConfig, get: Fetch) -> Fetch:
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     return fetch
+
+
+def stored_state(
+    table: Sequence[Row], config: GPTConfig, tensors: Mapping[str, Tensor], **explaining: Any
+) -> Stored:
+    """A state dict under their names as a stored model, with each tensor explained by `account`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    explained = account(table, config, shapes, **explaining)
+    fetch = from_theirs(table, config, tensors.__getitem__)
+    dtype = dtype_of(fetch("wte.weight"))
+    return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=explained)
+
+
+def first_tokens(count: int, fetch: Fetch) -> Fetch:
+    """What fetches the same model without the tokens from `count` on."""
+
+    def get(name: str) -> Tensor:
+        tensor = fetch(name)
+        return tensor[:count] if name in VOCABULARY else tensor
+
+    return get
 
 
 def to_theirs(
@@ -151,12 +183,4 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            file.write(to_bytes(entry.fetch(), entry))
-
-
-def to_bytes(tensor: Tensor, entry: Entry) -> Any:
-    """The numbers of a tensor as they lie in a file: little-endian, row by row."""
-    if tuple(tensor.shape) != entry.shape:
-        raise ValueError(f"{entry.name} is {tuple(tensor.shape)}, but should be {entry.shape}")
-    numbers = tensor.detach().cpu().to(entry.dtype).contiguous()
-    return numbers.reshape(-1).view(torch.uint8).numpy().data
+            file.write(entry.read())

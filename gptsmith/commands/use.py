@@ -6,7 +6,7 @@ import tempfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..flags import Parser, add_flags, given
 from ..recipe import convert, updated
@@ -58,8 +58,7 @@ def sample(options: Namespace) -> None:
     elif seed < 0:
         raise ValueError(f"seed is {seed}: at least 0 is needed")
 
-    if options.compile not in ("auto", "yes", "no"):
-        raise ValueError(f"compile is '{options.compile}': one of auto, yes, no is needed")
+    convert("compile", options.compile, Literal["auto", "yes", "no"])
     use_huge_pages()
     single = counts["num_samples"] == 1 and not options.json
     if options.draft is not None and not single:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..config import GPTConfig
 from ..folder import read_json, write_json
-from ..names import Row, account
-from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
+from ..names import CAUSAL, NoWeight, Row
+from ..weights import DTYPES, Stored, stored_state, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
 from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
@@ -48,16 +48,7 @@ NAMES = [
     Row("ln_f.bias", ("final_norm.shift",)),
     Row("lm_head.weight", ("out_head.weight",)),
 ]
-MASK = re.compile(r"trf_blocks\.[0-9]+\.att\.mask")
-KEYS = {  # theirs: ours
-    "vocab_size": "vocab_size",
-    "context_length": "context_length",
-    "emb_dim": "n_embd",
-    "n_heads": "n_head",
-    "n_layers": "n_layer",
-    "drop_rate": "dropout",
-    "qkv_bias": "has_qkv_bias",
-}
+MASKS = NoWeight(re.compile(r"trf_blocks\.[0-9]+\.att\.mask"), CAUSAL)
 
 
 def recognise(path: Path) -> bool:
@@ -74,17 +65,8 @@ def read(path: Path) -> Stored:
     file = weights_in(path)
     tensors = tensors_of(state_of(load_torch_file(file)), file)
     config = config_beside(file)
-    masks = {name: "a causal mask, no weight" for name in tensors if MASK.fullmatch(name)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    explained = account(
-        NAMES, config, shapes, place=file, kind="the book's GPTModel", ignored=masks
-    )
-    return Stored(
-        config=config,
-        fetch=from_theirs(NAMES, config, tensors.__getitem__),
-        tokenizer=None,
-        dtype=dtype_of(tensors["tok_emb.weight"]),
-        account=explained,
+    return stored_state(
+        NAMES, config, tensors, place=file, kind="the book's GPTModel", ignored=MASKS
     )
 
 
@@ -151,4 +133,4 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     mask = torch.ones(P, P).triu(1)  # a buffer there, so a strict load asks for it
     state |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layer)}
     save_torch_file(state, out / WEIGHTS)
-    write_json(out / SIZES, {theirs: getattr(config, ours) for theirs, ours in KEYS.items()})
+    write_json(out / SIZES, config.to_book())

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from ..accounting import weight_bytes
+from ..config import PRESETS
 from ..folder import file_written_whole, written_whole
 from ..names import TIED
 from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
-from ..weights import Stored, with_all
+from ..weights import Stored, first_tokens, with_all
 from .compare import largest_difference, logits, rounding_of, some_tokens
 from .formats import Place
 from .limits import losses
 from .nanogpt import read_characters
 from .report import Report
 
-GPT2_VOCABULARY = 50257
 MEMORY_TO_SPARE = 500 * 10**6  # bytes, of the GB that a conversion may take beyond the weights
 PADDED_TO = (64, 128)  # multiples of rows that vocabularies are padded to, for speed
 
@@ -43,7 +43,8 @@ def stored_at(source: Place, tokenizer: str | None = None) -> Stored:
         raise ValueError(f"{source.path}: the head is tied to the embedding, but is another tensor")
     if tokenizer is not None:
         return replace(stored, tokenizer=named_tokenizer(tokenizer))
-    if stored.tokenizer is None and stored.config.vocab_size in padded_sizes(GPT2_VOCABULARY):
+    gpt2 = padded_sizes(PRESETS["gpt2"].vocab_size)
+    if stored.tokenizer is None and stored.config.vocab_size in gpt2:
         return replace(stored, tokenizer=gpt2_tokenizer())
     return stored
 
@@ -76,11 +77,7 @@ def without_padding(stored: Stored, place: Path) -> tuple[Stored, int]:
             f"{place}: the tokenizer has {V:,} tokens and the embedding {rows:,} rows: they are no "
             "pair; name the right one with --tokenizer, or none"
         )
-
-    def fetch(name: str) -> Tensor:
-        tensor = stored.fetch(name)
-        return tensor[:V] if name in ("wte.weight", "lm_head.weight") else tensor
-
+    fetch = first_tokens(V, stored.fetch)
     return replace(stored, config=replace(config, vocab_size=V), fetch=fetch), rows - V
 
 

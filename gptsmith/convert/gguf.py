@@ -7,7 +7,6 @@ hold them to.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..config import GPTConfig
 from ..folder import DamagedError
 from ..names import Row, account
-from ..weights import Entry, Fetch, Stored, from_theirs, to_bytes, to_theirs
+from ..weights import VOCABULARY, Entry, Fetch, Stored, first_tokens, from_theirs, to_theirs
 from .gguf_header import MAGIC, Place, header, library
 from .gguf_tokenizer import add_tokenizer, check_tokenizer, read_tokenizer
 
@@ -47,7 +46,6 @@ NAMES = [
     Row("ln_f.bias", ("output_norm.bias",)),
     Row("lm_head.weight", ("output.weight",)),
 ]
-VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
 
 # llama.cpp's words, by our word for a number format: of a tensor, and of a file that is mostly so.
 TENSOR_TYPES = {"float32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -165,10 +163,10 @@ def tensor_type(entry: Entry, dtype: str) -> str:
 def encoded(entry: Entry, type: Any, gguf: Any) -> np.ndarray:
     """A tensor as the bytes that the file has."""
     if type.name in TORCH_TYPES:
-        raw = to_bytes(entry.fetch(), entry._replace(dtype=TORCH_TYPES[type.name]))
+        raw = entry._replace(dtype=TORCH_TYPES[type.name]).read()
         return np.frombuffer(raw, np.uint8)
-    raw = to_bytes(entry.fetch(), entry)
-    return gguf.quants.quantize(np.frombuffer(raw, np.float32).reshape(entry.shape), type)
+    numbers = np.frombuffer(entry.read(), np.float32).reshape(entry.shape)
+    return gguf.quants.quantize(numbers, type)
 
 
 def with_a_row(fetch: Fetch) -> Fetch:
@@ -210,7 +208,7 @@ def read(path: Path) -> Stored:
     largest = max(places.values(), key=lambda place: prod(place.shape))
     return Stored(
         config=replace(config, vocab_size=own),
-        fetch=partial(first_rows, own, fetch),
+        fetch=first_tokens(own, fetch),
         tokenizer=read_tokenizer(path, values, own),
         dtype={"F16": "fp16", "BF16": "bf16"}.get(largest.type, "float32"),
         account=result,
@@ -262,12 +260,6 @@ def read_tensor(path: Path, place: Place) -> Tensor:
     gguf = library()
     blocks = data.reshape(*place.shape[:-1], -1)
     return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[place.type]))
-
-
-def first_rows(count: int, fetch: Fetch, name: str) -> Tensor:
-    """A tensor of ours, without the rows of tokens that were added for llama.cpp."""
-    tensor = fetch(name)
-    return tensor[:count] if name in VOCABULARY else tensor
 
 
 def same_bytes(path: Path, one: Place, other: Place | None) -> bool:

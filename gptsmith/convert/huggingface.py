@@ -13,9 +13,8 @@ from torch import Tensor
 from .. import checkpoint
 from ..config import GPTConfig
 from ..folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
-from ..names import PREFIX
 from ..tokenizers import Tokenizer, tokenizer_in
-from ..weights import Stored, dtype_of
+from ..weights import Stored
 from .pickles import load_torch_file, tensors_of
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -55,8 +54,7 @@ def from_pickles(folder: Path) -> Stored:
             raise FileNotFoundError(f"{folder / name} is missing, though the index lists it")
         tensors |= tensors_of(load_torch_file(folder / name), folder / name)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    embedding = tensors.get(PREFIX + "wte.weight", tensors.get("wte.weight", torch.empty(0)))
-    return checkpoint.stored_in(folder, config, shapes, tensors.__getitem__, dtype_of(embedding))
+    return checkpoint.stored_in(folder, config, shapes, tensors.__getitem__)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -6,6 +6,7 @@ Version 3 holds float32, version 5 bfloat16; the vocabulary is padded with zeros
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..config import GPTConfig
 from ..folder import DamagedError
 from ..names import Account, Shape, parts
-from ..weights import DTYPES, Entry, Stored, to_bytes
+from ..weights import DTYPES, Entry, Stored
 from .limits import only_gpt2_block, only_usual_mlp
 
 MAGIC = 20240326
@@ -134,7 +135,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     with out.open("wb") as file:
         file.write(header.tobytes())
         for name in order(config):
-            entry = Entry(name, ours[name].shape, DTYPES[dtype], lambda: stored.fetch(name))  # noqa: B023
-            file.write(to_bytes(entry.fetch(), entry))
+            get = partial(stored.fetch, name)
+            file.write(Entry(name, ours[name].shape, DTYPES[dtype], get).read())
             if name == "wte.weight":
                 file.write(bytes((padded - V) * config.n_embd * DTYPES[dtype].itemsize))

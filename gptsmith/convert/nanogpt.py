@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..config import GPTConfig
-from ..names import GPT2, MASK, PREFIX, account, full_name, parts
+from ..names import GPT2, MASKS, PREFIX, full_name, parts
 from ..tokenizers import Tokenizer, character_level
-from ..weights import DTYPES, Stored, dtype_of, from_theirs, to_theirs
+from ..weights import DTYPES, Stored, stored_state, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
 from .pickles import (
     is_torch_file,
@@ -56,18 +56,10 @@ def read(path: Path) -> Stored:
     tensors = tensors_of(checkpoint["model"], file)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     config = config_of(checkpoint["model_args"], file)
-    masks = {name: "a causal mask, no weight" for name in tensors if MASK.fullmatch(name)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    explained = account(
-        NAMES, config, shapes, place=file, kind="nanoGPT", says="its model_args", ignored=masks
+    stored = stored_state(
+        NAMES, config, tensors, place=file, kind="nanoGPT", says="its model_args", ignored=MASKS
     )
-    return Stored(
-        config=config,
-        fetch=from_theirs(NAMES, config, tensors.__getitem__),
-        tokenizer=characters_beside(file, checkpoint.get("config")),
-        dtype=dtype_of(tensors["wte.weight"]),
-        account=explained,
-    )
+    return replace(stored, tokenizer=characters_beside(file, checkpoint.get("config")))
 
 
 def config_of(sizes: Any, file: Path) -> GPTConfig:
@@ -125,8 +117,8 @@ def nearest(config: GPTConfig) -> GPTConfig:
 def write(stored: Stored, out: Path, dtype: str) -> None:
     """Write `ckpt.pt`, and `meta.pkl` for characters, into a folder.
 
-    The dataset that the checkpoint names has the folder's name; without characters it names none,
-    and nanoGPT's sample.py takes GPT-2's tokens.
+    The checkpoint of characters names the dataset "gptsmith", in which nanoGPT's sample.py looks
+    for them; without any it names none, and sample.py takes GPT-2's tokens.
     """
     config, tokenizer = stored.config, stored.tokenizer
     entries = to_theirs(NAMES, config, stored.fetch, DTYPES[dtype])

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import write_description
 from ..config import GPTConfig
-from ..folder import CONFIG, write_json
 from ..model import rotation_at
 from ..names import parts
-from ..weights import DTYPES, Entry, Stored, to_bytes
+from ..weights import DTYPES, Entry, Stored
 
 MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
 
@@ -269,13 +269,8 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     with (out / WEIGHTS).open("wb") as file:
         for entry, offset in zip(weights, offsets, strict=True):
             file.seek(offset)
-            file.write(to_bytes(entry.fetch(), entry))
-    tokenizer = stored.tokenizer
-    end = None if tokenizer is None else tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end}
-    write_json(out / CONFIG, {**config.to_hugging_face(), **ids})
-    if tokenizer is not None:
-        tokenizer.save(out, model_max_length=config.context_length)
+            file.write(entry.read())
+    write_description(stored, out)
 
 
 def entries(stored: Stored, dtype: str) -> list[Entry]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import GPTConfig
 from ..folder import read_json
-from ..names import Row, Shape, account
+from ..names import NoWeight, Row, Shape, account
 from ..tokenizers import Tokenizer
 from ..tokenizers.build import from_files
 from ..weights import Stored, from_theirs
@@ -50,7 +50,9 @@ NAMES = [  # a matrix has a leading axis of 1 there, for a convolution: not coun
 ]
 
 # What a Saver of all variables keeps besides weights, as tf.train.AdamOptimizer calls it.
-TRAINING = re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?")
+TRAINING = NoWeight(
+    re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?"), "of the optimizer's, no weight"
+)
 
 
 def recognise(path: Path) -> bool:
@@ -69,14 +71,13 @@ def read(path: Path) -> Stored:
     config = read_config(path / HPARAMS)
     bundle = open_bundle(find_index(path))
     shapes = {name: without_leading_one(v.shape) for name, v in bundle.variables.items()}
-    training = "of the optimizer's, no weight"
     explained = account(
         NAMES,
         config,
         shapes,
         place=bundle.index,
         says=HPARAMS,
-        ignored={name: training for name in shapes if TRAINING.fullmatch(name)},
+        ignored=TRAINING,
     )
     for name in explained.read:
         bundle.check_float32(name)
