@@ -1,6 +1,8 @@
 """What several tests need: small models with every dimension different, and a deaf network."""
 
+import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,3 +41,17 @@ def scrambled(config: GPTConfig, seed: int = 0) -> GPT:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def some_tokens(batch: int = 2, length: int = 5, vocab_size: int = 37) -> torch.Tensor:
+    """Random ids, always the same."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What transformers and Python warned of."""
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]

@@ -1,7 +1,6 @@
 """A model is one folder: Hugging Face reads it, we read Hugging Face's, and damage is found."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -44,16 +43,26 @@ FORMS = {
 }
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What transformers and Python warned of."""
-    transformers.utils.logging.enable_propagation()
-    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
 def tokens_of(model: GPT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(model.config.vocab_size, (2, 5), generator=generator)
+
+
+def their_gpt2(*, tie: bool = True, activation: str = "gelu_new") -> transformers.GPT2LMHeadModel:
+    """A GPT-2 of transformers' with large random weights, in evaluation mode."""
+    config = transformers.GPT2Config(
+        vocab_size=37,
+        n_positions=11,
+        n_embd=12,
+        n_layer=2,
+        n_head=3,
+        activation_function=activation,
+        tie_word_embeddings=tie,
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return reference
 
 
 def theirs(folder: Path) -> transformers.PreTrainedModel:
@@ -77,18 +86,7 @@ def test_transformers_reads_what_we_save(form: str, tmp_path: Path, said: Callab
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_we_read_what_transformers_saves(tie: bool, activation: str, tmp_path: Path) -> None:
-    config = transformers.GPT2Config(
-        vocab_size=37,
-        n_positions=11,
-        n_embd=12,
-        n_layer=2,
-        n_head=3,
-        activation_function=activation,
-        tie_word_embeddings=tie,
-    )
-    reference = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    reference = their_gpt2(tie=tie, activation=activation)
     reference.save_pretrained(tmp_path)
     model, tokenizer = gptsmith.load(tmp_path)
     assert tokenizer is None

@@ -34,6 +34,7 @@ from gptsmith.names import GPT2, account
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer, gpt2_tokenizer
 from gptsmith.weights import Stored, safetensors_reader
 from tests.conftest import TINY, scrambled
+from tests.test_checkpoint import their_gpt2
 
 TEXT = "To be, or not to be: that is the question.\n"
 FORMS: dict[str, dict[str, Any]] = {
@@ -65,23 +66,6 @@ def folder(model: GPT, tmp_path: Path) -> Path:
 
 
 # -- Hugging Face folders, as others write them
-
-
-def theirs(form: dict[str, Any], dtype: torch.dtype) -> transformers.GPT2LMHeadModel:
-    """A GPT-2 of transformers' with large random weights."""
-    config = transformers.GPT2Config(
-        vocab_size=37,
-        n_positions=11,
-        n_embd=12,
-        n_layer=2,
-        n_head=3,
-        tie_word_embeddings=form.get("tie", True),
-        activation_function=form.get("activation", "gelu_new"),
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
 
 
 def as_safetensors(model: transformers.GPT2LMHeadModel, folder: Path) -> None:
@@ -130,7 +114,7 @@ WAYS = (as_safetensors, as_shards, as_pickle, as_old_pickle, as_pickled_shards)
 def test_every_kind_of_hugging_face_folder(
     way: Callable, tie: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    reference = theirs({"tie": tie}, dtype)
+    reference = their_gpt2(tie=tie).to(dtype)
     (tmp_path / "source").mkdir()
     way(reference, tmp_path / "source")
     report = import_model(tmp_path / "source", tmp_path / "out")
@@ -149,7 +133,9 @@ def test_every_kind_of_hugging_face_folder(
     assert state(read) == state(model)
 
 
-def test_shards_of_our_own_are_read_by_transformers(folder: Path, tmp_path: Path) -> None:
+def test_shards_of_our_own_are_read_by_transformers(
+    folder: Path, tmp_path: Path, said: Callable
+) -> None:
     export_model(folder, tmp_path / "out", to="huggingface", shard_bytes=4000, dtype="bf16")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
@@ -164,6 +150,7 @@ def test_shards_of_our_own_are_read_by_transformers(folder: Path, tmp_path: Path
     assert tokenizer is not None
     tokens = tokens_of(again.config)
     assert (read.float()(tokens).logits - again(tokens).logits).abs().max() < 1e-4
+    assert said() == []
 
 
 def test_gpt2s_vocabulary_files_become_a_tokenizer(tmp_path: Path) -> None:
@@ -183,7 +170,7 @@ def test_gpt2s_vocabulary_files_become_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_report_names_every_tensor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    reference = theirs({}, torch.float32)
+    reference = their_gpt2()
     (tmp_path / "source").mkdir()
     as_old_pickle(reference, tmp_path / "source")
     assert cli.main(["import", str(tmp_path / "source"), str(tmp_path / "a")]) == 0
@@ -253,7 +240,7 @@ def test_the_original_is_run_where_memory_allows(
     found = {torch.float32: "run by transformers", torch.float16: "too much memory"}
     for dtype, words in found.items():
         folder = tmp_path / str(dtype)
-        as_safetensors(theirs({}, dtype), folder)
+        as_safetensors(their_gpt2().to(dtype), folder)
         assert words in import_model(folder, tmp_path / f"out {dtype}").original
 
 
@@ -337,14 +324,14 @@ def test_pickled_folders_say_how_they_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "m").mkdir()
-    as_pickle(theirs({}, torch.float32), tmp_path / "m")
+    as_pickle(their_gpt2(), tmp_path / "m")
     assert "gptsmith import" in refused(["sample", str(tmp_path / "m")], capsys)
 
 
 def test_a_tied_head_that_is_another_tensor_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    reference = theirs({}, torch.float32)
+    reference = their_gpt2()
     (tmp_path / "m").mkdir()
     reference.config.save_pretrained(tmp_path / "m")
     tensors = reference.state_dict() | {"lm_head.weight": torch.ones(37, 12)}
@@ -370,7 +357,7 @@ def test_a_tied_head_that_is_another_tensor_is_refused(
     ],
 )
 def test_every_tensor_is_explained(change: Callable, message: str, tmp_path: Path) -> None:
-    reference = theirs({}, torch.float32)
+    reference = their_gpt2()
     reference.config.save_pretrained(tmp_path)
     tensors = dict(reference.state_dict())
     change(tensors)

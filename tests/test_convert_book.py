@@ -10,7 +10,7 @@ import torch
 import gptsmith
 from gptsmith import GPTConfig, cli, generate_greedy
 from gptsmith.convert import export_model, import_model
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, some_tokens
 from tests.references import BookModel
 
 BOOK: dict[str, Any] = {
@@ -37,10 +37,6 @@ def saved(folder: Path, **changes: Any) -> BookModel:
     return model
 
 
-def some_tokens(vocab_size: int = 37) -> torch.Tensor:
-    return torch.randint(vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("with_optimizer", [True, False])
 def test_a_state_dict_becomes_the_same_model(
@@ -49,7 +45,7 @@ def test_a_state_dict_becomes_the_same_model(
     reference = saved(tmp_path / "book", qkv_bias=qkv_bias)
     if with_optimizer:
         optimizer = torch.optim.AdamW(reference.parameters())
-        reference(some_tokens()).sum().backward()
+        reference(some_tokens(length=7)).sum().backward()
         optimizer.step()
         both = {"model_state_dict": reference.state_dict()}
         both["optimizer_state_dict"] = optimizer.state_dict()
@@ -64,7 +60,7 @@ def test_a_state_dict_becomes_the_same_model(
     model, tokenizer = gptsmith.load(tmp_path / "out")
     assert tokenizer is None
     assert (model.config.has_qkv_bias, model.config.tie_weights) == (qkv_bias, False)
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     assert (model(tokens).logits - reference(tokens)).abs().max() < 1e-4
 
 
@@ -84,7 +80,7 @@ def test_the_book_takes_what_we_write_strictly(
     theirs = BookModel(settings)
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     theirs.load_state_dict(state, strict=True)
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     difference = float((model(tokens).logits - theirs(tokens)).detach().abs().max())
     assert difference < (1e-4 if dtype == "float32" else 0.05)
 
@@ -98,7 +94,7 @@ def test_there_and_back_is_the_same(tmp_path: Path) -> None:
     assert back.config == model.config
     for (name, one), other in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(one, other), name
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     assert torch.equal(generate_greedy(model, tokens, 3), generate_greedy(back, tokens, 3))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import gptsmith
 from gptsmith import GPT, GPTConfig, cli
 from gptsmith.convert import export_model, import_model
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, some_tokens
 
 L, C, V, T, PADDED = 2, 12, 37, 11, 128
 # Every array in the order of the file, all layers of a kind together.
@@ -84,10 +84,6 @@ def model() -> GPT:
     return scrambled(GPTConfig(**TINY))
 
 
-def some_tokens() -> torch.Tensor:
-    return torch.randint(V, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize(("version", "dtype"), [(3, torch.float32), (5, torch.bfloat16)])
 def test_their_file_becomes_the_same_model(
     version: int, dtype: torch.dtype, model: GPT, tmp_path: Path
@@ -124,7 +120,7 @@ def test_there_and_back_is_the_same(model: GPT, tmp_path: Path) -> None:
     import_model(tmp_path / "gpt2.bin", tmp_path / "back")
     back, _ = gptsmith.load(tmp_path / "back")
     assert replace(back.config, qkv_bias=None) == model.config
-    assert torch.equal(back(some_tokens()).logits, model(some_tokens()).logits)
+    assert torch.equal(back(some_tokens(length=7)).logits, model(some_tokens(length=7)).logits)
 
 
 def test_what_llmc_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ import gptsmith
 from gptsmith import GPTConfig, cli, generate_greedy
 from gptsmith.convert import export_model, import_model
 from gptsmith.tokenizers import char_tokenizer
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, some_tokens
 from tests.references import NanoGPT
 
 ARGS: dict[str, Any] = {
@@ -58,10 +58,6 @@ def write_meta(path: Path, characters: str = CHARACTERS) -> None:
     path.write_bytes(pickle.dumps(meta))
 
 
-def some_tokens(vocab_size: int = 37) -> torch.Tensor:
-    return torch.randint(vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_checkpoint_becomes_the_same_model(bias: bool, compiled: bool, tmp_path: Path) -> None:
@@ -72,7 +68,7 @@ def test_a_checkpoint_becomes_the_same_model(bias: bool, compiled: bool, tmp_pat
     model, _ = gptsmith.load(tmp_path / "out")
     assert model.config.activation == "gelu_erf"
     assert (model.config.bias, model.config.dropout) == (bias, 0.1)
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     assert (model(tokens).logits - reference(tokens)).abs().max() < 1e-4
     assert set(report.account.ignored) == {"lm_head.weight"}
 
@@ -85,7 +81,9 @@ def test_older_checkpoints_carry_masks(tmp_path: Path) -> None:
     report = import_model(tmp_path, tmp_path / "out")  # the folder that holds it
     assert report.account.ignored["h.1.attn.bias"] == "a causal mask, no weight"
     model, _ = gptsmith.load(tmp_path / "out")
-    assert (model(some_tokens()).logits - reference(some_tokens())).abs().max() < 1e-4
+    assert (
+        model(some_tokens(length=7)).logits - reference(some_tokens(length=7))
+    ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("place", ["out-plays/meta.pkl", "data/plays/meta.pkl"])
@@ -116,7 +114,7 @@ def test_a_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
     model, tokenizer = gptsmith.load(tmp_path / "out")
     assert tokenizer is not None
     assert tokenizer.vocab_size == model.config.vocab_size == 50257
-    tokens = some_tokens(50257)
+    tokens = some_tokens(length=7, vocab_size=50257)
     assert (model(tokens).logits - reference(tokens)[..., :50257]).abs().max() < 1e-4
 
 
@@ -136,7 +134,7 @@ def test_nanogpt_takes_what_we_write_strictly(
     theirs = NanoGPT(**whole["model_args"])
     theirs.load_state_dict(whole["model"], strict=True)
     assert theirs.state_dict().keys() == whole["model"].keys()
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     difference = float((model(tokens).logits - theirs(tokens)).detach().abs().max())
     assert difference < (1e-4 if dtype == "float32" else 0.5)
     assert whole["model_args"]["dropout"] == 0.2
@@ -156,7 +154,7 @@ def test_there_and_back_is_the_same(bias: bool, tmp_path: Path) -> None:
     assert tokenizer.fingerprint == char_tokenizer(CHARACTERS).fingerprint
     for (name, one), other in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(one, other), name
-    tokens = some_tokens()
+    tokens = some_tokens(length=7)
     assert torch.equal(generate_greedy(model, tokens, 3), generate_greedy(back, tokens, 3))
 
 

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from gptsmith import GPT, PRESETS, GPTConfig, generate_greedy
 from gptsmith.cache import KVCache
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, some_tokens
 from tests.references import BookModel, nanogpt_forward
 
 BOOK = {
@@ -20,10 +19,6 @@ BOOK = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-
-
-def some_tokens(batch: int = 2, length: int = 5, vocab_size: int = 37) -> Tensor:
-    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,7 +1,6 @@
 """The modern block: NanoChat as transformers has it, and everything that GPT-2's block can do."""
 
 import json
-import logging
 import math
 import shutil
 import warnings
@@ -32,7 +31,7 @@ from gptsmith.settings import TrainingSettings
 from gptsmith.tokenizers import char_tokenizer
 from gptsmith.training.muon import Muon
 from gptsmith.training.optimizers import make_optimizers
-from tests.conftest import scrambled
+from tests.conftest import scrambled, some_tokens
 from tests.test_accounting import check_activations
 
 TINY: dict[str, Any] = {
@@ -66,23 +65,7 @@ def config_of(form: str) -> GPTConfig:
     return GPTConfig(**(TINY | FORMS[form]))
 
 
-def some_tokens(batch: int = 2, length: int = 5) -> Tensor:
-    return torch.randint(37, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
 # -- NanoChat, as transformers has it
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What transformers and Python warned of."""
-    transformers.utils.logging.enable_propagation()
-    heard = ("transformers", "py.warnings")  # other packages complain of their own files
-    return lambda: [
-        r.getMessage()
-        for r in caplog.records
-        if r.levelno >= logging.WARNING and r.name.startswith(heard)
-    ]
 
 
 @parametrize_forms
