@@ -35,7 +35,7 @@ def add_import(parser: Parser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="gpt2, byte, none, a folder or a meta.pkl"
     )
-    add_common(parser, "float32|fp16|bf16", "as stored")
+    add_common(parser, "float32|fp16|bf16")
 
 
 def add_export(parser: Parser) -> None:
@@ -47,11 +47,11 @@ def add_export(parser: Parser) -> None:
         action="store_true",
         help="write what is nearest to what FORMAT cannot say",
     )
-    add_common(parser, "float32|fp16|bf16|q8_0", "as stored")
+    add_common(parser, "float32|fp16|bf16|q8_0")
 
 
-def add_common(parser: Parser, dtypes: str, default: str) -> None:
-    parser.add_argument("--dtype", metavar=dtypes, help=f"number format (default: {default})")
+def add_common(parser: Parser, dtypes: str) -> None:
+    parser.add_argument("--dtype", metavar=dtypes, help="number format (default: as stored)")
     parser.add_argument(
         "--shard-size", metavar="SIZE", help="cut a Hugging Face folder's weights, as in 5GB"
     )
