@@ -131,9 +131,7 @@ def bench_generate(
     torch.manual_seed(0)
     model = GPT(config).to(device, devices.weight_dtype(machine.dtype)).eval()
     prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
-    decoder = None
-    if rows == 1 and machine.compile != "no":
-        decoder = open_decoder(model, compile=machine.compile == "yes")
+    decoder = open_decoder(model, settings.compile)
     list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY, decoder=decoder))
     times = [time.perf_counter()]
     for _ in generate(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):

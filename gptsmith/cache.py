@@ -53,6 +53,17 @@ class KVCache:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
+    def positions(self, tokens: int) -> Tensor:
+        """Where the next tokens stand.  -> (T,)"""
+        return torch.arange(self.length, self.length + tokens)
+
+    def check_room(self, rows: int, tokens: int) -> None:
+        """Raise ValueError where so many more tokens for each of so many rows do not fit."""
+        if rows != self.keys.shape[1]:
+            raise ValueError(f"{rows} rows do not fit a cache of {self.keys.shape[1]}")
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"{self.length + tokens} tokens do not fit a cache of {self.capacity}")
+
     def advance(self, tokens: int) -> None:
         """Count `tokens` new positions as seen, once every layer has written them."""
         self.length += tokens

@@ -68,10 +68,7 @@ def generate(
             guessed = draft.guess(tokens[0], most).unsqueeze(0)
         K = guessed.shape[1]
         text = torch.cat([tokens, guessed], dim=1)[:, -limit:]
-        if decoder is not None and cache is not None and decoder.takes(text, cache):
-            logits = decoder.next_logits(text[:, -1], cache).unsqueeze(1)  # (1, 1, V)
-        else:
-            logits = next_logits(model, text, cache, K + 1)
+        logits = next_logits(model, text, cache, K + 1, decoder)
         for place in range(K + 1):
             chosen = next_token(logits[:, place], tokens, sampling, generators)  # (B,)
             tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
@@ -83,12 +80,16 @@ def generate(
 
 
 @torch.inference_mode()
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache | None, places: int) -> Tensor:
+def next_logits(
+    model: GPT, tokens: Tensor, cache: KVCache | None, places: int, decoder: Decoder | None = None
+) -> Tensor:
     """Logits after each of the last `places` tokens.  (B, T) -> (B, places, V)
 
     A cache is given only what it lacks.
     """
     unread = tokens if cache is None else tokens[:, cache.length :]
+    if decoder is not None and cache is not None and decoder.takes(unread):
+        return decoder.next_logits(unread, cache, places)
     return model.lm_head(model.features(unread, cache)[:, -places:])
 
 

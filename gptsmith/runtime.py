@@ -6,6 +6,7 @@ Knows nothing of PyTorch, so that text can be prepared without it; devices.py go
 import ctypes
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -130,6 +131,12 @@ def processor() -> str:
         return platform.processor()
     kept = dict(line.split(":", 1) for line in lines if line.startswith(("model name", "flags")))
     return " ".join(kept.values()) or platform.processor()
+
+
+def compiler() -> str | None:
+    """The C++ compiler to call: what CXX says, or the first that there is."""
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def allow_deterministic_cuda() -> None:

@@ -15,8 +15,8 @@ from ..settings import MachineSettings, PrepareSettings, SamplingSettings
 from .words import DATA_HELP, MODEL_HELP, tell
 
 COMPILE_HELP = (
-    "on a CPU, a compiled step for each token: yes compiles it, which takes some 20 s once for a "
-    "model's shape; auto uses what is compiled already (default: auto)"
+    "on a CPU, a step in C++ for each token, compiled once for a machine in some seconds; auto "
+    "does without where there is no compiler (default: auto)"
 )
 
 
@@ -64,6 +64,7 @@ def sample(options: Namespace) -> None:
     if options.draft is not None and not single:
         raise ValueError("a draft is for one text at a time: leave --num-samples and --json out")
 
+    from ..decode import open_decoder
     from ..generate import complete, stream
 
     model, tokenizer = open_model(options, options.model)
@@ -74,7 +75,7 @@ def sample(options: Namespace) -> None:
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
     if single:
         wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
-        wanted |= {"decoder": open_compiled(options.compile, model)}
+        wanted |= {"decoder": open_decoder(model, options.compile)}
         pieces = stream(model, tokenizer, options.prompt, **wanted)
         first = next(pieces, "")  # what cannot be done is said before anything is written
         print(options.prompt + first, end="", flush=True)
@@ -90,15 +91,6 @@ def sample(options: Namespace) -> None:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     print("\n---\n".join(options.prompt + text for text in texts))
-
-
-def open_compiled(choice: str, model: Any) -> Any:
-    """The model's compiled step, if that is wanted or at hand."""
-    from ..decode import open_decoder
-
-    if choice == "no":
-        return None
-    return open_decoder(model, compile=choice == "yes")
 
 
 def open_draft(options: Namespace, tokenizer: Any) -> Any:
