@@ -147,7 +147,7 @@ class Decoder:
         (B, T), model = unread.shape, self.model
         cache.check_room(B, T)
         text = torch.arange(B).repeat_interleave(T)  # (R,)
-        place = cache.positions(T).expand(B, T).reshape(-1).contiguous()
+        place = cache.positions(T).reshape(-1)
         wanted = torch.arange(B * T).view(B, T)[:, -places:].reshape(-1).contiguous()
         x = (model.wte(unread.reshape(-1)) + model.wpe(place)).float().contiguous()  # (R, C)
         logits = torch.empty(len(wanted), model.config.vocab_size)

@@ -20,7 +20,8 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model weights devices checkpoint sampling drafts decode generate evaluate
+    cache attention loss model weights devices checkpoint sampling drafts decode rows generate
+    evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -197,7 +198,7 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     [
         n
         for n in READING_ORDER
-        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "decode", "generate")
+        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "decode", "rows", "generate")
     ],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:

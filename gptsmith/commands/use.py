@@ -22,13 +22,18 @@ COMPILE_HELP = (
 
 def add_sample(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to continue; repeatable: several are continued in one batch",
+    )
     parser.add_argument(
         "--max-tokens", default="200", metavar="N", help="most tokens (default: 200)"
     )
     parser.add_argument("--seed", metavar="S", help="the same seed gives the same text")
     parser.add_argument(
-        "--num-samples", default="1", metavar="N", help="texts to write (default: 1)"
+        "--num-samples", default="1", metavar="N", help="texts for each prompt (default: 1)"
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
@@ -60,9 +65,12 @@ def sample(options: Namespace) -> None:
 
     convert("compile", options.compile, Literal["auto", "yes", "no"])
     use_huge_pages()
-    single = counts["num_samples"] == 1 and not options.json
+    prompts = options.prompt or [""]
+    single = len(prompts) == counts["num_samples"] == 1 and not options.json
     if options.draft is not None and not single:
-        raise ValueError("a draft is for one text at a time: leave --num-samples and --json out")
+        raise ValueError(
+            "a draft is for one text at a time: take one --prompt, no --num-samples and no --json"
+        )
 
     from ..decode import open_decoder
     from ..generate import complete, stream
@@ -73,24 +81,25 @@ def sample(options: Namespace) -> None:
     if options.seed is None:
         tell(f"seed {seed}")
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
+    wanted |= {"decoder": open_decoder(model, options.compile)}
     if single:
         wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
-        wanted |= {"decoder": open_decoder(model, options.compile)}
-        pieces = stream(model, tokenizer, options.prompt, **wanted)
+        pieces = stream(model, tokenizer, prompts[0], **wanted)
         first = next(pieces, "")  # what cannot be done is said before anything is written
-        print(options.prompt + first, end="", flush=True)
+        print(prompts[0] + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
-    texts = complete(model, tokenizer, options.prompt, **counts, **wanted)
+    texts = complete(model, tokenizer, prompts, **counts, **wanted)
+    rows = [
+        {"seed": seed + i, "prompt": prompts[i // counts["num_samples"]], "text": text}
+        for i, text in enumerate(texts)
+    ]
     if options.json:
-        rows = [
-            {"seed": seed + i, "prompt": options.prompt, "text": t} for i, t in enumerate(texts)
-        ]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    print("\n---\n".join(options.prompt + text for text in texts))
+    print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
 
 
 def open_draft(options: Namespace, tokenizer: Any) -> Any:
