@@ -4,7 +4,7 @@ Alone is restated here as plainly as it can be: the whole text, cropped to the c
 model without a cache, one row at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +37,15 @@ SAMPLINGS = {
 # Of prompts, against a context of 11: each crosses it at another step, or lies beyond it.
 LENGTHS = [(3, 1, 7), (10, 15, 1, 11, 2), (12, 30), (11, 4)]
 parametrize_forms = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy tensors gain nothing from more, and wait for cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model_of(form: str) -> GPT:
