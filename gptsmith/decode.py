@@ -32,7 +32,7 @@ MOST_ROWS = 16
 
 
 class Matrix(Structure):
-    """As in step.cpp, like the structures after it."""
+    """A linear layer's weights. This and the structures after it are as in step.cpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("numbers", "scales", "bias")),
@@ -41,10 +41,14 @@ class Matrix(Structure):
 
 
 class Norm(Structure):
+    """A norm's weight and bias."""
+
     _fields_ = (("weight", c_void_p), ("bias", c_void_p))
 
 
 class Layer(Structure):
+    """The weights of a block."""
+
     _fields_ = (
         *((name, Norm) for name in ("ln_1", "ln_2")),
         *((name, Matrix) for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")),
@@ -52,6 +56,8 @@ class Layer(Structure):
 
 
 class Model(Structure):
+    """All weights, and the sizes."""
+
     _fields_ = (
         ("layers", POINTER(Layer)),
         ("ln_f", Norm),
@@ -63,6 +69,8 @@ class Model(Structure):
 
 
 class Cache(Structure):
+    """Where keys and values are kept."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("texts", "capacity", "bits")),
@@ -70,6 +78,8 @@ class Cache(Structure):
 
 
 class Rows(Structure):
+    """The tokens of a step, as embeddings, and where what is found goes."""
+
     _fields_ = (
         *((name, c_int64) for name in ("count", "wanted")),
         *((name, c_void_p) for name in ("text", "place", "logits_of", "x", "logits")),
