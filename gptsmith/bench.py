@@ -184,6 +184,19 @@ def fresh_model(config: GPTConfig) -> GPT:
     return GPT(config)
 
 
+def varied_model(config: GPTConfig) -> GPT:
+    """A fresh model that does not repeat itself: equal tokens of two systems then mean something.
+
+    Its blocks are large beside its embeddings, which else make the last token the likeliest.
+    """
+    model = fresh_model(config)
+    with torch.no_grad():
+        for parameter in model.h.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return model
+
+
 def random_prompt(vocab_size: int, rows: int, length: int) -> Tensor:
     """Tokens to continue, (rows, length): the same for every system that is timed."""
     generator = torch.Generator().manual_seed(0)

@@ -256,14 +256,14 @@ def contestants(
     same: dict[str, Any] = {"device": machine.device, "threads": machine.threads}
     model = options.model
     if against:
-        from ..bench import fresh_model
+        from ..bench import varied_model
         from ..checkpoint import save
         from ..peers import DTYPES
 
         folder = model_folder(model)
         if folder is None:
             folder = scratch / "model"
-            save(fresh_model(config), None, folder)
+            save(varied_model(config), None, folder)
         model = str(folder)
     program = ("-m", "gptsmith.peers")
     return [
