@@ -62,8 +62,9 @@ def contestants(config: GPTConfig, scratch: Path, threads: int) -> dict[str, Sys
     for name, compile in ((OURS, "yes"), ("gptsmith, plain", "no")):
         machine = {"device": "cpu", "threads": threads, "compile": compile}
         found[name] = replace(ourselves(name, str(model), machine), dtypes=words)
-        for dtype in BYTES.keys() - set(words):
-            found[f"{name}, {dtype}"] = "not in this version"
+        for dtype in BYTES:
+            if dtype not in words:
+                found[f"{name}, {dtype}"] = "not in this version"
     transformers = {"folder": str(model), "device": "cpu", "threads": threads}
     program = ("-m", "gptsmith.peers")
     rest = {"threads": threads, "scratch": str(scratch)}
