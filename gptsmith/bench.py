@@ -149,7 +149,7 @@ def bench_generate(
         "device": str(device),
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "compiled": decoder is not None,
+        "compiled": decoder is not None and decoder.takes(prompt[:, -1:]),  # decoding
         "parameters": accounting.parameter_count(config),
         "rows": rows,
         "prompt_tokens": prompt_tokens,

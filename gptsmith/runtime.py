@@ -134,8 +134,8 @@ def set_for_torch(name: str) -> None:
     os.environ.setdefault(name, FOR_TORCH[name])
 
 
-def environment_for_others() -> dict[str, str]:
-    """The environment of a process that runs another library: offline, and as good as ours.
+def variables_for_others() -> dict[str, str]:
+    """The environment of a process that runs another library: offline, and set as well as ours.
 
     What we set for PyTorch is set for it too, so that it is no less lucky on a busy machine.
     """

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +79,9 @@ def in_turn(
 
 
 def ourselves(name: str, model: str, machine: Mapping[str, Any]) -> System:
-    """`gptsmith bench generate` of a MODEL or preset, with these settings of the machine.
-
-    What is compiled and kept on the disk is so before, since compiling takes memory of its own.
-    """
-    compiled = set()
+    """`gptsmith bench generate` of a MODEL or preset, with these settings of the machine."""
 
     def measure(case: Case) -> Figures:
-        if machine.get("compile") == "yes" and (case.dtype, case.rows) not in compiled:
-            compiled.add((case.dtype, case.rows))
-            measured(replace(case, prompt_tokens=1, max_tokens=2))
-        return measured(case)
-
-    def measured(case: Case) -> Figures:
         given = [*machine.items(), *vars(case).items()]
         words = [word for name, value in given for word in (flag(name), str(value))]
         return json.loads(python("-m", "gptsmith", "bench", "generate", model, "--json", *words))
@@ -112,16 +102,16 @@ def somebody_else(name: str, dtypes: tuple[str, ...], *program: str, **question:
         with tempfile.TemporaryDirectory() as folder:
             answer = Path(folder, "answer.json")
             asked = json.dumps({**question, **vars(case), "answer": str(answer)})
-            python(*program, asked, environment=runtime.environment_for_others(), who=f"{name}: ")
+            python(*program, asked, variables=runtime.variables_for_others(), who=f"{name}: ")
             return read_json(answer)
 
     return System(name, measure, dtypes)
 
 
-def python(*words: str, environment: Mapping[str, str] | None = None, who: str = "") -> str:
+def python(*words: str, variables: Mapping[str, str] | None = None, who: str = "") -> str:
     """What a Python of its own writes; ValueError with its last complaint where it fails."""
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *words], capture_output=True, text=True, env=variables, check=False
     )
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"a process ended with {done.returncode}"]

@@ -25,7 +25,7 @@ from gptsmith.comparison import (
     three_digits,
 )
 from gptsmith.peers import time_generate
-from gptsmith.runtime import environment_for_others
+from gptsmith.runtime import variables_for_others
 from gptsmith.turns import Case, Figures, Measurement, System, in_turn, python, somebody_else
 from tests.conftest import TINY, scrambled
 
@@ -173,7 +173,7 @@ def test_others_are_offline_and_have_our_settings_unless_the_user_has(
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    found = environment_for_others()
+    found = variables_for_others()
     assert (found["GOMP_SPINCOUNT"], found["THP_MEM_ALLOC_ENABLE"]) == ("7", "1")
     assert (found["HF_HUB_OFFLINE"], found["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
     assert found["PATH"] == os.environ["PATH"]
@@ -203,6 +203,13 @@ def test_a_ratio_is_of_what_was_measured_side_by_side() -> None:
     assert shown[2].split("  ")[-2:] == ["1.00 (0.500 to 9.00)", "yes"]
     assert shown[3].endswith("differ from token 2")
     assert "ratio" not in render([ours])
+
+
+def test_what_was_compiled_is_called_so() -> None:
+    found = [measurement(1, "ours", 1.0, [[1]])]
+    found[0].figures["compiled"] = True
+    (ours,) = lines([Measure("decode", CASE, "decode_tokens_per_second")], found)
+    assert ours.system == "ours, compiled"
 
 
 def test_what_is_measured_of_a_precision() -> None:
@@ -237,7 +244,9 @@ def test_numbers_for_a_table() -> None:
 
 
 def test_the_table_of_two_precisions(folder: Path, bench: Callable[..., Any]) -> None:
-    words = "--dtype float32,bf16 --rows 2 --prompt-tokens 4 --threads 1 --json".split()
+    words = (
+        "--dtype float32,bf16 --rows 2 --prompt-tokens 4 --threads 1 --compile no --json".split()
+    )
     status, out, err = bench("generate", folder, *words)
     assert status == 0, err
     found = json.loads(out)
@@ -272,8 +281,10 @@ def test_against_transformers_on_the_same_fresh_weights(
 ) -> None:
     sizes = "\n".join(f"{name} = {value}" for name, value in TINY.items())
     (tmp_path / "tiny.toml").write_text(f"[model]\n{sizes}\n")
-    words = "--against transformers --rounds 1 --rows 2 --prompt-tokens 4 --threads 1 --json"
-    status, out, err = bench("generate", tmp_path / "tiny.toml", *words.split())
+    words = "--against transformers --rounds 1 --rows 2 --prompt-tokens 4 --threads 1".split()
+    status, out, err = bench(
+        "generate", tmp_path / "tiny.toml", *words, "--compile", "no", "--json"
+    )
     assert status == 0, err
     assert err.count("\n") == 4, "a line for each measurement"
     found = json.loads(out)

@@ -214,7 +214,7 @@ def show_table(
     if options.rounds is not None:
         rounds = count("rounds", options.rounds)
     with tempfile.TemporaryDirectory() as scratch:
-        systems = contestants(options, config, machines[0], against, Path(scratch))
+        systems = contestants(options, config, machines, against, Path(scratch))
         cases = list(dict.fromkeys(each.case for each in wanted))
         found = list(in_turn(systems, cases, rounds, tell))
     table = lines(wanted, found)
@@ -246,14 +246,14 @@ def check_installed(against: Sequence[str]) -> None:
 def contestants(
     options: Namespace,
     config: GPTConfig,
-    machine: MachineSettings,
+    machines: Sequence[MachineSettings],
     against: Sequence[str],
     scratch: Path,
 ) -> list[Any]:
     """Ourselves, and the others on the same weights, which go to `scratch` if they are nowhere."""
     from ..turns import ourselves, somebody_else
 
-    same: dict[str, Any] = {"device": machine.device, "threads": machine.threads}
+    same: dict[str, Any] = {"device": machines[0].device, "threads": machines[0].threads}
     model = options.model
     if against:
         from ..bench import varied_model
@@ -265,6 +265,8 @@ def contestants(
             folder = scratch / "model"
             save(varied_model(config), None, folder)
         model = str(folder)
+        if left := [machine.dtype for machine in machines if machine.dtype not in DTYPES]:
+            tell(f"note: {' and '.join(against)} not measured in {', '.join(left)}")
     program = ("-m", "gptsmith.peers")
     return [
         ourselves("gptsmith", model, given(options, MachineSettings) | same),
