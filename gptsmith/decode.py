@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import runtime
 from .cache import KVCache
+from .graphs import GraphDecoder
 from .model import GPT
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -86,7 +87,7 @@ class Rows(Structure):
     )
 
 
-class Decoder:
+class CompiledDecoder:
     """A model's step by a few tokens, compiled. The model's weights must stay where they are."""
 
     def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
@@ -171,20 +172,25 @@ class Decoder:
         return logits.view(B, places, -1)
 
 
+Decoder = CompiledDecoder | GraphDecoder
+
+
 # -- compiling, once
 
 
 def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
-    """A model's compiled step; None where `compile` is "no", or "auto" and it cannot be had.
+    """A model's fastest step; None where `compile` is "no", or "auto" and there is none.
 
-    With "yes", ValueError where it cannot be: it is for GPT-2's block on a CPU, and is compiled by
-    g++ or clang++.
+    On a GPU a captured one. On a CPU a compiled one: with "yes", ValueError where that cannot be
+    had, for it has GPT-2's block alone and needs g++ or clang++.
     """
     if compile == "no":
         return None
+    if model.wte.weight.is_cuda:
+        return GraphDecoder(model)
     try:
         check_model(model)
-        return Decoder(model, open_library())
+        return CompiledDecoder(model, open_library())
     except ValueError:
         if compile == "yes":
             raise

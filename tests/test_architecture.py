@@ -20,8 +20,8 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model weights devices checkpoint sampling drafts decode rows generate
-    evaluate
+    cache attention loss model weights devices checkpoint sampling drafts graphs decode rows
+    generate evaluate
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -53,7 +53,6 @@ OPTIONAL = (
     "matplotlib",
     "resource",
     "torch._inductor",
-    "torch._C._aoti",
     "gguf",
     "huggingface_hub",
 )
@@ -199,7 +198,17 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     [
         n
         for n in READING_ORDER
-        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "decode", "rows", "generate")
+        if n
+        in (
+            *MATHEMATICS,
+            "training.muon",
+            "sampling",
+            "drafts",
+            "graphs",
+            "decode",
+            "rows",
+            "generate",
+        )
     ],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:
