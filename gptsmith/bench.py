@@ -18,6 +18,7 @@ from .data.batches import Batches
 from .decode import open_decoder
 from .generate import generate
 from .model import GPT
+from .packed import pack_model
 from .settings import GREEDY, MachineSettings, TrainingSettings
 from .training.loop import Trainer
 from .training.optimizers import make_optimizers
@@ -48,7 +49,7 @@ def bench_train(
     optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, Any]:
     """Time whole optimizer steps on `rows` windows of the context length."""
-    machine = devices.choose(replace(settings, micro_batch=rows))
+    machine = devices.choose_to_learn(replace(settings, micro_batch=rows))
     trainer = make_trainer(config, machine, rows=rows, steps=steps + WARM_UP, optimizer=optimizer)
     seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
     return training_figures(config, machine, trainer, seconds)
@@ -129,7 +130,9 @@ def bench_generate(
     machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
     torch.manual_seed(0)
-    model = GPT(config).to(device, devices.weight_dtype(machine.dtype)).eval()
+    model = GPT(config).to(device, devices.weight_dtype(machine.dtype, device)).eval()
+    if bits := devices.BITS.get(machine.dtype):
+        pack_model(model, bits)
     prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
     decoder = None
     if rows == 1 and machine.compile != "no":

@@ -136,8 +136,8 @@ def open_decoder(model: GPT, *, compile: bool) -> Decoder | None:
 
     ValueError where it cannot be: it is for GPT-2's block, on a CPU, with a C++ compiler.
     """
-    device = model.wte.weight.device.type
-    if model.config.modern or device != "cpu" or model.config.context_length < 3:
+    device, plain = model.device.type, isinstance(model.lm_head, nn.Linear)
+    if model.config.modern or device != "cpu" or not plain or model.config.context_length < 3:
         if compile:
             raise ValueError(
                 "compile is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
@@ -171,13 +171,13 @@ def key(model: GPT, part: str) -> str:
     }
     sizes = [config[name] for name in DEPENDS[part]]
     here = (torch.__version__, torch.get_num_threads(), runtime.processor())
-    depends = (sizes, model.wte.weight.dtype, *here, Path(__file__).read_bytes())
+    depends = (sizes, model.dtype, *here, Path(__file__).read_bytes())
     return hashlib.sha256(repr(depends).encode()).hexdigest()[:20]
 
 
 def compile_block(model: GPT, path: Path) -> None:
     """Write a compiled block; any number of tokens so far, from 2 to the context limit."""
-    config, dtype = model.config, model.wte.weight.dtype
+    config, dtype = model.config, model.dtype
     cache = KVCache(config, 1, capacity=3, dtype=dtype)
     keys, values = (part[0] for part in cache.up_to(0, cache.capacity))
     tokens = torch.export.Dim("tokens", min=2, max=config.context_length)

@@ -20,6 +20,7 @@ from .settings import Dtype, MachineSettings
 
 # fp8: of all but the products that `multiply_in_float8` replaces.
 DTYPES = weights.DTYPES | {"fp8": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4}  # of packed weights
 HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
 Item = TypeVar("Item")
@@ -101,6 +102,16 @@ def choose(settings: MachineSettings) -> MachineSettings:
     )
 
 
+def choose_to_learn(settings: MachineSettings) -> MachineSettings:
+    """As `choose`, for training, which packed weights are not for."""
+    if settings.dtype in BITS:
+        raise ValueError(
+            f"dtype is {settings.dtype}, which is for using a model: train in another, then "
+            "`gptsmith quantize` the result"
+        )
+    return choose(settings)
+
+
 def prepare_machine(settings: MachineSettings) -> torch.device:
     """Put the process-wide switches of PyTorch as the (chosen) settings say; return the device."""
     if settings.threads is not None:
@@ -134,11 +145,21 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def weight_dtype(dtype: Dtype) -> torch.dtype:
-    """The type of a model's weights where nothing is learned, for this (chosen) precision."""
+def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The type of a model's weights where nothing is learned, for this (chosen) precision.
+
+    Where they are packed, that of the activations: float32 on a CPU, else what is fast.
+    """
     if dtype == "fp8":
         raise ValueError("dtype is fp8, which is for training: take bf16")
+    if dtype in BITS:
+        return torch.float32 if device.type == "cpu" else DTYPES[find_dtype("auto", device)]
     return DTYPES[dtype]
+
+
+def dtype_of_bits(bits: int) -> Dtype:
+    """The word for packed weights of so many bits."""
+    return "int4" if bits == 4 else "int8"
 
 
 def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:

@@ -53,10 +53,8 @@ def generate(
     cache = None
     if use_cache and max_new_tokens > 0 and tokens.shape[1] <= limit:
         capacity = min(limit, tokens.shape[1] + max_new_tokens)
-        dtype = model.wte.weight.dtype
-        cache = KVCache(
-            model.config, tokens.shape[0], capacity=capacity, dtype=dtype, device=device
-        )
+        rows, dtype = tokens.shape[0], model.dtype
+        cache = KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=device)
     end = tokens.shape[1] + max_new_tokens
     while tokens.shape[1] < end:
         length = tokens.shape[1]
@@ -170,7 +168,7 @@ def prompt_tokens(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
         ids = [tokenizer.end_of_text]
     if not ids:
         ids = tokenizer.encode("\n", unknown="skip") or [0]
-    return torch.tensor([ids], device=model.wte.weight.device)
+    return torch.tensor([ids], device=model.device)
 
 
 def decoded(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

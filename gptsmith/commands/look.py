@@ -6,11 +6,12 @@ from pathlib import Path
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
-from ..folder import all_shapes, check_tensors, find_model, read_config
+from ..folder import all_shapes, check_tensors, find_model, read_bits, read_config, tensor_bytes
 from ..inspection.describe import describe as describe_model
 from ..recipe import convert, read_toml, recipes, updated
 from ..runtime import use_huge_pages
 from ..settings import MachineSettings, TrainingSettings
+from .use import choose_to_use
 
 
 def add_describe(parser: Parser) -> None:
@@ -23,7 +24,9 @@ def add_describe(parser: Parser) -> None:
 
 def describe(options: Namespace) -> None:
     """Show every component of a model: shapes, parameters, memory, FLOPs."""
-    config, title = described_config(options.what)
+    config, title, folder = described_config(options.what)
+    if folder is not None and (bits := read_bits(folder)) is not None:
+        title += f" (quantized to {bits} bits: {tensor_bytes(folder):,} bytes of weights)"
     description = describe_model(config, title=title)
     values = description.to_json()
     trace = None
@@ -43,21 +46,22 @@ def describe(options: Namespace) -> None:
         print(render(trace))
 
 
-def described_config(what: str) -> tuple[GPTConfig, str]:
-    """The configuration that a preset, a recipe or a model's folder stands for, and its title."""
+def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
+    """The configuration that a preset, a recipe or a model's folder stands for, its title, and
+    the folder."""
     if what in PRESETS:
-        return PRESETS[what], what
+        return PRESETS[what], what, None
     if what in recipes():
-        return read_toml(recipes()[what]).model, f"recipe {what}"
+        return read_toml(recipes()[what]).model, f"recipe {what}", None
     if what.endswith(".toml") and Path(what).is_file():
-        return read_toml(Path(what)).model, what
+        return read_toml(Path(what)).model, what, None
     if not Path(what).exists():
         hint = suggestion(what, [*PRESETS, *recipes()])
         raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
     folder = find_model(what)
     config = read_config(folder)
     check_tensors(folder, config, all_shapes(folder))  # what is damaged is said, not described
-    return config, str(folder)
+    return config, str(folder), folder
 
 
 def add_bench(parser: Parser) -> None:
@@ -86,8 +90,7 @@ def bench(options: Namespace) -> None:
     from ..bench import bench_generate, bench_train
     from ..profile import profile_train, render
 
-    config, title = described_config(options.model)
-    machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
+    config, title, folder = described_config(options.model)
     counts = {
         name: convert(name, getattr(options, name), int)
         for name in ("steps", "prompt_tokens", "max_tokens")
@@ -97,6 +100,7 @@ def bench(options: Namespace) -> None:
         if count < 1:
             raise ValueError(f"{name} is {count}: at least 1 is needed")
     if options.what == "train":
+        machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
         chosen = updated(TrainingSettings(), {"optimizer": options.optimizer or "adamw"}, "bench")
         measure = profile_train if options.profile else bench_train
         found = measure(
@@ -107,7 +111,7 @@ def bench(options: Namespace) -> None:
     else:
         found = bench_generate(
             config,
-            machine,
+            choose_to_use(options, folder),
             rows=rows or 1,
             prompt_tokens=counts["prompt_tokens"],
             max_tokens=counts["max_tokens"],
