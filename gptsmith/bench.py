@@ -21,6 +21,7 @@ from .data.batches import Batches
 from .decode import open_decoder
 from .generate import generate
 from .model import GPT
+from .packed import pack_model
 from .settings import GREEDY, MachineSettings, TrainingSettings
 from .training.loop import Trainer
 from .training.optimizers import make_optimizers
@@ -53,7 +54,7 @@ def bench_train(
     optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, Any]:
     """Time whole optimizer steps on `rows` windows of the context length."""
-    machine = devices.choose(replace(settings, micro_batch=rows))
+    machine = devices.choose_to_learn(replace(settings, micro_batch=rows))
     trainer = make_trainer(config, machine, rows=rows, steps=steps + WARM_UP, optimizer=optimizer)
     seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
     return training_figures(config, machine, trainer, seconds)
@@ -132,11 +133,14 @@ def bench_generate(
         settings = replace(settings, dtype="float32")
     machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
-    weights = devices.weight_dtype(machine.dtype)
+    weights, bits = devices.weight_dtype(machine.dtype, device), devices.BITS.get(machine.dtype)
     if folder is None:
         model = fresh_model(config).to(device, weights).eval()
+        if bits is not None:
+            pack_model(model, bits)
     else:
-        model, _ = load(folder, device=device, dtype=weights)
+        model, _ = load(folder, device=device, dtype=weights, bits=bits, unpacked=bits is None)
+    devices.prepare_model(model, machine)
     prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
     decoder = open_decoder(model, settings.compile)
     list(generate(model, prompt, min(WARM_UP_TOKENS, max_tokens), sampling=GREEDY, decoder=decoder))

@@ -17,15 +17,21 @@ from . import folder as on_disk
 from .config import GPTConfig
 from .model import GPT
 from .names import PREFIX, Shape, full_name, hugging_face, parts
+from .packed import packed_bits, put_packed
+from .quantized import packed_matrices, to_json
 from .tokenizers import Tokenizer, load_tokenizer
 from .weights import (
     DTYPES,
     Entry,
     Fetch,
+    Packed,
     Stored,
     dtype_of,
     from_theirs,
+    packed_entries,
+    packing,
     safetensors_reader,
+    stored_packed,
     to_theirs,
     with_all,
     write_safetensors,
@@ -52,8 +58,7 @@ def save(
 
     `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
     """
-    fetch = model.state_dict().__getitem__
-    stored = Stored(config=model.config, fetch=fetch, tokenizer=tokenizer)
+    stored = replace(stored_model(model), tokenizer=tokenizer)
     check_pair(stored.config, tokenizer, "the model")
     with on_disk.written_whole(Path(folder)) as temporary:
         write(stored, temporary)
@@ -64,12 +69,25 @@ def save(
             on_disk.write_json(temporary / STATE, state)
 
 
+def stored_model(model: GPT) -> Stored:
+    """A model in memory as a stored one, without a tokenizer; a packed one stays packed."""
+    get = model.state_dict().__getitem__
+    if (bits := packed_bits(model)) is not None:
+        dtype = dtype_of(torch.empty(0, dtype=model.dtype))
+        return replace(stored_packed(model.config, bits, get), dtype=dtype)
+    return Stored(config=model.config, fetch=get, tokenizer=None)
+
+
 def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> None:
     """Write a stored model into a folder that exists, in `stored.dtype`, one tensor at a time.
 
     Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
     """
-    write_shards(hugging_face_entries(stored), folder, shard_bytes)
+    if stored.packed is not None:
+        entries = packed_entries(stored, stored.packed)
+    else:
+        entries = hugging_face_entries(stored)
+    write_shards(entries, folder, shard_bytes)
     ids = write_description(stored, folder, dtype=DTYPE_WORDS[stored.dtype])
     on_disk.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
 
@@ -79,7 +97,8 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, in
     config, tokenizer = stored.config, stored.tokenizer
     end_of_text = None if tokenizer is None else tokenizer.end_of_text
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    on_disk.write_json(folder / on_disk.CONFIG, {**config.to_hugging_face(), **ids, **more})
+    theirs = config.to_hugging_face() if stored.bits is None else to_json(config, stored.bits)
+    on_disk.write_json(folder / on_disk.CONFIG, {**theirs, **ids, **more})
     if tokenizer is not None:
         tokenizer.save(folder, model_max_length=config.context_length)
     return ids
@@ -131,14 +150,24 @@ def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def load(
-    name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    unpacked: bool = False,
 ) -> tuple[GPT, Tokenizer | None]:
     """The model of a run, checkpoint or Hugging Face folder, in evaluation mode.
 
-    The tokenizer is None where the folder has none. What a manifest lists is verified first.
+    `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
+    quantized folder loads packed, unless it is to be `unpacked`. The tokenizer is None where the
+    folder has none. What a manifest lists is verified first.
     """
     stored = open_folder(on_disk.find_model(name))
-    return build(stored, device=device, dtype=dtype), stored.tokenizer
+    if bits is not None:
+        stored = packing(stored, bits)
+    model = build(stored, device=device, dtype=dtype, unpacked=unpacked)
+    return model, stored.tokenizer
 
 
 def load_model(
@@ -146,12 +175,14 @@ def load_model(
 ) -> GPT:
     """The model in a folder, in float32 and evaluation mode.
 
-    `dropout` replaces the folder's, as fine-tuning may want.
+    `dropout` replaces the folder's, as fine-tuning may want. What is quantized is unpacked.
     """
     stored = open_folder(folder, with_tokenizer=False)
+    if stored.bits is not None:
+        warnings.warn(f"{folder} is quantized to {stored.bits} bits: unpacked", stacklevel=2)
     if dropout is not None:
         stored = replace(stored, config=replace(stored.config, dropout=dropout))
-    return build(stored, device=device)
+    return build(stored, device=device, unpacked=True)
 
 
 def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
@@ -171,7 +202,10 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
 
 def stored_in(folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch) -> Stored:
     """A model in the tensors of its Hugging Face class, without the folder's tokenizer."""
-    account = on_disk.check_tensors(folder, config, found)
+    account, bits = on_disk.check_tensors(folder, config, found), on_disk.read_bits(folder)
+    if bits is not None:
+        stored = stored_packed(config, bits, lambda name: get(full_name(name)))
+        return replace(stored, account=account)
     exact = {name.removeprefix(PREFIX): name for name in found}
     fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
     if not config.modern:
@@ -185,17 +219,29 @@ def build(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    unpacked: bool = False,
 ) -> GPT:
-    """A stored model in memory, in evaluation mode."""
-    model = without_weights(stored.config)
+    """A stored model in memory, in evaluation mode; a packed one stays so unless `unpacked`."""
+    model = without_weights(stored.config).to(dtype)
+    packed = None if unpacked else stored.packed
+    if packed is not None:
+        put_all_packed(model, packed, torch.device(device))
     weights = {}
-    for name in model.state_dict():
+    for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         tied = name == "lm_head.weight" and stored.config.tie_weights
         tensor = stored.fetch("wte.weight" if tied else name)
         weights[name] = tensor.to(dtype).contiguous()
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    model.load_state_dict(weights, assign=True, strict=False)  # what is packed is there already
+    if packed is None:
+        model.tie_weights()
     return model.to(device).eval()
+
+
+def put_all_packed(model: GPT, packed: Packed, device: torch.device) -> None:
+    """Give a model without weights its packed matrices, each on the device before the next."""
+    for name, bits in packed_matrices(model.config, packed.bits).items():
+        words, scales = (part.to(device) for part in packed.fetch(name))
+        put_packed(model, name, words, scales, bits)
 
 
 def without_weights(config: GPTConfig) -> GPT:

@@ -18,6 +18,7 @@ from . import __version__
 from .commands.convert import add_export, add_import, export, import_
 from .commands.look import add_describe, describe
 from .commands.measure import add_bench, bench
+from .commands.quantize import add_quantize, quantize
 from .commands.text import add_prepare, add_tokenizer, prepare, tokenizer
 from .commands.train import add_train, train
 from .commands.use import add_evaluate, add_plot, add_sample, evaluate, plot, sample
@@ -45,6 +46,7 @@ VERBS = {
     "describe": Verb("show a model's components, memory and FLOPs", add_describe, describe),
     "import": Verb("bring a model from another format", add_import, import_),
     "export": Verb("write a model in another format", add_export, export),
+    "quantize": Verb("write a model in 8 or 4 bits, and what that costs", add_quantize, quantize),
     "bench": Verb("measure how fast this machine trains or generates", add_bench, bench),
 }
 

@@ -186,7 +186,7 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
     """
     if compile == "no":
         return None
-    if model.wte.weight.is_cuda:
+    if model.device.type == "cuda":
         return GraphDecoder(model)
     try:
         check_model(model)
@@ -199,7 +199,7 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
 
 def check_model(model: GPT) -> None:
     """Raise ValueError for what step.cpp does not compute."""
-    if model.config.modern or model.wte.weight.device.type != "cpu":
+    if model.config.modern or model.device.type != "cpu":
         raise ValueError(
             "compile is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
         )

@@ -20,6 +20,7 @@ from .settings import Dtype, MachineSettings
 
 # fp8: of all but the products that `multiply_in_float8` replaces.
 DTYPES = weights.DTYPES | {"fp8": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4}  # of packed weights
 HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
 Item = TypeVar("Item")
@@ -90,7 +91,8 @@ def choose(settings: MachineSettings) -> MachineSettings:
     dtype = find_dtype(settings.dtype, device)
     attention = settings.attention
     if attention == "auto":
-        attention = "blocks" if (device.type, dtype) == ("cpu", "bf16") else "kernel"
+        multiplied = find_dtype("auto", device) if dtype in BITS else dtype
+        attention = "blocks" if (device.type, multiplied) == ("cpu", "bf16") else "kernel"
     return replace(
         settings,
         # Without the number: another rank, or a resumed run, may sit on another GPU.
@@ -99,6 +101,16 @@ def choose(settings: MachineSettings) -> MachineSettings:
         attention=attention,
         threads=runtime.checked_threads("threads", settings.threads),
     )
+
+
+def choose_to_learn(settings: MachineSettings) -> MachineSettings:
+    """As `choose`, for training, which packed weights are not for."""
+    if settings.dtype in BITS:
+        raise ValueError(
+            f"dtype is {settings.dtype}, which is for using a model: train in another, then "
+            "`gptsmith quantize` the result"
+        )
+    return choose(settings)
 
 
 def prepare_machine(settings: MachineSettings) -> torch.device:
@@ -134,11 +146,21 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def weight_dtype(dtype: Dtype) -> torch.dtype:
-    """The type of a model's weights where nothing is learned, for this (chosen) precision."""
+def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The type of a model's weights where nothing is learned, for this (chosen) precision.
+
+    Where they are packed, that of the activations: what is fast.
+    """
     if dtype == "fp8":
         raise ValueError("dtype is fp8, which is for training: take bf16")
+    if dtype in BITS:
+        return DTYPES[find_dtype("auto", device)]
     return DTYPES[dtype]
+
+
+def dtype_of_bits(bits: int) -> Dtype:
+    """The word for packed weights of so many bits."""
+    return "int4" if bits == 4 else "int8"
 
 
 def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
@@ -157,7 +179,7 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
 
 
 def prepare_model(model: GPT, settings: MachineSettings) -> None:
-    """Let a model that is to learn compute as the (chosen) settings say; its weights stay."""
+    """Let a model compute as the (chosen) settings say; its weights stay."""
     model.attend_in_blocks(settings.attention == "blocks")
     if settings.dtype == "fp8":
         multiply_in_float8(model)

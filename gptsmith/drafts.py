@@ -44,9 +44,8 @@ class FromModel:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        weight = model.wte.weight
-        self.cache = KVCache(model.config, 1, dtype=weight.dtype, device=weight.device)
-        self.read = torch.empty(0, dtype=torch.long, device=weight.device)  # what the cache holds
+        self.cache = KVCache(model.config, 1, dtype=model.dtype, device=model.device)
+        self.read = torch.empty(0, dtype=torch.long, device=model.device)  # what the cache holds
 
     @torch.inference_mode()
     def guess(self, tokens: Tensor, most: int) -> Tensor:

@@ -74,7 +74,7 @@ def evaluate(
             size += 0 if lengths is None else int(lengths[targets].sum())
     finally:
         model.train(was_training)
-    nats, counted, size = sum_of_numbers((nats, counted, size), model.wte.weight.device)
+    nats, counted, size = sum_of_numbers((nats, counted, size), model.device)
     return Evaluation(nats / counted, int(counted), None if lengths is None else int(size))
 
 
@@ -102,7 +102,7 @@ def loss_sum(
     model: GPT, tokens: np.ndarray, targets: np.ndarray, precision: AbstractContextManager[None]
 ) -> float:
     """Total loss in nats of a batch of windows.  (R, T), (R, T) -> float"""
-    device = model.wte.weight.device
+    device = model.device
     with precision:
         logits = model(torch.from_numpy(tokens).to(device)).logits
     each = F.cross_entropy(

@@ -17,6 +17,8 @@ from typing import Any
 
 from .config import GPTConfig, suggestion
 from .names import MASKS, PREFIX, Account, Shape, account, hugging_face
+from .quantized import bits_in, original_json
+from .quantized import check_tensors as check_packed
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -180,7 +182,15 @@ def read_config(folder: Path) -> GPTConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
     try:
-        return GPTConfig.from_hugging_face(read_json(folder / CONFIG))
+        return GPTConfig.from_hugging_face(original_json(read_json(folder / CONFIG)))
+    except ValueError as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
+def read_bits(folder: Path) -> int | None:
+    """In how many bits a folder's matrices are packed; None where they are not."""
+    try:
+        return bits_in(read_json(folder / CONFIG))
     except ValueError as error:
         raise type(error)(f"{folder}: {error}") from error
 
@@ -216,6 +226,13 @@ def all_shapes(folder: Path) -> dict[str, Shape]:
 
 def check_tensors(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) -> Account:
     """What each tensor of a folder is; ValueError where they are not those of its config.json."""
+    if (bits := read_bits(folder)) is not None:
+        found = {
+            name: (shapes[name], str(entry.get("dtype")))
+            for path in weight_files(folder)
+            for name, entry in header(path).items()
+        }
+        return check_packed(folder, config, bits, found)
     return account(
         hugging_face(config),
         config,
@@ -231,6 +248,12 @@ def check_tensors(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) 
 def tensor_shapes(path: Path) -> dict[str, Shape]:
     """Name and shape of each tensor in a safetensors file, from its header alone."""
     return {name: tuple(entry["shape"]) for name, entry in header(path).items()}
+
+
+def tensor_bytes(folder: Path) -> int:
+    """What all tensors of a folder take."""
+    entries = [entry for path in weight_files(folder) for entry in header(path).values()]
+    return sum(end - start for start, end in (entry["data_offsets"] for entry in entries))
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:

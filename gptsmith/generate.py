@@ -180,7 +180,7 @@ def prompt_tokens(model: GPT, ids: Sequence[list[int]]) -> tuple[Tensor, list[in
     """Prompts as rows, filled up on the right, and their lengths.  -> (B, T)"""
     lengths = [len(row) for row in ids]
     padded = [row + [0] * (max(lengths) - len(row)) for row in ids]
-    return torch.tensor(padded, device=model.wte.weight.device), lengths
+    return torch.tensor(padded, device=model.device), lengths
 
 
 def decoded(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

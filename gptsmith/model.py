@@ -149,6 +149,16 @@ class GPT(nn.Module):
         self.initialize()
         self.tie_weights()
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and its tokens have to be."""
+        return next(iter(self.wte.state_dict().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its activations: that of what the embedding gives."""
+        return self.wte(torch.empty(0, dtype=torch.long, device=self.device)).dtype
+
     def initialize(self) -> None:
         """Draw fresh weights as GPT-2 does: N(0, 0.02), and zero biases.
 

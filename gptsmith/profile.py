@@ -297,7 +297,7 @@ def profile_train(
         raise ValueError(
             "--profile cannot tell the parts of a compiled model apart: leave out --compile"
         )
-    machine = devices.choose(replace(settings, micro_batch=rows, compile="no"))
+    machine = devices.choose_to_learn(replace(settings, micro_batch=rows, compile="no"))
     # One more than are taken: a last step would load no batch, which has its row here.
     total = WARM_UP + 2 * (steps + 1) + 1
     trainer = make_trainer(config, machine, rows=rows, steps=total, optimizer=optimizer)

@@ -39,13 +39,12 @@ class Rows:
         """Remember what is read, up to so many new tokens, of the rows that the limit allows."""
         within = [length for length in self.lengths if length <= self.limit]
         if within:
-            weight = self.model.wte.weight
             self.cache = KVCache(
                 self.model.config,
                 len(self.lengths),
                 capacity=min(self.limit, max(within) + new_tokens),
-                dtype=weight.dtype,
-                device=weight.device,
+                dtype=self.model.dtype,
+                device=self.model.device,
             )
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Literal
 
 from .config import GPTConfig, at_least, setting, within
 
-Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8"]
+Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class MachineSettings:
     dtype: Dtype = setting(
         "auto",
         "precision of matrix products; auto takes bf16 where the processor is good at it; fp8, for "
-        "training on Hopper GPUs, is bf16 with the blocks' products in 8 bits",
+        "training on Hopper GPUs, is bf16 with the blocks' products in 8 bits; int8 and int4 are "
+        "for using a model, and auto takes them there where its loss stays the same",
     )
     compile: Literal["auto", "yes", "no", "max-autotune"] = setting(
         "auto",

@@ -7,8 +7,8 @@ written. Knows nothing of configurations on disk or of other formats' files.
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,31 @@ from torch import Tensor
 
 from .config import GPTConfig
 from .folder import DamagedError, tensor_shapes
-from .names import Account, Row, Shape, account, parts, rows, their_shapes
+from .names import PREFIX, Account, Row, Shape, account, parts, rows, their_shapes
+from .packed import pack, unpack
+from .quantized import expected_tensors, packed_matrices
 from .tokenizers import Tokenizer
 
 Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten after use
 
 # Our word for a number format, PyTorch's, and the one in a safetensors header.
 DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HEADER_WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+HEADER_WORDS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",  # words of packed numbers
+}
 
 
 VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
+
+
+class Packed(NamedTuple):
+    """The packed matrices of a model."""
+
+    bits: int  # of the blocks'
+    fetch: Callable[[str], tuple[Tensor, Tensor]]  # words and scales by the name of a module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,12 @@ class Stored:
     tokenizer: Tokenizer | None
     dtype: str = "float32"  # one of DTYPES: what its embedding is stored in, or comes closest to
     account: Account = Account()
+    packed: Packed | None = None  # its matrices, if they are packed; `fetch` then unpacks them
+
+    @property
+    def bits(self) -> int | None:
+        """In how many bits its matrices are packed, or None."""
+        return None if self.packed is None else self.packed.bits
 
 
 def dtype_of(tensor: Tensor) -> str:
@@ -144,6 +164,72 @@ def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
         return torch.zeros(theirs[name].shape) if ours[name].absent else fetch(name)
 
     return get
+
+
+# -- packed
+
+
+def packing(stored: Stored, bits: int) -> Stored:
+    """The same model with its matrices packed as they are fetched.
+
+    ValueError where they are packed in another number of bits already.
+    """
+    if stored.bits == bits:
+        return stored
+    if stored.bits is not None:
+        raise ValueError(
+            f"the model is quantized already, in {stored.bits} bits: for {bits}, the one that it "
+            "was made from is needed"
+        )
+    matrices = packed_matrices(stored.config, bits)
+
+    # Words and scales are asked for one after the other: the last matrix is kept.
+    @lru_cache(maxsize=1)
+    def fetch_packed(name: str) -> tuple[Tensor, Tensor]:
+        return pack(stored.fetch(f"{name}.weight"), matrices[name])
+
+    return with_packed(stored, Packed(bits, fetch_packed))
+
+
+def stored_packed(config: GPTConfig, bits: int, get: Fetch) -> Stored:
+    """A packed model, given what fetches the tensors of its folder by our names."""
+    packed = Packed(bits, lambda name: (get(f"{name}.words"), get(f"{name}.scales")))
+    return with_packed(Stored(config=config, fetch=get, tokenizer=None), packed)
+
+
+def with_packed(stored: Stored, packed: Packed) -> Stored:
+    """A model whose matrices are the packed ones; its other tensors are fetched as before."""
+    matrices = packed_matrices(stored.config, packed.bits)
+
+    def fetch(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in matrices:
+            return unpack(*packed.fetch(module), matrices[module])
+        return stored.fetch(name)
+
+    return replace(stored, fetch=fetch, packed=packed)
+
+
+# Of a packed matrix: which part it is, and its numbers.
+PACKED_PARTS = {"words": (0, torch.int32), "scales": (1, torch.bfloat16)}
+
+
+def packed_entries(stored: Stored, packed: Packed) -> list[Entry]:
+    """The tensors of a packed model's folder; what is not packed is in the model's own numbers."""
+    entries = list[Entry]()
+    for name, shape in expected_tensors(stored.config, packed.bits).items():
+        ours = name.removeprefix(PREFIX)
+        module, _, kind = ours.rpartition(".")
+        get, dtype = partial(stored.fetch, ours), DTYPES[stored.dtype]
+        if kind in PACKED_PARTS:
+            number, dtype = PACKED_PARTS[kind]
+            get = partial(_packed_part, packed, module, number)
+        entries.append(Entry(name, shape, dtype, get))
+    return entries
+
+
+def _packed_part(packed: Packed, module: str, number: int) -> Tensor:
+    return packed.fetch(module)[number]
 
 
 # -- safetensors

@@ -16,12 +16,12 @@ PACKAGE = Path(gptsmith.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 # Every import points to an earlier line.
 READING_ORDER = """
-    config accounting names settings recipe runtime folder
+    config accounting names quantized settings recipe runtime folder
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model weights devices checkpoint sampling drafts graphs decode rows
-    generate evaluate
+    cache attention loss model packed weights devices checkpoint sampling drafts graphs decode
+    rows generate evaluate quantize precision
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -29,18 +29,17 @@ READING_ORDER = """
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
-    bench profile turns comparison peers flags
-    commands.words commands.text commands.train commands.use commands.look commands.measure
-    commands.convert
+    cache attention loss model packed weights devices checkpoint sampling drafts graphs decode
+    rows generate evaluate quantize precision
     commands
     cli __main__ __init__
 """.split()
 SIBLINGS = ("training", "convert", "inspection")
 NO_TORCH = (
-    "config accounting names settings recipe runtime folder tokenizers data.prepare "
+    "config accounting names quantized settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"
 ).split()
-MATHEMATICS = ("cache", "attention", "loss", "model")
+MATHEMATICS = ("cache", "attention", "loss", "model", "packed")
 PURE = {"torch", "math", "typing"}
 # Heavy or optional: imported where used.
 OPTIONAL = (

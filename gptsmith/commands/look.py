@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser
-from ..folder import all_shapes, check_tensors, find_model, read_config
+from ..folder import all_shapes, check_tensors, find_model, read_bits, read_config, tensor_bytes
 from ..inspection.describe import describe as describe_model
 from ..recipe import read_toml, recipes
 
@@ -21,7 +21,9 @@ def add_describe(parser: Parser) -> None:
 
 def describe(options: Namespace) -> None:
     """Show every component of a model: shapes, parameters, memory, FLOPs."""
-    config, title = described_config(options.what)
+    config, title, folder = described_config(options.what)
+    if folder is not None and (bits := read_bits(folder)) is not None:
+        title += f" (quantized to {bits} bits: {tensor_bytes(folder):,} bytes of weights)"
     description = describe_model(config, title=title)
     values = description.to_json()
     trace = None
@@ -41,18 +43,19 @@ def describe(options: Namespace) -> None:
         print(render(trace))
 
 
-def described_config(what: str) -> tuple[GPTConfig, str]:
-    """The configuration that a preset, a recipe or a model's folder stands for, and its title."""
+def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
+    """The configuration that a preset, a recipe or a model's folder stands for, its title, and
+    the folder."""
     if what in PRESETS:
-        return PRESETS[what], what
+        return PRESETS[what], what, None
     if what in recipes():
-        return read_toml(recipes()[what]).model, f"recipe {what}"
+        return read_toml(recipes()[what]).model, f"recipe {what}", None
     if what.endswith(".toml") and Path(what).is_file():
-        return read_toml(Path(what)).model, what
+        return read_toml(Path(what)).model, what, None
     if not Path(what).exists():
         hint = suggestion(what, [*PRESETS, *recipes()])
         raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
     folder = find_model(what)
     config = read_config(folder)
     check_tensors(folder, config, all_shapes(folder))  # what is damaged is said, not described
-    return config, str(folder)
+    return config, str(folder), folder

@@ -11,11 +11,12 @@ from typing import Any, get_args
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
-from ..folder import find_model
-from ..recipe import convert, recipes, updated
+from ..folder import read_bits
+from ..recipe import convert, updated
 from ..runtime import use_huge_pages
 from ..settings import Dtype, MachineSettings, TrainingSettings
 from .look import described_config
+from .use import told_fastest
 from .words import tell
 
 AGAINST = {"transformers": False, "transformers-compiled": True}  # whether its step is compiled
@@ -70,8 +71,8 @@ def add_bench(parser: Parser) -> None:
 
 def bench(options: Namespace) -> None:
     """Measure tokens per second, step time or first token, and peak memory."""
-    config, title = described_config(options.model)
-    machines = chosen_machines(options)
+    config, title, folder = described_config(options.model)
+    machines = chosen_machines(options, folder)
     rows = counts("rows", options.rows)
     if options.what == "train":
         refuse(options, "generate", against=options.against, rounds=options.rounds)
@@ -81,9 +82,9 @@ def bench(options: Namespace) -> None:
     else:
         refuse(options, "train", profile=options.profile, optimizer=options.optimizer)
         if len(rows) != 1 or len(machines) > 1 or options.against or options.rounds:
-            show_table(options, config, title, machines, rows or counts("rows", ROWS))
+            show_table(options, config, title, folder, machines)
             return
-        found = measure_generation(options, config, machines[0], *rows)
+        found = measure_generation(options, config, folder, machines[0], *rows)
     if options.json:
         print(json.dumps({"model": title, **found}))
         return
@@ -111,12 +112,24 @@ def count(name: str, text: str) -> int:
     return found
 
 
-def chosen_machines(options: Namespace) -> list[MachineSettings]:
-    """The settings of the machine, once for each dtype that is asked for."""
+def chosen_machines(options: Namespace, folder: Path | None) -> list[MachineSettings]:
+    """The settings of the machine, once for each dtype that is asked for.
+
+    Generation's usual precision is float32, or a quantized folder's own.
+    """
     words = [word for words in options.dtypes for word in words.split(",")]
     machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
-    if options.what == "generate":  # whose usual precision is not the fastest
-        words = ["float32" if word == "auto" else word for word in words or ["auto"]]
+    if options.what == "generate":
+        from ..devices import dtype_of_bits, find_device
+
+        bits = None if folder is None else read_bits(folder)
+        usual = "float32" if bits is None else dtype_of_bits(bits)
+        words = words or [usual]
+        if "auto" in words:
+            choice = usual
+            if folder is not None and bits is None:
+                choice = told_fastest(folder, find_device(machine.device))
+            words = [choice if word == "auto" else word for word in words]
     dtypes = dict.fromkeys(words or [machine.dtype])
     return [updated(machine, {"dtype": dtype}, "bench") for dtype in dtypes]
 
@@ -138,7 +151,11 @@ def measure_training(
 
 
 def measure_generation(
-    options: Namespace, config: GPTConfig, machine: MachineSettings, rows: int
+    options: Namespace,
+    config: GPTConfig,
+    folder: Path | None,
+    machine: MachineSettings,
+    rows: int,
 ) -> dict[str, Any]:
     """The figures of generation; the new tokens with those that are for programs."""
     use_huge_pages()
@@ -151,7 +168,7 @@ def measure_generation(
         rows=rows,
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
-        folder=model_folder(options.model),
+        folder=folder,
     )
     return found if options.json else without_tokens(found)
 
@@ -163,12 +180,6 @@ def asked_tokens(options: Namespace, config: GPTConfig) -> tuple[int, int]:
     asked = {name: getattr(options, name) for name in ("prompt_tokens", "max_tokens")}
     prompt, new = (None if text is None else count(name, text) for name, text in asked.items())
     return fitting(config, prompt, new)
-
-
-def model_folder(what: str) -> Path | None:
-    """The folder of a MODEL's weights, or None for a preset or a recipe, which have none."""
-    named = what in PRESETS or what in recipes() or Path(what).is_file()
-    return None if named else find_model(what)
 
 
 def show_figures(title: str, found: dict[str, Any]) -> None:
@@ -194,8 +205,8 @@ def show_table(
     options: Namespace,
     config: GPTConfig,
     title: str,
+    folder: Path | None,
     machines: Sequence[MachineSettings],
-    rows: Sequence[int],
 ) -> None:
     """Measure every dtype and number of rows, by us and by whom we are compared with."""
     against = list(dict.fromkeys(name for names in options.against for name in names.split(",")))
@@ -205,6 +216,7 @@ def show_table(
     from ..turns import in_turn
 
     machines = [choose(each) for each in machines]
+    rows = counts("rows", options.rows or ROWS)
     prompt, new = asked_tokens(options, config)
     if new < 2:
         raise ValueError("max_tokens is 1, which is no decoding: at least 2 are needed")
@@ -214,7 +226,7 @@ def show_table(
     if options.rounds is not None:
         rounds = count("rounds", options.rounds)
     with tempfile.TemporaryDirectory() as scratch:
-        systems = contestants(options, config, machines, against, Path(scratch))
+        systems = contestants(options, config, folder, machines, against, Path(scratch))
         cases = list(dict.fromkeys(each.case for each in wanted))
         found = list(in_turn(systems, cases, rounds, tell))
     table = lines(wanted, found)
@@ -246,6 +258,7 @@ def check_installed(against: Sequence[str]) -> None:
 def contestants(
     options: Namespace,
     config: GPTConfig,
+    folder: Path | None,
     machines: Sequence[MachineSettings],
     against: Sequence[str],
     scratch: Path,
@@ -260,7 +273,6 @@ def contestants(
         from ..checkpoint import save
         from ..peers import DTYPES
 
-        folder = model_folder(model)
         if folder is None:
             folder = scratch / "model"
             save(varied_model(config), None, folder)

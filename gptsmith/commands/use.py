@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..flags import Parser, add_flags, given
+from ..folder import find_model, read_bits
 from ..recipe import convert, updated
 from ..runtime import use_huge_pages
 from ..settings import MachineSettings, PrepareSettings, SamplingSettings
@@ -123,12 +124,55 @@ def open_model(options: Namespace, name: str) -> Any:
     from .. import devices
     from ..checkpoint import load
 
-    machine = updated(MachineSettings(), given(options, MachineSettings), "machine")
-    if machine.dtype == "auto":
-        machine = replace(machine, dtype="float32")
-    machine = devices.choose(machine)
+    machine = choose_to_use(options, Path(name))
     device = devices.prepare_machine(machine)
-    return load(name, device=device, dtype=devices.weight_dtype(machine.dtype))
+    model, tokenizer = load(
+        name,
+        device=device,
+        dtype=devices.weight_dtype(machine.dtype, device),
+        bits=devices.BITS.get(machine.dtype),
+        unpacked=machine.dtype not in devices.BITS,
+    )
+    devices.prepare_model(model, machine)
+    return model, tokenizer
+
+
+def choose_to_use(options: Namespace, model: Path | None) -> MachineSettings:
+    """The machine that the flags ask for, to use what lies in MODEL; None has no weights yet.
+
+    Where no dtype is asked for, it is float32, or a quantized folder's own.
+    """
+    from .. import devices
+
+    wanted = given(options, MachineSettings)
+    machine = updated(MachineSettings(), wanted, "machine")
+    if machine.dtype != "auto":
+        return devices.choose(machine)
+    if model is None:
+        if "dtype" in wanted:
+            raise ValueError("dtype auto is of a trained model, whose loss it keeps: name another")
+        return devices.choose(replace(machine, dtype="float32"))
+    folder = find_model(model)
+    bits = read_bits(folder)
+    if bits is not None:
+        dtype = devices.dtype_of_bits(bits)
+    elif "dtype" in wanted:
+        dtype = told_fastest(folder, devices.find_device(machine.device))
+    else:
+        dtype = "float32"
+    return devices.choose(replace(machine, dtype=dtype))
+
+
+def told_fastest(folder: Path, device: Any) -> Any:
+    """The precision that suits the model and device, which is said."""
+    from ..precision import KEEPS_LOSS, fastest
+
+    dtype, kl = fastest(folder, device)
+    if dtype == "float32":
+        tell(f"dtype float32: nothing faster stays within {KEEPS_LOSS} nats of it on average")
+    elif device.type == "cpu":
+        tell(f"dtype {dtype}: {kl:.2g} nats from float32 on average, below {KEEPS_LOSS}")
+    return dtype
 
 
 def add_evaluate(parser: Parser) -> None:
@@ -148,7 +192,6 @@ def add_evaluate(parser: Parser) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Measure the loss of a model on a text."""
-    from ..data.shards import is_dataset
     from ..evaluate import evaluate
 
     tokens = convert("tokens", options.tokens, int | None)
@@ -158,12 +201,9 @@ def evaluate(options: Namespace) -> None:
         limit = model.config.context_length
         raise ValueError(f"context_length is {window}: 1 to the model's {limit} is needed")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.data)
-        if not (folder.is_dir() and is_dataset(folder)):
-            folder = prepare_whole(options, tokenizer, Path(temporary) / "data")
         found = evaluate(
             model,
-            chosen_split(folder, options, tokenizer, model),
+            open_text(options, tokenizer, model.config, Path(temporary)),
             tokenizer=tokenizer,
             first_tokens=tokens,
             context_length=window,
@@ -185,6 +225,16 @@ def evaluate(options: Namespace) -> None:
     print(f"tokens         {found.tokens:,}")
 
 
+def open_text(options: Namespace, tokenizer: Any, config: Any, temporary: Path) -> Any:
+    """The tokens that --data means, once they are known to suit the model."""
+    from ..data.shards import is_dataset
+
+    folder = Path(options.data)
+    if not (folder.is_dir() and is_dataset(folder)):
+        folder = prepare_whole(options, tokenizer, temporary / "data")
+    return chosen_split(folder, options, tokenizer, config)
+
+
 def prepare_whole(options: Namespace, tokenizer: Any, out: Path) -> Path:
     """Turn a source into tokens, none held out, for evaluating all of it."""
     from ..data.prepare import prepare
@@ -200,13 +250,13 @@ def prepare_whole(options: Namespace, tokenizer: Any, out: Path) -> Path:
     return out
 
 
-def chosen_split(folder: Path, options: Namespace, tokenizer: Any, model: Any) -> Any:
+def chosen_split(folder: Path, options: Namespace, tokenizer: Any, config: Any) -> Any:
     """The tokens of the split to evaluate, once they are known to suit the model."""
     from ..data.shards import Dataset
 
     dataset = Dataset.open(folder)
     if dataset.fingerprint is None or tokenizer is None:
-        dataset.check_ids(model.config.vocab_size)
+        dataset.check_ids(config.vocab_size)
     elif dataset.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{options.data} was made with another tokenizer than {options.model} has")
     held_out = dataset.validation

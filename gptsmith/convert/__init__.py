@@ -1,5 +1,7 @@
 """Every GPT-2 weight in, every ecosystem out: `formats.py` has the table, one file for each."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,4 +43,8 @@ def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> Re
     """Carry a MODEL to a new file or folder of another format; `carry` has the choices."""
     target = Place(out, check_name(to, WRITABLE, "written"))
     source = Place(find_model(model), "huggingface")
-    return carry(checkpoint.open_folder(source.path), source, target, **choices)
+    stored = checkpoint.open_folder(source.path)
+    if stored.packed is not None:
+        warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
+        stored = replace(stored, packed=None)
+    return carry(stored, source, target, **choices)

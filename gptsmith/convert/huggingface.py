@@ -37,6 +37,11 @@ def read(path: Path) -> Stored:
         stored = from_pickles(path)
     else:
         stored = checkpoint.open_folder(path, with_tokenizer=False)
+        if stored.packed is not None:
+            raise ValueError(
+                f"{path} is a quantized model of gptsmith's own: nothing to import; export writes "
+                "it unpacked"
+            )
     return replace(stored, tokenizer=tokenizer_of(path))
 
 

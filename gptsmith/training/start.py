@@ -144,7 +144,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Everything a run needs to step on, from its folder; every automatic choice is made here."""
     settings = changed(read_toml(folder / CONFIG), changes)
     display.log_every = settings.report.log_every
-    machine = devices.choose(settings.machine)
+    machine = devices.choose_to_learn(settings.machine)
     device = devices.prepare_machine(machine)
     position = find_position(folder)
     dataset, tokenizer = open_data(folder, settings, display)

@@ -1,0 +1,112 @@
+"""Which precision to use a model in: on a CPU, the fastest that keeps its loss.
+
+Measured once for a model, on text that it writes itself, and remembered. Knows nothing of how
+numbers are packed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checkpoint, devices, folder, runtime
+from .model import GPT
+from .quantize import compare_with, logits_of, own_text
+from .settings import Dtype
+from .weights import Stored, packing
+
+# Nats, of the mean Kullback-Leibler divergence from the float32 model. Losses are printed with
+# four decimals, and read with three: what adds less cannot be told apart.
+KEEPS_LOSS = 0.001
+TOKENS = 256  # measured on
+
+
+class Choice(NamedTuple):
+    """A precision, and how far its predictions are from float32's, in nats."""
+
+    dtype: Dtype
+    mean_kl: float
+
+
+def fastest(place: Path, device: torch.device) -> Choice:
+    """The fastest precision in which the model of a folder keeps its loss.
+
+    On a GPU, what is fast there without measuring. A quantized folder has but its own.
+    """
+    if bits := folder.read_bits(place):
+        return Choice(devices.dtype_of_bits(bits), 0.0)
+    if device.type != "cpu":
+        return Choice(devices.find_dtype("auto", device), 0.0)
+    candidates = candidates_on_cpu(place, device)
+    remembered = runtime.cache_folder() / "dtype" / f"{key(place, candidates)}.json"
+    if (choice := read_choice(remembered)) is not None:
+        return choice
+    choice = measured(place, candidates)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text(remembered, json.dumps(choice._asdict()))
+    return choice
+
+
+def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
+    """What may be faster than float32, the fastest first."""
+    packed: list[Dtype] = ["int4", "int8"] if can_pack(place) else []
+    fast = devices.find_dtype("auto", device)
+    return packed if fast == "float32" else [*packed, fast]
+
+
+def can_pack(place: Path) -> bool:
+    """Whether a model's sizes allow it to be quantized."""
+    config = folder.read_config(place)
+    return config.n_embd % 8 == config.mlp_size % 8 == 0
+
+
+def measured(place: Path, candidates: list[Dtype]) -> Choice:
+    """The first candidate that keeps the loss, or float32. One model is in memory at a time."""
+    stored = checkpoint.open_folder(place)
+    model = checkpoint.build(stored)
+    tokenizer = stored.tokenizer
+    first = 0 if tokenizer is None else tokenizer.end_of_text or 0
+    rows = own_text(model, TOKENS, first=first)
+    kept = list(logits_of(model, rows))
+    del model
+    for dtype in candidates:
+        kl = compare_with(kept, opened(stored, dtype), rows).mean_kl
+        if kl < KEEPS_LOSS:
+            return Choice(dtype, kl)
+    return Choice("float32", 0.0)
+
+
+def opened(stored: Stored, dtype: Dtype) -> GPT:
+    """A stored model in a precision, on the CPU."""
+    if bits := devices.BITS.get(dtype):
+        return checkpoint.build(packing(stored, bits))
+    return checkpoint.build(stored, dtype=devices.DTYPES[dtype])
+
+
+# -- what is remembered
+
+
+def key(place: Path, candidates: list[Dtype]) -> str:
+    """What a choice depends on, in hexadecimal: the weights, and what there is to choose from.
+
+    The weights are known by their sums in the manifest, or else by their files' sizes and times.
+    """
+    names = {path.name for path in folder.weight_files(place)} | {folder.CONFIG}
+    if (place / folder.MANIFEST).is_file():
+        sums = folder.read_json(place / folder.MANIFEST)["files"]
+        known: list[Any] = [(name, sums.get(name)) for name in sorted(names)]
+    else:
+        stats = [(name, (place / name).stat()) for name in sorted(names)]
+        known = [(place.resolve(), name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    depends = (known, candidates, KEEPS_LOSS, TOKENS)
+    return hashlib.sha256(repr(depends).encode()).hexdigest()[:20]
+
+
+def read_choice(path: Path) -> Choice | None:
+    """What was remembered, unless the file is missing or damaged."""
+    try:
+        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
