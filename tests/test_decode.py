@@ -17,14 +17,21 @@ import gptsmith
 from gptsmith import GPT, GPTConfig, SamplingSettings, cli, decode
 from gptsmith.cache import KVCache
 from gptsmith.config import MODERN
-from gptsmith.decode import Decoder, open_decoder
+from gptsmith.decode import CompiledDecoder, open_decoder
 from gptsmith.drafts import FromText
 from gptsmith.generate import generate
+from gptsmith.packed import PackedEmbedding, PackedLinear, pack_model, unpack
 from gptsmith.settings import GREEDY
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
 SIZES = TINY | {"context_length": 40, "n_embd": 24}
+# Lanes of 1, 17 and 136: fewer than a vector, and a rest after whole ones.
+PACKABLE: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 40},
+    "nanogpt": {"n_embd": 8, "n_head": 2, "bias": False, "activation": "gelu_erf"},
+    "wide": {"n_embd": 136, "n_head": 2, "n_inner": 1088, "tie_weights": False},
+}
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "nanogpt": {"bias": False, "activation": "gelu_erf"},
@@ -50,17 +57,27 @@ def own_cache(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     torch.set_num_threads(threads)
 
 
-def opened(form: str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Decoder]:
-    model = scrambled(GPTConfig(**(SIZES | FORMS[form]))).to(dtype)
+def opened(
+    form: str, dtype: torch.dtype = torch.float32, bits: int | None = None
+) -> tuple[GPT, CompiledDecoder]:
+    forms = FORMS if bits is None else PACKABLE
+    model = scrambled(GPTConfig(**(SIZES | forms[form]))).to(dtype)
+    if bits is not None:
+        pack_model(model, bits)
     decoder = open_decoder(model, "yes")
-    assert decoder is not None
+    assert isinstance(decoder, CompiledDecoder)
     return model, decoder
 
 
 def exactly(model: GPT) -> GPT:
-    """The same weights in float32."""
+    """The same weights in float32, unpacked."""
     exact = GPT(model.config).eval()
-    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    weights = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            del weights[f"{name}.words"], weights[f"{name}.scales"]
+            weights[f"{name}.weight"] = unpack(module.words, module.scales, module.bits)
+    exact.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return exact
 
 
@@ -68,9 +85,9 @@ def some_text(rows: int, length: int = 40) -> Tensor:
     return torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-def read(decoder: Decoder, text: Tensor, parts: list[int]) -> Tensor:
+def read(decoder: CompiledDecoder, text: Tensor, parts: list[int]) -> Tensor:
     """The logits after every token of a text that is read in parts.  (B, T) -> (B, T, V)"""
-    config, dtype = decoder.model.config, decoder.model.wte.weight.dtype
+    config, dtype = decoder.model.config, decoder.model.dtype
     cache = KVCache(config, len(text), dtype=dtype)
     logits = [decoder.next_logits(part, cache, part.shape[1]) for part in text.split(parts, dim=1)]
     return torch.cat(logits, dim=1)
@@ -84,6 +101,19 @@ def test_the_compiled_step_is_the_models(form: str) -> None:
         expected = model(text).logits
     for parts in ([1] * 40, [5, 1, 2, 4] + [1] * 28):
         assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", PACKABLE)
+def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> None:
+    model, decoder = opened(form, bits=bits)
+    text = some_text(3)
+    with torch.inference_mode():
+        expected = exactly(model)(text).logits
+    for parts in ([1] * 40, [5, 1, 2, 4] + [1] * 28):
+        assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
+    wanted = [t.tolist() for t in generate(exactly(model), text[:, :3], 45)]
+    assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -101,10 +131,13 @@ def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     assert [t.tolist() for t in generate(model, rows, 45, decoder=decoder)] == wanted
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)],
+)
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | None) -> None:
     """To the bit: alone or beside others, token by token or in parts, by one thread or three."""
-    _, decoder = opened("wide", dtype)
+    _, decoder = opened("wide", dtype, bits)
     text = some_text(16, 13)
     torch.set_num_threads(1)
     alone = torch.cat([read(decoder, row.unsqueeze(0), [1] * 13) for row in text])
