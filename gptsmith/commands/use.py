@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,10 +74,10 @@ def sample(options: Namespace) -> None:
             "a draft is for one text at a time: take one --prompt, no --num-samples and no --json"
         )
 
+    model, tokenizer = open_model(options, options.model)
     from ..decode import open_decoder
     from ..generate import complete, stream
 
-    model, tokenizer = open_model(options, options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
     if options.seed is None:
@@ -121,13 +122,17 @@ def open_draft(options: Namespace, tokenizer: Any) -> Any:
 
 def open_model(options: Namespace, name: str) -> Any:
     """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
-    from .. import devices
-    from ..checkpoint import load
+    # Verifying a model's files and importing PyTorch take a second each: at once, on two cores.
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        found = aside.submit(find_model, name)
+        from .. import devices
+        from ..checkpoint import load_folder
 
-    machine = choose_to_use(options, Path(name))
+        folder = found.result()
+    machine = choose_to_use(options, folder)
     device = devices.prepare_machine(machine)
-    model, tokenizer = load(
-        name,
+    model, tokenizer = load_folder(
+        folder,
         device=device,
         dtype=devices.weight_dtype(machine.dtype, device),
         bits=devices.BITS.get(machine.dtype),
@@ -137,8 +142,8 @@ def open_model(options: Namespace, name: str) -> Any:
     return model, tokenizer
 
 
-def choose_to_use(options: Namespace, model: Path | None) -> MachineSettings:
-    """The machine that the flags ask for, to use what lies in MODEL; None has no weights yet.
+def choose_to_use(options: Namespace, folder: Path) -> MachineSettings:
+    """The machine that the flags ask for, to use the model in a folder.
 
     Where no dtype is asked for, it is float32, or a quantized folder's own.
     """
@@ -148,11 +153,6 @@ def choose_to_use(options: Namespace, model: Path | None) -> MachineSettings:
     machine = updated(MachineSettings(), wanted, "machine")
     if machine.dtype != "auto":
         return devices.choose(machine)
-    if model is None:
-        if "dtype" in wanted:
-            raise ValueError("dtype auto is of a trained model, whose loss it keeps: name another")
-        return devices.choose(replace(machine, dtype="float32"))
-    folder = find_model(model)
     bits = read_bits(folder)
     if bits is not None:
         dtype = devices.dtype_of_bits(bits)
