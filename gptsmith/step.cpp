@@ -9,7 +9,11 @@
 // Shapes:  R rows       C channels          H heads     D channels per head    S tokens so far
 //          V vocabulary  M rows of a matrix  K columns   T texts in the cache
 
+#include <omp.h>
+#include <sched.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -181,6 +185,39 @@ struct Packed : Float32 {
     }
 };
 
+// -- threads
+
+// A thread among those of a step. They take turns at pieces of a piece of work, since on a shared
+// machine one may be stopped at any time; and they wait for one another without going to sleep,
+// from which they would wake too late, but give way to other programs.
+class Thread {
+   public:
+    struct Shared {
+        std::atomic<int64_t> next[2] = {};  // item of this piece of work, and of the one to come
+        std::atomic<int64_t> arrived{0};
+    };
+
+    explicit Thread(Shared& with) : shared(with), threads(omp_get_num_threads()) {}
+
+    template <class Do>
+    void share(int64_t items, Do one) {
+        auto& next = shared.next[works % 2];
+        int64_t piece = std::max<int64_t>(1, items / (threads * PIECES));
+        for (int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < items;)
+            for (int64_t i = first; i < std::min(first + piece, items); i++) one(i);
+        if (omp_get_thread_num() == 0) shared.next[(works + 1) % 2] = 0;  // nobody is there yet
+        works++;
+        shared.arrived.fetch_add(1, std::memory_order_acq_rel);
+        for (int turns = 0; shared.arrived.load(std::memory_order_acquire) < works * threads;)
+            if (++turns > 100) sched_yield();
+    }
+
+   private:
+    static constexpr int64_t PIECES = 8;  // of each thread
+    Shared& shared;
+    int64_t threads, works = 0;
+};
+
 // -- products
 
 // What a matrix is multiplied by, in the order in which its numbers meet it, so that a product
@@ -308,12 +345,12 @@ void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, 
 
 // inputs (R, K) times a matrix -> (R, M), or added to it; the threads share the rows of the matrix.
 template <class F>
-void product_in(const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
+void product_in(Thread& thread, const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
     constexpr int FEW = F::FIELDS > 4 ? 1 : 2;  // as many totals as registers hold
     order<F>(w, R, in);
     int64_t at_once = R == 1 ? 4 : FEW;
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < w.rows; m += at_once)
+    thread.share((w.rows + at_once - 1) / at_once, [&](int64_t item) {
+        int64_t m = item * at_once;
         for (int64_t r = 0; r < R; r += TILE)
             switch (tile_of(R - r, R)) {
                 case 1: finish<F, 4, 1>(w, m, in, r, R, add, out); break;
@@ -321,14 +358,15 @@ void product_in(const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
                 case 4: finish<F, FEW, 4>(w, m, in, r, R, add, out); break;
                 case 8: finish<F, FEW, 8>(w, m, in, r, R, add, out); break;
             }
+    });
 }
 
-void product(const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
+void product(Thread& thread, const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
     switch (w.bits) {
-        case 32: return product_in<Float32>(w, in, R, add, out);
-        case 16: return product_in<Bfloat16>(w, in, R, add, out);
-        case 8: return product_in<Packed<8>>(w, in, R, add, out);
-        case 4: return product_in<Packed<4>>(w, in, R, add, out);
+        case 32: return product_in<Float32>(thread, w, in, R, add, out);
+        case 16: return product_in<Bfloat16>(thread, w, in, R, add, out);
+        case 8: return product_in<Packed<8>>(thread, w, in, R, add, out);
+        case 4: return product_in<Packed<4>>(thread, w, in, R, add, out);
     }
 }
 
@@ -414,26 +452,25 @@ void attend(const float* q, const typename In::Stored* keys, const typename In::
 
 // Each row's key and value go to its place in the cache; then each gathers.  (R, 3 C) -> (R, C)
 template <class In>
-void attention(const Model& model, const Cache& cache, const Rows& rows, int64_t layer,
-               const float* qkv, std::vector<float>& p, float* out) {
+void attention(Thread& thread, const Model& model, const Cache& cache, const Rows& rows,
+               int64_t layer, const float* qkv, std::vector<float>& p, float* out) {
     int64_t C = model.n_embd, H = model.n_head, D = C / H;
     auto keys = (typename In::Stored*)cache.keys, values = (typename In::Stored*)cache.values;
     auto at = [&](int64_t row, int64_t place) {
         return ((layer * cache.texts + rows.text[row]) * cache.capacity + place) * C;
     };
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows.count; r++)
+    thread.share(rows.count, [&](int64_t r) {
         for (int64_t c = 0; c < C; c += LANES) {
             const float* row = qkv + r * 3 * C + c;
             In::put(keys + at(r, rows.place[r]) + c, load<Floats>(row + C, C - c), C - c);
             In::put(values + at(r, rows.place[r]) + c, load<Floats>(row + 2 * C, C - c), C - c);
         }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < rows.count * H; item++) {
+    });
+    thread.share(rows.count * H, [&](int64_t item) {
         int64_t r = item / H, d = item % H * D, begin = at(r, 0) + d;
         attend<In>(qkv + r * 3 * C + d, keys + begin, values + begin, rows.place[r] + 1, C, D, p,
                    out + r * C + d);
-    }
+    });
 }
 
 }  // namespace
@@ -449,8 +486,10 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
     bool tanh = model.tanh;
     auto attention_in = cache.bits == 32 ? attention<In32> : attention<In16>;
     std::vector<float> qkv(R * 3 * C), gathered(R * C), hidden(R * M);
+    Thread::Shared shared;
 #pragma omp parallel num_threads(threads)
     {
+        Thread thread(shared);
         Inputs in;
         std::vector<float> p;
         auto normalized = [&](const Norm& w, const int64_t* which, int64_t count) {
@@ -468,16 +507,16 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
         for (int64_t layer = 0; layer < model.n_layer; layer++) {
             const Layer& w = model.layers[layer];
             normalized(w.ln_1, nullptr, R);
-            product(w.c_attn, in, R, false, qkv.data());
-            attention_in(model, cache, rows, layer, qkv.data(), p, gathered.data());
+            product(thread, w.c_attn, in, R, false, qkv.data());
+            attention_in(thread, model, cache, rows, layer, qkv.data(), p, gathered.data());
             in.rows = gathered;
-            product(w.c_proj, in, R, true, rows.x);
+            product(thread, w.c_proj, in, R, true, rows.x);
             normalized(w.ln_2, nullptr, R);
-            product(w.c_fc, in, R, false, hidden.data());
+            product(thread, w.c_fc, in, R, false, hidden.data());
             activated();
-            product(w.mlp_c_proj, in, R, true, rows.x);
+            product(thread, w.mlp_c_proj, in, R, true, rows.x);
         }
         normalized(model.ln_f, rows.logits_of, rows.wanted);
-        product(model.head, in, rows.wanted, false, rows.logits);
+        product(thread, model.head, in, rows.wanted, false, rows.logits);
     }
 }
