@@ -20,8 +20,8 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model packed weights devices checkpoint sampling drafts decode generate evaluate
-    quantize precision
+    cache attention loss model packed weights devices checkpoint sampling drafts decode generate
+    evaluate quantize precision
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
