@@ -21,24 +21,34 @@ BLOCK = 128  # queries; the fastest of 64 to 1,024, at contexts of 256 and 1,024
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *, in_blocks: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    *,
+    positions: Tensor | None = None,
+    in_blocks: bool = False,
 ) -> Tensor:
     """Softmax attention.  (B, H, T, D), (B, G, S, D), (B, G, S, D) -> (B, H, T, D)
 
-    The T queries are the last of the S positions. `dropout` is the probability with which an
-    attention weight is dropped; `in_blocks` computes a whole text (T = S) by plain products.
+    The T queries are the last of the S positions, or in rows of different lengths at `positions`
+    (B, T), and see no key beyond their own. `dropout` is the probability with which an attention
+    weight is dropped; `in_blocks` computes a whole text (T = S) by plain products.
     """
     H, T, G, S = *q.shape[1:3], *k.shape[1:3]
     if G < H:
         k, v = (part.repeat_interleave(H // G, dim=1) for part in (k, v))  # (B, H, S, D)
-    if in_blocks and 1 < T == S:
+    if in_blocks and positions is None and 1 < T == S:
         return _Blocks.apply(q, k, v, dropout)
     # One query sees all; a square is plainly causal; between the two (a chunk of a prefill) the
     # triangle hangs from the lower right.
     mask = None
-    if 1 < T < S:
+    if positions is not None:
+        mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+    elif 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
+    causal = mask is None and 1 < T == S
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
 class _Blocks(torch.autograd.Function):

@@ -7,12 +7,15 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import accounting, devices
+from .checkpoint import load
 from .config import GPTConfig
 from .data.batches import Batches
 from .decode import open_decoder
@@ -24,6 +27,8 @@ from .training.loop import Trainer
 from .training.optimizers import make_optimizers
 
 WARM_UP = 2  # steps that also set things up, and are not counted
+WARM_UP_TOKENS = 8
+PROMPT_TOKENS, NEW_TOKENS = 32, 128  # where the context has room for them
 
 
 class RandomTokens:
@@ -65,8 +70,7 @@ def make_trainer(
 ) -> Trainer:
     """Fresh weights and random tokens, ready to step; `machine` is chosen already."""
     device = devices.prepare_machine(machine)
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
+    model = fresh_model(config).to(device)
     devices.prepare_model(model, machine)
     how = machine.compile
     if how == "auto":  # as long runs find
@@ -118,42 +122,101 @@ def bench_generate(
     rows: int,
     prompt_tokens: int,
     max_tokens: int,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Time greedy generation: the first token (prefill), and those after it (decode)."""
-    if prompt_tokens + max_tokens > config.context_length:
-        raise ValueError(
-            f"{prompt_tokens} prompt and {max_tokens} new tokens are more than the context_length "
-            f"{config.context_length}: lower --max-tokens"
-        )
+    """Time greedy generation: the first token (prefill), and those after it (decode).
+
+    With a `folder` it is the model there, else one with fresh weights.
+    """
+    fitting(config, prompt_tokens, max_tokens)
     if settings.dtype == "auto":
         settings = replace(settings, dtype="float32")
     machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
-    torch.manual_seed(0)
-    model = GPT(config).to(device, devices.weight_dtype(machine.dtype, device)).eval()
-    if bits := devices.BITS.get(machine.dtype):
-        pack_model(model, bits)
-    prompt = torch.randint(config.vocab_size, (rows, prompt_tokens), device=device)
-    decoder = None
-    if rows == 1 and machine.compile != "no":
-        decoder = open_decoder(model, compile=machine.compile == "yes")
-    list(generate(model, prompt, min(8, max_tokens), sampling=GREEDY, decoder=decoder))
-    times = [time.perf_counter()]
-    for _ in generate(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
+    weights, bits = devices.weight_dtype(machine.dtype, device), devices.BITS.get(machine.dtype)
+    if folder is None:
+        model = fresh_model(config).to(device, weights).eval()
+        if bits is not None:
+            pack_model(model, bits)
+    else:
+        model, _ = load(folder, device=device, dtype=weights, bits=bits, unpacked=bits is None)
+    devices.prepare_model(model, machine)
+    prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
+    decoder = open_decoder(model, settings.compile)
+    list(generate(model, prompt, min(WARM_UP_TOKENS, max_tokens), sampling=GREEDY, decoder=decoder))
+    times, steps = [time.perf_counter()], []
+    for step in generate(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
         devices.synchronize(device)
         times.append(time.perf_counter())
-    decode = times[-1] - times[1]
+        steps.append(step)
     return {
         "device": str(device),
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "compiled": decoder is not None,
+        "compiled": decoder is not None and decoder.takes(prompt[:, -1:]),  # decoding
         "parameters": accounting.parameter_count(config),
         "rows": rows,
         "prompt_tokens": prompt_tokens,
         "new_tokens": max_tokens,
-        "prefill_tokens_per_second": rows * prompt_tokens / (times[1] - times[0]),
-        "decode_tokens_per_second": rows * (max_tokens - 1) / decode if decode else None,
-        "first_token_milliseconds": (times[1] - times[0]) * 1000,
+        **generation_figures(times, rows, prompt_tokens),
         "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
+        "tokens": torch.stack(steps, dim=1).tolist(),
+    }
+
+
+def fitting(config: GPTConfig, prompt: int | None, new: int | None) -> tuple[int, int]:
+    """Prompt and new tokens: as asked for, else the usual numbers or what the context holds.
+
+    ValueError where what is asked for does not fit.
+    """
+    room = config.context_length + 1  # the last new token is never read
+    if prompt is None:
+        prompt = max(1, min(PROMPT_TOKENS, room // 4, room - (new or 1)))
+    if new is None:
+        new = max(1, min(NEW_TOKENS, room - prompt))
+    if prompt + new > room:
+        raise ValueError(
+            f"{prompt} prompt and {new} new tokens are more than the context_length "
+            f"{config.context_length}: lower --max-tokens"
+        )
+    return prompt, new
+
+
+def fresh_model(config: GPTConfig) -> GPT:
+    """A model that was taught nothing: the same weights every time."""
+    torch.manual_seed(0)
+    return GPT(config)
+
+
+def varied_model(config: GPTConfig) -> GPT:
+    """A fresh model that does not repeat itself: equal tokens of two systems then mean something.
+
+    Its blocks are large beside its embeddings, which else make the last token the likeliest.
+    """
+    model = fresh_model(config)
+    with torch.no_grad():
+        for parameter in model.h.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return model
+
+
+def random_prompt(vocab_size: int, rows: int, length: int) -> Tensor:
+    """Tokens to continue, (rows, length): the same for every system that is timed."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (rows, length), generator=generator)
+
+
+def generation_figures(
+    times: Sequence[float], rows: int, prompt_tokens: int
+) -> dict[str, float | None]:
+    """Speeds from the seconds at which generation began and at which each token was there.
+
+    Decoding is what comes after the first token, so one token alone tells nothing of it.
+    """
+    first, decode = times[1] - times[0], times[-1] - times[1]
+    return {
+        "prefill_tokens_per_second": rows * prompt_tokens / first,
+        "decode_tokens_per_second": rows * (len(times) - 2) / decode if decode else None,
+        "first_token_milliseconds": first * 1000,
     }

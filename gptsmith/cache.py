@@ -2,8 +2,8 @@
 
 Belongs to the caller, who passes it to the model; knows nothing of attention or sampling.
 
-Shapes:  L layers    B batch    G heads of keys and values    T new tokens    S seen so far
-         D channels per head
+Shapes:  L layers    B batch    G heads of keys and values    T new tokens    S seen so far,
+         by the row that has seen most    D channels per head
 """
 
 import torch
@@ -15,9 +15,12 @@ from .config import GPTConfig
 class KVCache:
     """Keys and values of every layer, allocated once and filled from the left.
 
-    Each layer extends it by the same T positions; the model then advances it once. The arrays are
-    (L, B, capacity, G, D), so that a row's tokens so far lie together: for GPT-2 in float32,
+    Each layer extends it by T positions of every row; the model then advances it once. The arrays
+    are (L, B, capacity, G, D), so that a row's tokens so far lie together: for GPT-2 in float32,
     72 KiB per token.
+
+    Rows may be of different `lengths`. Prompts that are, are read padded on the right, and each row
+    is then rewound to its own end: what lies beyond that is overwritten before it counts.
     """
 
     def __init__(
@@ -38,13 +41,37 @@ class KVCache:
         shape = (config.n_layer, batch_size, self.capacity, config.kv_heads, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+        self.lengths = [0] * batch_size
+        self.ends: Tensor | None = None  # the lengths as (B, 1), where they differ
+
+    @property
+    def length(self) -> int:
+        """Of the longest row, in tokens."""
+        return max(self.lengths)
+
+    def row_positions(self, tokens: int) -> Tensor | None:
+        """Where the next tokens of each row go, (B, T); None where all rows are equally long."""
+        if self.ends is None:
+            return None
+        return self.ends + torch.arange(tokens, device=self.ends.device)
+
+    def positions(self, tokens: int) -> Tensor:
+        """Where the next tokens of each row go.  -> (B, T)"""
+        ends = torch.tensor(self.lengths, device=self.keys.device).unsqueeze(1)
+        return ends + torch.arange(tokens, device=self.keys.device)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new positions and return all it has: (B, G, T, D) -> (B, G, S + T, D)."""
-        all_keys, all_values = self.up_to(layer, self.length + keys.shape[2])
-        all_keys[:, self.length :] = keys.transpose(1, 2)
-        all_values[:, self.length :] = values.transpose(1, 2)
+        start, T = self.length, keys.shape[2]
+        all_keys, all_values = self.up_to(layer, start + T)
+        positions = self.row_positions(T)
+        if positions is None:
+            all_keys[:, start:] = keys.transpose(1, 2)
+            all_values[:, start:] = values.transpose(1, 2)
+        else:
+            rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)  # (B, 1)
+            all_keys[rows, positions] = keys.transpose(1, 2)
+            all_values[rows, positions] = values.transpose(1, 2)
         return all_keys.transpose(1, 2), all_values.transpose(1, 2)
 
     def up_to(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
@@ -53,12 +80,32 @@ class KVCache:
             raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` new positions as seen, once every layer has written them."""
-        self.length += tokens
+    def check_room(self, rows: int, tokens: int) -> None:
+        """Raise ValueError where so many more tokens for each of so many rows do not fit."""
+        if rows != self.keys.shape[1]:
+            raise ValueError(f"{rows} rows do not fit a cache of {self.keys.shape[1]}")
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"{self.length + tokens} tokens do not fit a cache of {self.capacity}")
 
-    def rewind(self, length: int) -> None:
-        """Forget what came after the first `length` tokens, keeping the memory."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"a cache of {self.length} tokens cannot go back to {length}")
-        self.length = length
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` new positions of every row as seen, once every layer has written them."""
+        self.lengths = [length + tokens for length in self.lengths]
+        if self.ends is not None:
+            self.ends = self.ends + tokens
+
+    def rewind(self, lengths: int | list[int]) -> None:
+        """Forget what came after the first `lengths` tokens, keeping the memory.
+
+        One number is for every row; a list has each row's own.
+        """
+        B = len(self.lengths)
+        kept = [lengths] * B if isinstance(lengths, int) else lengths
+        if len(kept) != B:
+            raise ValueError(f"a cache of {B} rows cannot go back to {len(kept)} lengths")
+        for length, seen in zip(kept, self.lengths, strict=True):
+            if not 0 <= length <= seen:
+                raise ValueError(f"a cache of {seen} tokens cannot go back to {length}")
+        if kept != self.lengths:
+            self.lengths, self.ends = [*kept], None
+            if len(set(kept)) > 1:
+                self.ends = torch.tensor(kept, device=self.keys.device).unsqueeze(1)

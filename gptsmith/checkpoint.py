@@ -163,7 +163,20 @@ def load(
     quantized folder loads packed, unless it is to be `unpacked`. The tokenizer is None where the
     folder has none. What a manifest lists is verified first.
     """
-    stored = open_folder(on_disk.find_model(name))
+    folder = on_disk.find_model(name)
+    return load_folder(folder, device=device, dtype=dtype, bits=bits, unpacked=unpacked)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    unpacked: bool = False,
+) -> tuple[GPT, Tokenizer | None]:
+    """As `load`, of a folder that `find_model` found."""
+    stored = open_folder(folder)
     if bits is not None:
         stored = packing(stored, bits)
     model = build(stored, device=device, dtype=dtype, unpacked=unpacked)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .commands.convert import add_export, add_import, export, import_
-from .commands.look import add_bench, add_describe, bench, describe
+from .commands.look import add_describe, describe
+from .commands.measure import add_bench, bench
 from .commands.quantize import add_quantize, quantize
 from .commands.text import add_prepare, add_tokenizer, prepare, tokenizer
 from .commands.train import add_train, train

@@ -1,212 +1,247 @@
-"""One token for one row, as fast as a CPU reads the weights: a block compiled ahead of time.
+"""A few tokens at a time, as fast as a CPU reads the weights: step.cpp, compiled and called.
 
-PyTorch's products of a matrix and a single row reach about half of the memory's bandwidth. Written
-as a multiplication and a sum, and compiled with what surrounds them, they reach nearly all of it.
-One block is compiled, with its weights as inputs, and called for every layer; the result is kept
-on the disk and loads in milliseconds, without the compiler. Knows nothing of sampling or text.
+PyTorch's products of a matrix and a few rows reach half of the memory's bandwidth or less, and its
+operations cost more than GPT-2's small ones take. One C++ file has the whole step instead. It is
+compiled once for a machine, in seconds, and kept on the disk; it reads the model's own weights.
+Knows nothing of sampling or text.
 
-Shapes:  C channels    H heads    D channels per head    M channels inside the MLP
-         S tokens so far, this one included    V vocabulary
+Shapes:  B batch    T new tokens    R rows, each a token    C channels    V vocabulary
 """
 
+import ctypes
 import hashlib
-import math
+import subprocess
+import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import runtime
 from .cache import KVCache
-from .config import GPTConfig
+from .graphs import GraphDecoder
 from .model import GPT
 
-# A product and the sum that it goes into are one instruction; rounding differs in the last bit.
-OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
 
-# What of a configuration each part is compiled for; the number of layers is not among it.
-DEPENDS = {
-    "block": ("n_embd", "n_head", "n_inner", "activation", "norm_eps", "names", "context_length"),
-    "head": ("n_embd", "vocab_size", "bias", "norm_eps"),
-}
+# More rows than these are multiplied faster by PyTorch.
+MOST_ROWS = 16
 
 
-class OneRow(nn.Module):
-    """A block for a single token.  (C,), (S, H, D), (S, H, D), weights -> (C,)
+class Matrix(Structure):
+    """A linear layer's weights. This and the structures after it are as in step.cpp."""
 
-    The last of the S keys and values are this token's own, and are written here.
-    """
-
-    def __init__(self, config: GPTConfig, names: Sequence[str]) -> None:
-        super().__init__()
-        self.config, self.names = config, names
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, *weights: Tensor) -> Tensor:
-        config, w = self.config, dict(zip(self.names, weights, strict=True))
-        row = linear(norm(x, w, "ln_1", config), w, "attn.c_attn")
-        q, k, v = row.view(3, config.n_head, config.head_size)  # (H, D) each
-        keys[-1], values[-1] = k.to(keys.dtype), v.to(values.dtype)
-        scores = (keys.float() * q).sum(-1) / math.sqrt(config.head_size)  # (S, H)
-        p = scores.softmax(0).unsqueeze(-1)  # (S, H, 1)
-        y = (p * values.float()).sum(0).reshape(-1)  # (C,)
-        x = x + linear(y, w, "attn.c_proj")
-        approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        hidden = F.gelu(linear(norm(x, w, "ln_2", config), w, "mlp.c_fc"), approximate=approximate)
-        return x + linear(hidden, w, "mlp.c_proj")
+    _fields_ = (
+        *((name, c_void_p) for name in ("numbers", "scales", "bias")),
+        *((name, c_int64) for name in ("rows", "columns", "lanes", "bits")),
+    )
 
 
-class Head(nn.Module):
-    """The last norm and the output head.  (C,), (V, C), norm's weights -> (V,)"""
+class Norm(Structure):
+    """A norm's weight and bias."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, x: Tensor, head: Tensor, *weights: Tensor) -> Tensor:
-        w = dict(zip(("ln_f.weight", "ln_f.bias"), weights, strict=False))
-        return (head.float() * norm(x, w, "ln_f", self.config)).sum(-1)
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
 
 
-def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    """A matrix and a row as a multiplication and a sum, in float32.  (C,) -> (M,)"""
-    y = (w[f"{name}.weight"].float() * x).sum(-1)
-    return y + w[f"{name}.bias"].float() if f"{name}.bias" in w else y
+class Layer(Structure):
+    """The weights of a block."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("ln_1", "ln_2")),
+        *((name, Matrix) for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")),
+    )
 
 
-def norm(x: Tensor, w: dict[str, Tensor], name: str, config: GPTConfig) -> Tensor:
-    """LayerNorm of a row.  (C,) -> (C,)"""
-    bias = w[f"{name}.bias"].float() if f"{name}.bias" in w else None
-    return F.layer_norm(x, x.shape, w[f"{name}.weight"].float(), bias, config.norm_eps)
+class Model(Structure):
+    """All weights, and the sizes."""
+
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("ln_f", Norm),
+        ("head", Matrix),
+        *((name, c_int64) for name in ("n_layer", "n_embd", "n_head", "n_inner")),
+        ("norm_eps", c_float),
+        ("tanh", c_int32),
+    )
 
 
-def names_in(module: nn.Module) -> list[str]:
-    """The weights and biases that a part of a model has, in the order in which it takes them."""
-    return [name for name, _ in module.named_parameters()]
+class Cache(Structure):
+    """Where keys and values are kept."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("texts", "capacity", "bits")),
+    )
 
 
-def weights_of(module: nn.Module) -> list[Tensor]:
-    """Those weights, (M, C) or (M,) each."""
-    return [parameter.detach() for parameter in module.parameters()]
+class Rows(Structure):
+    """The tokens of a step, as embeddings, and where what is found goes."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("count", "wanted")),
+        *((name, c_void_p) for name in ("text", "place", "logits_of", "x", "logits")),
+    )
 
 
-class Decoder:
-    """A model's step by one token for one row, compiled."""
+class CompiledDecoder:
+    """A model's step by a few tokens, compiled. The model's weights must stay where they are."""
 
-    def __init__(self, model: GPT, block: Path, head: Path) -> None:
-        # What torch._inductor loads such files with, without the second that importing it takes.
-        from torch._C._aoti import AOTIModelPackageLoader
-
-        self.model = model
-        self.block, self.head = (
-            AOTIModelPackageLoader(str(path), "model", False, 1, -1) for path in (block, head)
+    def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
+        self.model, self.step = model, library.step
+        self.kept: list[Any] = []  # what the structures point to
+        config = model.config
+        layers = [self.layer(block) for block in model.h]
+        self.described = Model(
+            layers=(Layer * config.n_layer)(*layers),
+            ln_f=self.norm(model.ln_f),
+            head=self.matrix(model.lm_head),
+            n_layer=config.n_layer,
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            n_inner=config.mlp_size,
+            norm_eps=config.norm_eps,
+            tanh=config.activation == "gelu_tanh",
         )
-        self.layers = [weights_of(layer) for layer in model.h]
-        self.last = [*weights_of(model.lm_head), *weights_of(model.ln_f)]
 
-    def takes(self, tokens: Tensor, cache: KVCache) -> bool:
-        """Whether this step is the next one: a row on its own, all but its last token read.
+    def layer(self, block: Any) -> Layer:
+        """A block's weights."""
+        return Layer(
+            ln_1=self.norm(block.ln_1),
+            ln_2=self.norm(block.ln_2),
+            c_attn=self.matrix(block.attn.c_attn),
+            c_proj=self.matrix(block.attn.c_proj),
+            c_fc=self.matrix(block.mlp.c_fc),
+            mlp_c_proj=self.matrix(block.mlp.c_proj),
+        )
 
-        At least one has been: attention over a single position is compiled away.  (B, T)
-        """
-        return len(tokens) == 1 and 1 <= cache.length == tokens.shape[1] - 1
+    def matrix(self, linear: Any) -> Matrix:
+        """A linear layer's numbers, as they lie in memory, and its bias."""
+        packed = not isinstance(linear, nn.Linear)
+        numbers = linear.words if packed else linear.weight
+        return Matrix(
+            numbers=self.address(numbers),
+            scales=self.address(linear.scales) if packed else None,
+            bias=self.floats(linear.bias),
+            rows=linear.out_features,
+            columns=linear.in_features,
+            lanes=linear.scales.shape[1] if packed else 0,
+            bits=linear.bits if packed else numbers.element_size() * 8,
+        )
+
+    def norm(self, norm: Any) -> Norm:
+        """A norm's weight and bias."""
+        return Norm(weight=self.floats(norm.weight), bias=self.floats(norm.bias))
+
+    def floats(self, tensor: Tensor | None) -> int | None:
+        """Where a small tensor's numbers lie, in float32; nowhere if there is none."""
+        return None if tensor is None else self.address(tensor.detach().float())
+
+    def address(self, tensor: Tensor) -> int:
+        """Where a tensor's numbers lie, from now on."""
+        self.kept.append(tensor.detach().contiguous())
+        return int(self.kept[-1].data_ptr())
+
+    def takes(self, unread: Tensor) -> bool:
+        """Whether tokens (B, T) are few enough."""
+        return unread.numel() <= MOST_ROWS
 
     @torch.inference_mode()
-    def next_logits(self, token: Tensor, cache: KVCache) -> Tensor:
-        """The logits after one token, which the cache takes in.  (1,) -> (1, V)"""
-        place = cache.length
-        x = (self.model.wte.weight[token[0]] + self.model.wpe.weight[place]).float()
-        for layer, weights in enumerate(self.layers):
-            keys, values = cache.up_to(layer, place + 1)
-            (x,) = self.block.boxed_run([x, keys[0], values[0], *weights])
-        cache.advance(1)
-        (logits,) = self.head.boxed_run([x, *self.last])
-        return logits.unsqueeze(0)
+    def next_logits(self, unread: Tensor, cache: KVCache, places: int) -> Tensor:
+        """Logits after each of the last `places` tokens, which the cache takes in.
+
+        (B, T) -> (B, places, V), in float32
+        """
+        (B, T), model = unread.shape, self.model
+        cache.check_room(B, T)
+        text = torch.arange(B).repeat_interleave(T)  # (R,)
+        place = cache.positions(T).reshape(-1)
+        wanted = torch.arange(B * T).view(B, T)[:, -places:].reshape(-1).contiguous()
+        x = (model.wte(unread.reshape(-1)) + model.wpe(place)).float().contiguous()  # (R, C)
+        logits = torch.empty(len(wanted), model.config.vocab_size)
+        addresses = (part.data_ptr() for part in (text, place, wanted, x, logits))
+        rows = Rows(B * T, len(wanted), *addresses)
+        keys, values, bits = cache.keys, cache.values, cache.keys.element_size() * 8
+        held = Cache(keys.data_ptr(), values.data_ptr(), keys.shape[1], cache.capacity, bits)
+        pointers = (ctypes.byref(part) for part in (self.described, held, rows))
+        self.step(*pointers, c_int(torch.get_num_threads()))
+        cache.advance(T)
+        return logits.view(B, places, -1)
+
+
+Decoder = CompiledDecoder | GraphDecoder
 
 
 # -- compiling, once
 
 
-def open_decoder(model: GPT, *, compile: bool) -> Decoder | None:
-    """The compiled step of a model; None where it is not on the disk and not to be compiled.
+def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
+    """A model's fastest step; None where `compile` is "no", or "auto" and there is none.
 
-    ValueError where it cannot be: it is for GPT-2's block, on a CPU, with a C++ compiler.
+    On a GPU a captured one. On a CPU a compiled one: with "yes", ValueError where that cannot be
+    had, for it has GPT-2's block alone and needs g++ or clang++.
     """
-    device, plain = model.device.type, isinstance(model.lm_head, nn.Linear)
-    if model.config.modern or device != "cpu" or not plain or model.config.context_length < 3:
-        if compile:
-            raise ValueError(
-                "compile is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
-            )
+    if compile == "no":
         return None
-    folder = runtime.cache_folder() / "decode"
-    block, head = (folder / f"{part}-{key(model, part)}.pt2" for part in DEPENDS)
-    if block.is_file() and head.is_file():
-        try:
-            return Decoder(model, block, head)
-        except RuntimeError as error:  # what PyTorch raises for a damaged file
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"{folder} holds a damaged file ({reason}): removed", stacklevel=2)
-            block.unlink()
-            head.unlink()
-    if not compile:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    if not block.is_file():
-        compile_block(model, block)
-    if not head.is_file():
-        compile_head(model, head)
-    return Decoder(model, block, head)
-
-
-def key(model: GPT, part: str) -> str:
-    """What a compiled part depends on, in hexadecimal: sizes, numbers, PyTorch, processor, this."""
-    config = asdict(model.config) | {
-        "n_inner": model.config.mlp_size,
-        "names": names_in(model.h[0]),
-    }
-    sizes = [config[name] for name in DEPENDS[part]]
-    here = (torch.__version__, torch.get_num_threads(), runtime.processor())
-    depends = (sizes, model.dtype, *here, Path(__file__).read_bytes())
-    return hashlib.sha256(repr(depends).encode()).hexdigest()[:20]
-
-
-def compile_block(model: GPT, path: Path) -> None:
-    """Write a compiled block; any number of tokens so far, from 2 to the context limit."""
-    config, dtype = model.config, model.dtype
-    cache = KVCache(config, 1, capacity=3, dtype=dtype)
-    keys, values = (part[0] for part in cache.up_to(0, cache.capacity))
-    tokens = torch.export.Dim("tokens", min=2, max=config.context_length)
-    weights = weights_of(model.h[0])
-    inputs = (torch.zeros(config.n_embd), keys, values, *weights)
-    dynamic = (None, {0: tokens}, {0: tokens}, (None,) * len(weights))
-    compile_ahead(OneRow(config, names_in(model.h[0])), inputs, dynamic, path)
-
-
-def compile_head(model: GPT, path: Path) -> None:
-    """Write a compiled output head."""
-    last = (*weights_of(model.lm_head), *weights_of(model.ln_f))
-    inputs = (torch.zeros(model.config.n_embd), *last)
-    compile_ahead(Head(model.config), inputs, None, path)
-
-
-def compile_ahead(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, path: Path) -> None:
-    """Compile a module for such inputs, a row (C,) first, into a file; named once it is whole."""
-    import torch._inductor
-
-    temporary = path.with_name(f".{path.stem}.pt2")
+    if model.device.type == "cuda":
+        return GraphDecoder(model)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's to itself
-            exported = torch.export.export(module, inputs, dynamic_shapes=dynamic)
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(temporary), inductor_configs=OPTIONS
-            )
-    except RuntimeError as error:  # as it is where no compiler is found
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the step could not be compiled: {reason}; leave compile out") from error
-    temporary.replace(path)
+        check_model(model)
+        return CompiledDecoder(model, open_library())
+    except ValueError:
+        if compile == "yes":
+            raise
+        return None
+
+
+def check_model(model: GPT) -> None:
+    """Raise ValueError for what step.cpp does not compute."""
+    if model.config.modern or model.device.type != "cpu":
+        raise ValueError(
+            "compile is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
+        )
+
+
+def open_library() -> ctypes.CDLL:
+    """step.cpp as a library for this processor, compiled if it is not on the disk yet."""
+    here = repr((SOURCE.read_bytes(), FLAGS, runtime.processor()))
+    name = f"step-{hashlib.sha256(here.encode()).hexdigest()[:20]}.so"
+    path = runtime.cache_folder() / "decode" / name
+    if path.is_file() and not is_whole(path):
+        warnings.warn(f"{path} is damaged: compiled again", stacklevel=2)
+        path.unlink()
+    if not path.is_file():
+        compile_library(path)
+    return ctypes.CDLL(str(path))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library ends with the digest of what comes before; opening half of one is fatal."""
+    content = path.read_bytes()
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def compile_library(path: Path) -> None:
+    """Write the library, named once it is whole; ValueError where there is no compiler for it."""
+    compiler = runtime.compiler()
+    if compiler is None:
+        raise ValueError("the step could not be compiled: there is no g++ or clang++; install one")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            library = Path(folder) / path.name
+            command = [compiler, *FLAGS, "-o", str(library), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
+                raise ValueError(
+                    f"{compiler} could not compile the step: {reason}; leave compile out"
+                )
+            with library.open("ab") as file:  # at its end, where the loader does not look
+                file.write(hashlib.sha256(library.read_bytes()).digest())
+            library.replace(path)
+    except OSError as error:
+        raise ValueError(f"the step could not be compiled: {error}; leave compile out") from error

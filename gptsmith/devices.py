@@ -91,7 +91,8 @@ def choose(settings: MachineSettings) -> MachineSettings:
     dtype = find_dtype(settings.dtype, device)
     attention = settings.attention
     if attention == "auto":
-        attention = "blocks" if (device.type, dtype) == ("cpu", "bf16") else "kernel"
+        multiplied = find_dtype("auto", device) if dtype in BITS else dtype
+        attention = "blocks" if (device.type, multiplied) == ("cpu", "bf16") else "kernel"
     return replace(
         settings,
         # Without the number: another rank, or a resumed run, may sit on another GPU.
@@ -148,12 +149,12 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
 def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The type of a model's weights where nothing is learned, for this (chosen) precision.
 
-    Where they are packed, that of the activations: float32 on a CPU, else what is fast.
+    Where they are packed, that of the activations: what is fast.
     """
     if dtype == "fp8":
         raise ValueError("dtype is fp8, which is for training: take bf16")
     if dtype in BITS:
-        return torch.float32 if device.type == "cpu" else DTYPES[find_dtype("auto", device)]
+        return DTYPES[find_dtype("auto", device)]
     return DTYPES[dtype]
 
 
@@ -178,7 +179,7 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
 
 
 def prepare_model(model: GPT, settings: MachineSettings) -> None:
-    """Let a model that is to learn compute as the (chosen) settings say; its weights stay."""
+    """Let a model compute as the (chosen) settings say; its weights stay."""
     model.attend_in_blocks(settings.attention == "blocks")
     if settings.dtype == "fp8":
         multiply_in_float8(model)

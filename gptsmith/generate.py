@@ -2,7 +2,7 @@
 
 Knows nothing of files, terminals or HTTP.
 
-Shapes:  B batch    T prompt tokens    V vocabulary
+Shapes:  B batch    T prompt tokens    K tokens guessed    V vocabulary
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import KVCache
 from .decode import Decoder
 from .drafts import Draft
 from .model import GPT
+from .rows import Rows
 from .sampling import next_token
 from .settings import GREEDY, SamplingSettings
 from .tokenizers import Tokenizer
@@ -28,6 +28,7 @@ def generate(
     tokens: Tensor,
     max_new_tokens: int,
     *,
+    lengths: Sequence[int] | None = None,
     sampling: SamplingSettings = GREEDY,
     seed: int = 0,
     use_cache: bool = True,
@@ -36,67 +37,63 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue each row of tokens, one new token per row at a time.  (B, T) -> (B,), (B,), ...
 
-    A `decoder` is the same model's step, compiled; it is used for a row on its own.
+    Row i draws from a generator of its own, seeded `seed + i`: it gives what it would give alone.
+    Of prompts of different `lengths`, each is a row's first tokens; what follows is never looked
+    at. Past the context limit a row sees its last context_length tokens. Every position then
+    shifts, so nothing cached holds any more, and each token costs a whole forward pass.
 
     With a `draft`, which needs a single row, tokens that are guessed right cost no pass of their
-    own; the tokens are the same, since each is chosen from the model's own logits.
-
-    Row i draws from a generator of its own, seeded `seed + i`: it gives what it would give alone.
-    Past the context limit the model sees the last context_length tokens. Every position then
-    shifts, so nothing cached holds any more, and each token costs a whole forward pass.
+    own; the tokens are the same, since each is chosen from the model's own logits. A `decoder` is
+    the same model's step, compiled: it reads where tokens are few.
     """
-    check_request(model, tokens, max_new_tokens, sampling)
+    rows = checked_rows(model, tokens, lengths, decoder)
+    check_request(model, rows.text, max_new_tokens, sampling)
     if draft is not None and not (use_cache and len(tokens) == 1):
         raise ValueError(f"a draft needs a cache and one row of tokens, not {len(tokens)}")
-    device, limit = tokens.device, model.config.context_length
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(tokens.shape[0])]
-    cache = None
-    if use_cache and max_new_tokens > 0 and tokens.shape[1] <= limit:
-        capacity = min(limit, tokens.shape[1] + max_new_tokens)
-        rows, dtype = tokens.shape[0], model.dtype
-        cache = KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=device)
-    end = tokens.shape[1] + max_new_tokens
-    while tokens.shape[1] < end:
-        length = tokens.shape[1]
-        if length > limit:
-            cache = None
-        most = min(MOST_GUESSED, end - length - 1, limit - length)
-        guessed = tokens[:, :0]  # (B, K)
-        if draft is not None and most > 0:
-            guessed = draft.guess(tokens[0], most).unsqueeze(0)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(tokens))]
+    if use_cache and max_new_tokens > 0:
+        rows.make_cache(max_new_tokens)
+    left = max_new_tokens
+    while left > 0:
+        guessed = guesses(draft, rows, min(MOST_GUESSED, left - 1))  # (B, K)
         K = guessed.shape[1]
-        text = torch.cat([tokens, guessed], dim=1)[:, -limit:]
-        if decoder is not None and cache is not None and decoder.takes(text, cache):
-            logits = decoder.next_logits(text[:, -1], cache).unsqueeze(1)  # (1, 1, V)
-        else:
-            logits = next_logits(model, text, cache, K + 1)
+        logits = rows.next_logits(guessed)  # (B, K + 1, V)
         for place in range(K + 1):
-            chosen = next_token(logits[:, place], tokens, sampling, generators)  # (B,)
-            tokens = torch.cat([tokens, chosen.unsqueeze(1)], dim=1)
+            chosen = next_token(logits[:, place], rows.text, sampling, generators)  # (B,)
+            rows.append(chosen)
+            left -= 1
             yield chosen
             if place < K and chosen[0] != guessed[0, place]:
                 break
-        if cache is not None:
-            cache.rewind(tokens.shape[1] - 1)  # what was read of wrong guesses
+        rows.settle()
 
 
-@torch.inference_mode()
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache | None, places: int) -> Tensor:
-    """Logits after each of the last `places` tokens.  (B, T) -> (B, places, V)
+def guesses(draft: Draft | None, rows: Rows, most: int) -> Tensor:
+    """What a draft guesses of the only row, no further than the context limit.  -> (B, K)"""
+    most = min(most, rows.limit - rows.lengths[0])
+    if draft is None or most <= 0:
+        return rows.text[:, :0]
+    return draft.guess(rows.text[0], most).unsqueeze(0)
 
-    A cache is given only what it lacks.
-    """
-    unread = tokens if cache is None else tokens[:, cache.length :]
-    return model.lm_head(model.features(unread, cache)[:, -places:])
+
+def checked_rows(
+    model: GPT, tokens: Tensor, lengths: Sequence[int] | None, decoder: Decoder | None
+) -> Rows:
+    """The rows of tokens (B, T) up to their lengths; ValueError where there is nothing in one."""
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        got = tuple(tokens.shape)
+        raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
+    B, T = tokens.shape
+    ends = [T] * B if lengths is None else [int(length) for length in lengths]
+    if len(ends) != B or not 1 <= min(ends) <= max(ends) <= T:
+        raise ValueError(f"lengths is {ends}: for each of {B} rows 1 to {T} is needed")
+    return Rows(model, tokens, ends, decoder)
 
 
 def check_request(
     model: GPT, tokens: Tensor, max_new_tokens: int, sampling: SamplingSettings
 ) -> None:
     """Raise ValueError for what cannot be generated from tokens (B, T)."""
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        got = tuple(tokens.shape)
-        raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 0 is needed")
     V = model.config.vocab_size
@@ -136,7 +133,7 @@ def stream(
 
     Sampling settings may be given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
-    tokens = prompt_tokens(model, tokenizer, prompt)
+    tokens, _ = prompt_tokens(model, [prompt_ids(tokenizer, prompt)])
     sampling = replace(sampling, **choices)
     how: dict[str, Any] = {"draft": draft, "decoder": decoder}
     new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, **how)
@@ -146,29 +143,44 @@ def stream(
 def complete(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
     *,
     num_samples: int = 1,
     max_tokens: int = 200,
     seed: int = 0,
     stop: Sequence[str] = (),
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
+    decoder: Decoder | None = None,
 ) -> list[str]:
-    """Several continuations at once, in one batch; number i is `stream`'s with seed + i."""
-    tokens = prompt_tokens(model, tokenizer, prompt).expand(num_samples, -1)
-    steps = list(generate(model, tokens, max_tokens, sampling=sampling, seed=seed))
-    rows = torch.stack(steps, dim=1).tolist() if steps else [[]] * num_samples
+    """Several continuations at once, in one batch: of each prompt `num_samples`, in the order of
+    the prompts. Number i of them all is `stream`'s with seed + i.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    ids = [row for text in prompts for row in [prompt_ids(tokenizer, text)] * num_samples]
+    tokens, lengths = prompt_tokens(model, ids)
+    how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": seed}
+    rows: list[list[int]] = [[] for _ in ids]
+    for step in generate(model, tokens, max_tokens, decoder=decoder, **how):
+        for row, id in zip(rows, step.tolist(), strict=True):
+            row.append(id)
+        if all(tokenizer.end_of_text in row for row in rows):
+            break
     return ["".join(until(decoded(row, tokenizer), stop)) for row in rows]
 
 
-def prompt_tokens(model: GPT, tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """A prompt as the model takes it; an empty one begins a document, or a line.  -> (1, T)"""
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt as the model takes it; an empty one begins a document, or a line."""
     ids = tokenizer.encode(prompt)
     if not ids and tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text]
-    if not ids:
-        ids = tokenizer.encode("\n", unknown="skip") or [0]
-    return torch.tensor([ids], device=model.device)
+    return ids or tokenizer.encode("\n", unknown="skip") or [0]
+
+
+def prompt_tokens(model: GPT, ids: Sequence[list[int]]) -> tuple[Tensor, list[int]]:
+    """Prompts as rows, filled up on the right, and their lengths.  -> (B, T)"""
+    lengths = [len(row) for row in ids]
+    padded = [row + [0] * (max(lengths) - len(row)) for row in ids]
+    return torch.tensor(padded, device=model.device), lengths
 
 
 def decoded(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

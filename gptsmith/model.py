@@ -31,9 +31,12 @@ THETA = 10000.0  # the slowest pair of channels turns once in about 2 pi THETA t
 
 
 def rotation_at(positions: Tensor, head_size: int) -> Tensor:
-    """Cosine and sine of the angle of each pair of channels.  (T,) -> (2, T, 1, D / 2)"""
+    """Cosine and sine of the angle of each pair of channels.  (T,) -> (2, T, 1, D / 2)
+
+    (B, T) -> (2, B, T, 1, D / 2), where rows are at different positions.
+    """
     pairs = torch.arange(0, head_size, 2, device=positions.device) / head_size
-    angles = positions[:, None, None] / THETA**pairs
+    angles = positions[..., None, None] / THETA**pairs
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -86,10 +89,12 @@ class CausalSelfAttention(nn.Module):
             qk, v = heads.split((H + G, G), dim=2)
             q, k = self.qk_norm(rotate(qk, rotation)).to(v.dtype).split((H, G), dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), twice (B, G, T, D)
+        positions = None
         if cache is not None:
+            positions = cache.row_positions(T)
             k, v = cache.extend(layer, k, v)  # (B, G, S, D)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, dropout, in_blocks=self.in_blocks)  # (B, H, T, D)
+        y = attend(q, k, v, dropout, positions=positions, in_blocks=self.in_blocks)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.drop(self.c_proj(y))
 
@@ -182,13 +187,16 @@ class GPT(nn.Module):
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last norm, ready for the head.  (B, T) -> (B, T, C)
 
-        With a cache, the tokens continue those that it holds, and it advances past them.
+        With a cache, the tokens continue those that it holds of each row, and it advances past
+        them.
         """
         T, seen = tokens.shape[1], 0 if cache is None else cache.length
         if seen + T > self.config.context_length:
             limit = self.config.context_length
             raise ValueError(f"{seen + T} tokens are more than the context_length of {limit}")
-        positions = torch.arange(seen, seen + T, device=tokens.device)
+        positions = None if cache is None else cache.row_positions(T)  # (B, T)
+        if positions is None:
+            positions = torch.arange(seen, seen + T, device=tokens.device)  # (T,)
         x, rotation = self.wte(tokens), None  # (B, T, C)
         if self.config.position == "learned":
             x = x + self.wpe(positions)

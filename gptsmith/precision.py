@@ -50,16 +50,19 @@ def fastest(place: Path, device: torch.device) -> Choice:
 
 
 def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
-    """What may be faster than float32, the fastest first."""
-    packed: list[Dtype] = ["int4", "int8"] if can_pack(place) else []
+    """What may be faster than float32, the fastest first.
+
+    Packed weights are where the compiled step reads them; PyTorch would unpack them every time.
+    """
+    packed: list[Dtype] = ["int4", "int8"] if can_pack(place) and runtime.compiler() else []
     fast = devices.find_dtype("auto", device)
     return packed if fast == "float32" else [*packed, fast]
 
 
 def can_pack(place: Path) -> bool:
-    """Whether a model's sizes allow it to be quantized."""
+    """Whether a model can be quantized, and then has a compiled step."""
     config = folder.read_config(place)
-    return config.n_embd % 8 == config.mlp_size % 8 == 0
+    return config.n_embd % 8 == config.mlp_size % 8 == 0 and not config.modern
 
 
 def measured(place: Path, candidates: list[Dtype]) -> Choice:
@@ -81,7 +84,8 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
 def opened(stored: Stored, dtype: Dtype) -> GPT:
     """A stored model in a precision, on the CPU."""
     if bits := devices.BITS.get(dtype):
-        return checkpoint.build(packing(stored, bits))
+        activations = devices.weight_dtype(dtype, torch.device("cpu"))
+        return checkpoint.build(packing(stored, bits), dtype=activations)
     return checkpoint.build(stored, dtype=devices.DTYPES[dtype])
 
 

@@ -149,7 +149,7 @@ def decode_speed(model: GPT) -> float | None:
     prompt, count = min(TIMED_PROMPT, room // 2), min(TIMED_TOKENS, room // 2)
     if count < 2:
         return None
-    decoder = open_decoder(model, compile=False)
+    decoder = open_decoder(model)
     tokens = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
     times = []
     for _ in generate(model, tokens, count, sampling=GREEDY, decoder=decoder):

@@ -6,6 +6,7 @@ Knows nothing of PyTorch, so that text can be prepared without it; devices.py go
 import ctypes
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,18 @@ MOST_THREADS = 16  # per core
 
 # Of glibc's malloc.h; thresholds are in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
+# What `share_cores` and `use_huge_pages` set for PyTorch.
+FOR_TORCH = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
+
+# What keeps libraries of Hugging Face's from the network, and quiet.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def cores() -> int:
@@ -81,7 +94,7 @@ def share_cores() -> None:
     By default they spin for milliseconds at every barrier, and two programs on the same cores then
     slow each other down more than tenfold. So they share the cores evenly.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    set_for_torch("GOMP_SPINCOUNT")
 
 
 def keep_freed_memory() -> None:
@@ -113,7 +126,20 @@ def use_huge_pages() -> None:
 
     Reading weights is a quarter faster on a CPU. Whoever set the variable is left in charge.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    set_for_torch("THP_MEM_ALLOC_ENABLE")
+
+
+def set_for_torch(name: str) -> None:
+    """Set a variable of the environment as we want it, unless somebody has."""
+    os.environ.setdefault(name, FOR_TORCH[name])
+
+
+def variables_for_others() -> dict[str, str]:
+    """The environment of a process that runs another library: offline, and set as well as ours.
+
+    What we set for PyTorch is set for it too, so that it is no less lucky on a busy machine.
+    """
+    return FOR_TORCH | dict(os.environ) | OFFLINE
 
 
 def cache_folder() -> Path:
@@ -130,6 +156,12 @@ def processor() -> str:
         return platform.processor()
     kept = dict(line.split(":", 1) for line in lines if line.startswith(("model name", "flags")))
     return " ".join(kept.values()) or platform.processor()
+
+
+def compiler() -> str | None:
+    """The C++ compiler to call: what CXX says, or the first that there is."""
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def allow_deterministic_cuda() -> None:

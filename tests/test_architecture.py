@@ -20,8 +20,8 @@ READING_ORDER = """
     tokenizers.tokenizer tokenizers.build tokenizers
     data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
     data.prepare data.batches data
-    cache attention loss model packed weights devices checkpoint sampling drafts decode generate
-    evaluate quantize precision
+    cache attention loss model packed weights devices checkpoint sampling drafts graphs decode
+    rows generate evaluate quantize precision
     convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
     convert.gguf_header convert.gguf_tokenizer convert.gguf
     convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
@@ -29,10 +29,9 @@ READING_ORDER = """
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
-    bench profile flags
-    commands.words commands.text commands.train commands.use commands.look commands.convert
-    commands.quantize
-    commands
+    bench profile turns comparison peers flags
+    commands.words commands.text commands.train commands.use commands.look
+    commands.measure commands.convert commands.quantize commands
     cli __main__ __init__
 """.split()
 SIBLINGS = ("training", "convert", "inspection")
@@ -53,7 +52,6 @@ OPTIONAL = (
     "matplotlib",
     "resource",
     "torch._inductor",
-    "torch._C._aoti",
     "gguf",
     "huggingface_hub",
 )
@@ -199,7 +197,17 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     [
         n
         for n in READING_ORDER
-        if n in (*MATHEMATICS, "training.muon", "sampling", "drafts", "decode", "generate")
+        if n
+        in (
+            *MATHEMATICS,
+            "training.muon",
+            "sampling",
+            "drafts",
+            "graphs",
+            "decode",
+            "rows",
+            "generate",
+        )
     ],
 )
 def test_functions_of_tensors_give_their_shapes(name: str) -> None:

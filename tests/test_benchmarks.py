@@ -1,4 +1,4 @@
-"""The GPU benchmark, at toy size on a CPU: every kind of row is there, with sensible numbers."""
+"""The benchmarks at toy size on a CPU: every kind of row is there, with sensible numbers."""
 
 import json
 import subprocess
@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 def run_toy(out: Path, *, seconds: int) -> tuple[list[dict[str, Any]], str]:
     """The rows that the benchmark wrote with so much time, and what it showed."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--toy", "--seconds", str(seconds), "--out", out],
+        [sys.executable, FOLDER / "gpu.py", "--toy", "--seconds", str(seconds), "--out", out],
         capture_output=True,
         text=True,
         timeout=60 + seconds,
@@ -48,3 +48,56 @@ def test_gpu_benchmark_at_toy_size(tmp_path: Path) -> None:
 def test_gpu_benchmark_without_time_begins_nothing(tmp_path: Path) -> None:
     rows, _ = run_toy(tmp_path, seconds=0)
     assert {row["error"] for row in rows} == {"skipped: the time is spent"}
+
+
+# -- generation
+
+
+def generate_toy(out: Path, *words: str) -> tuple[dict[str, Any], list[list[str]], str]:
+    """What the benchmark wrote: the measurements, the table's cells, and all of the text."""
+    command = [sys.executable, FOLDER / "generate.py", "--preset", "toy", "--summed", "100000"]
+    asked = ["--rows", "2", "--rounds", "1", "--threads", "1", "--out", out]
+    done = subprocess.run([*command, *asked, *words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    assert text in done.stdout
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return json.loads(out.with_suffix(".json").read_text()), cells[2:], text
+
+
+def test_generation_beside_llama_cpp(tmp_path: Path) -> None:
+    who = ["--only", "gptsmith, plain", "llama.cpp", "CTranslate2"]
+    whole, table, text = generate_toy(tmp_path / "t.md", *who, "--dtypes", "float32")
+    assert [row[:2] for row in table] == [
+        ["float32", name]
+        for name in ("gptsmith, plain", "CTranslate2", "llama.cpp")
+        if name not in whole["missing"]
+    ]
+    for name, why in whole["missing"].items():
+        assert f"{name}: {why}" in text
+    ours, *others = [m["tokens"] for m in whole["measurements"] if m["rows"] == 2]
+    assert all(tokens == ours for tokens in others)
+    assert len(ours) == 2
+    assert all(len(row) == 48 for row in ours)
+    rates = whole["machine"][0]
+    assert min(rates.values()) > 0
+    bound = max(each["gigabytes_per_second"] for each in whole["machine"]) * 1e9
+    alone = next(m["decode_tokens_per_second"] for m in whole["measurements"]) / 2
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 256) + 257 * 64
+    assert table[0][3] == f"{alone / (bound / 4 / weights):.0%}"
+
+
+@pytest.mark.slow
+def test_generation_in_few_bits(tmp_path: Path) -> None:
+    ours = ["gptsmith, compiled", *(f"gptsmith, compiled, {dtype}" for dtype in ("int8", "int4"))]
+    peers = ["transformers, compiled", "transformers, dynamic int8", "CTranslate2", "llama.cpp"]
+    dtypes = ["bf16", "int8", "int4"]
+    whole, table, _ = generate_toy(tmp_path / "t.md", "--only", *ours, *peers, "--dtypes", *dtypes)
+    assert not [row for row in table if "failed" in row[2]]
+    rows = {(row[0], row[1]): row for row in table}
+    for dtype in dtypes:
+        assert (dtype, "llama.cpp") in rows
+        assert ((dtype, ours[0]) in rows) != (f"{ours[0]}, {dtype}" in whole["missing"])
+    assert float(rows["bf16", "transformers, compiled"][-2]) > 0
+    assert ("int8", "transformers, dynamic int8") in rows
+    assert (("int8", "CTranslate2") in rows) != ("CTranslate2" in whole["missing"])

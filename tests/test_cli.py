@@ -233,6 +233,21 @@ def test_sample_json(run: str, does: Callable[..., str]) -> None:
     assert does(*words) == "fox" + rows[0]["text"] + "\n"
 
 
+def test_several_prompts_are_continued_as_each_alone(run: str, does: Callable[..., str]) -> None:
+    """Among them an empty one, and one longer than the context."""
+    words = ["sample", run, "--max-tokens", "12", "--seed"]
+    prompts = ["fox", "", "the quick brown fox jumps", "o"]
+    several = [word for prompt in prompts for word in ("--prompt", prompt)]
+    alone = [does(*words, 7 + i, "--prompt", prompt) for i, prompt in enumerate(prompts)]
+    assert does(*words, "7", *several) == "---\n".join(alone)
+    rows = json.loads(does(*words, "7", *several, "--json", "--num-samples", "2"))
+    assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(2)]
+    assert [row["seed"] for row in rows] == list(range(7, 15))
+    for row in rows:
+        text = does(*words, row["seed"], "--prompt", row["prompt"])
+        assert text == row["prompt"] + row["text"] + "\n"
+
+
 def test_evaluate_agrees_with_the_run(run: str, finished: Path, does: Callable[..., str]) -> None:
     found = json.loads(does("evaluate", run, "--data", Path(run, "data"), "--json"))
     lines = Path(run, "metrics.jsonl").read_text().splitlines()
@@ -409,6 +424,7 @@ def test_settings_that_no_run_can_have(flags: str, said: str, refused: Callable[
         ("--stop=", "stop string is empty"),
         ("--prompt 中", "unknown character '中' (U+4E2D) at position 0"),
         ("--prompt the中", "unknown character '中' (U+4E2D) at position 3"),
+        ("--prompt the --prompt 中", "unknown character '中' (U+4E2D) at position 0"),
         ("--prompt 中 --json", "unknown character '中' (U+4E2D) at position 0"),
         ("--topk 3", "did you mean '--top-k'?"),
     ],

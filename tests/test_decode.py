@@ -1,6 +1,10 @@
-"""The compiled step says what the model says, and is compiled once."""
+"""The compiled step says what the model says, of any rows at once, and is compiled once."""
 
+import ctypes
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,27 +17,35 @@ import gptsmith
 from gptsmith import GPT, GPTConfig, SamplingSettings, cli, decode
 from gptsmith.cache import KVCache
 from gptsmith.config import MODERN
-from gptsmith.decode import Decoder, open_decoder
+from gptsmith.decode import CompiledDecoder, open_decoder
 from gptsmith.drafts import FromText
 from gptsmith.generate import generate
+from gptsmith.packed import PackedEmbedding, PackedLinear, pack_model, unpack
 from gptsmith.settings import GREEDY
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
 SIZES = TINY | {"context_length": 40, "n_embd": 24}
+# Lanes of 1, 17 and 136: fewer than a vector, and a rest after whole ones.
+PACKABLE: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 40},
+    "nanogpt": {"n_embd": 8, "n_head": 2, "bias": False, "activation": "gelu_erf"},
+    "wide": {"n_embd": 136, "n_head": 2, "n_inner": 1088, "tie_weights": False},
+}
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "nanogpt": {"bias": False, "activation": "gelu_erf"},
     "odd": {"qkv_bias": False, "tie_weights": False, "n_inner": 50, "norm_eps": 1e-3},
+    "wide": {"n_embd": 150, "n_head": 2, "n_inner": 129},  # more than one vector, and a rest
 }
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
-# In nats; measured: 3e-7, and 9e-6 for the plain forward in bf16, which rounds activations too.
-MOST_KL = 1e-5
+# In nats; measured: 1e-4 on these models of large random weights.
+MOST_KL = 1e-3
 
 
 @pytest.fixture(scope="session")
 def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests, so that each step is compiled once."""
+    """One cache for all tests, so that the step is compiled once."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -41,39 +53,72 @@ def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def opened(form: str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Decoder]:
-    model = scrambled(GPTConfig(**(SIZES | FORMS[form]))).to(dtype)
-    decoder = open_decoder(model, compile=True)
-    assert decoder is not None
+def opened(
+    form: str, dtype: torch.dtype = torch.float32, bits: int | None = None
+) -> tuple[GPT, CompiledDecoder]:
+    forms = FORMS if bits is None else PACKABLE
+    model = scrambled(GPTConfig(**(SIZES | forms[form]))).to(dtype)
+    if bits is not None:
+        pack_model(model, bits)
+    decoder = open_decoder(model, "yes")
+    assert isinstance(decoder, CompiledDecoder)
     return model, decoder
 
 
-def step_logits(model: GPT, step: Any, dtype: torch.dtype) -> Tensor:
-    """The logits of each place of a long text, read a token at a time after the first two."""
-    text = torch.randint(37, (1, 40), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(model.config, 1, dtype=dtype)
-    with torch.inference_mode():
-        model.features(text[:, :2], cache)
-        return torch.cat([step(text[:, place], cache).float() for place in range(2, 40)])
+def exactly(model: GPT) -> GPT:
+    """The same weights in float32, unpacked."""
+    exact = GPT(model.config).eval()
+    weights = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            del weights[f"{name}.words"], weights[f"{name}.scales"]
+            weights[f"{name}.weight"] = unpack(module.words, module.scales, module.bits)
+    exact.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return exact
 
 
-@pytest.mark.slow
+def some_text(rows: int, length: int = 40) -> Tensor:
+    return torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def read(decoder: CompiledDecoder, text: Tensor, parts: list[int]) -> Tensor:
+    """The logits after every token of a text that is read in parts.  (B, T) -> (B, T, V)"""
+    config, dtype = decoder.model.config, decoder.model.dtype
+    cache = KVCache(config, len(text), dtype=dtype)
+    logits = [decoder.next_logits(part, cache, part.shape[1]) for part in text.split(parts, dim=1)]
+    return torch.cat(logits, dim=1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_compiled_step_is_the_models(form: str) -> None:
     model, decoder = opened(form)
-    assert decoder.model is model
+    text = some_text(3)
+    with torch.inference_mode():
+        expected = model(text).logits
+    for parts in ([1] * 40, [5, 1, 2, 4] + [1] * 28):
+        assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
 
-    def plain(token: Tensor, cache: KVCache) -> Tensor:
-        return model.lm_head(model.features(token.unsqueeze(0), cache)[:, -1])
 
-    expected = step_logits(model, plain, torch.float32)
-    found = step_logits(model, decoder.next_logits, torch.float32)
-    assert (found - expected).abs().max() < 1e-4
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", PACKABLE)
+def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> None:
+    model, decoder = opened(form, bits=bits)
+    text = some_text(3)
+    with torch.inference_mode():
+        expected = exactly(model)(text).logits
+    for parts in ([1] * 40, [5, 1, 2, 4] + [1] * 28):
+        assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
+    wanted = [t.tolist() for t in generate(exactly(model), text[:, :3], 45)]
+    assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_are_those_of_plain_decoding(form: str) -> None:
+    model, decoder = opened(form)
     for count in (1, 20, 60):  # the last beyond the context
         for sampling in (GREEDY, SamplingSettings(temperature=0.9, top_k=20)):
             options: dict[str, Any] = {"sampling": sampling, "seed": 5}
@@ -81,81 +126,150 @@ def test_the_compiled_step_is_the_models(form: str) -> None:
             for more in ({"decoder": decoder}, {"decoder": decoder, "draft": FromText()}):
                 tokens = [int(t) for t in generate(model, PROMPT, count, **options, **more)]
                 assert tokens == wanted
+    rows = some_text(4, 3)
+    wanted = [t.tolist() for t in generate(model, rows, 45)]
+    assert [t.tolist() for t in generate(model, rows, 45, decoder=decoder)] == wanted
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)],
+)
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | None) -> None:
+    """To the bit: alone or beside others, token by token or in parts, by one thread or three."""
+    _, decoder = opened("wide", dtype, bits)
+    text = some_text(16, 13)
+    torch.set_num_threads(1)
+    alone = torch.cat([read(decoder, row.unsqueeze(0), [1] * 13) for row in text])
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for rows in (1, 2, 3, 5, 8, 9, 16):
+            assert torch.equal(read(decoder, text[:rows], [1] * 13), alone[:rows])
+        assert torch.equal(read(decoder, text[:2], [7, 1, 2, 3]), alone[:2])
+
+
 def test_in_bf16_it_stays_near_the_float32_forward() -> None:
-    model, decoder = opened("gpt2", torch.bfloat16)
-    exact = scrambled(GPTConfig(**SIZES))
-    exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()})
-
-    def plain(token: Tensor, cache: KVCache) -> Tensor:
-        return exact.lm_head(exact.features(token.unsqueeze(0), cache)[:, -1])
-
-    p = step_logits(exact, plain, torch.float32).log_softmax(-1)
-    q = step_logits(model, decoder.next_logits, torch.bfloat16).log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)  # (38,)
-    assert 0 <= float(kl.max()) < MOST_KL
+    model, decoder = opened("wide", torch.bfloat16)
+    text = some_text(2)
+    with torch.inference_mode():
+        p = exactly(model)(text).logits.double().log_softmax(-1)
+        plain = model(text).logits.double().log_softmax(-1)
+    q = read(decoder, text, [1] * 40).double().log_softmax(-1)
+    ours, theirs = ((p.exp() * (p - other)).sum(-1).mean() for other in (q, plain))
+    assert 0 <= float(ours) < MOST_KL
+    assert ours < theirs  # which rounds the residual stream too
 
 
-@pytest.mark.slow
-def test_it_is_compiled_once_and_used_for_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_bfloat16_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for the least that any processor of this family has."""
+    monkeypatch.setattr(decode, "FLAGS", [f for f in decode.FLAGS if not f.startswith("-march")])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = some_text(3)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, decoder = opened("odd", dtype)
+        with torch.inference_mode():
+            expected = exactly(model)(text).logits
+        found = read(decoder, text, [2] * 20)
+        most = 1e-5 if dtype == torch.float32 else 0.05  # of bf16: only the cache is rounded
+        assert (found - expected).abs().max() < most * expected.std()
+
+
+def test_what_does_not_fit_is_refused() -> None:
     model, decoder = opened("gpt2")
+    cache = KVCache(model.config, 1, capacity=3)
+    decoder.next_logits(PROMPT[:, :2], cache, 1)
+    with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"):
+        decoder.next_logits(PROMPT[:, :2], cache, 1)
+    with pytest.raises(ValueError, match="2 rows do not fit a cache of 1"):
+        decoder.next_logits(some_text(2, 1), cache, 1)
+    with pytest.raises(IndexError):
+        decoder.next_logits(torch.tensor([[37]]), cache, 1)
+    assert not decoder.takes(some_text(decode.MOST_ROWS + 1, 1))
+    assert not decoder.takes(some_text(1, decode.MOST_ROWS + 1))
 
-    def never(*_: Any) -> None:
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened("gpt2")
+
+    def never(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(decode, "compile_ahead", never)
-    deeper = scrambled(GPTConfig(**(SIZES | {"n_layer": 3})))  # the same block, once more
-    assert open_decoder(deeper, compile=False) is not None
-    assert open_decoder(scrambled(GPTConfig(**(SIZES | {"n_inner": 7}))), compile=False) is None
-    assert open_decoder(model.bfloat16(), compile=True) is not None  # of the test above
-    rows = PROMPT.expand(2, -1)
-    cache = KVCache(model.config, 2)
-    cache.advance(4)
-    assert not decoder.takes(rows, cache)
+    monkeypatch.setattr(subprocess, "run", never)
+    for form in FORMS:  # one library for every model
+        opened(form)
+        opened(form, torch.bfloat16)
 
 
-@pytest.mark.slow
+def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    script = (
+        "from tests.test_decode import opened, read, some_text; import torch;"
+        "model, decoder = opened('gpt2'); text = some_text(1, 5);"
+        "assert (read(decoder, text, [5]) - model(text).logits).abs().max() < 1e-3"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "gptsmith" / "decode").iterdir()] == [".so"]
+
+
 def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = opened("gpt2")
+    opened("gpt2")
     folder = gptsmith.runtime.cache_folder() / "decode"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shutil.copytree(folder, tmp_path / "gptsmith" / "decode")
-    (head,) = (path for path in cache_files() if path.stem == f"head-{decode.key(model, 'head')}")
-    head.write_bytes(head.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="holds a damaged file"):
-        assert open_decoder(model, compile=False) is None
-    assert open_decoder(model, compile=True) is not None
-    assert open_decoder(model, compile=False) is not None
-    assert not [path for path in cache_files() if path.name.startswith(".")]
+    copied = tmp_path / "gptsmith" / "decode"
+    shutil.copytree(folder, copied)
+    (library,) = copied.iterdir()
+    library.write_bytes(library.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="is damaged"):
+        opened("gpt2")
+    assert [path.name for path in copied.iterdir()] == [library.name]
+    ctypes.CDLL(str(library))
 
 
-def cache_files() -> list[Path]:
-    return list((gptsmith.runtime.cache_folder() / "decode").iterdir())
-
-
-def test_what_has_no_compiled_step() -> None:
+def test_what_has_no_compiled_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     modern = GPT(GPTConfig(**(SIZES | MODERN | {"n_head": 2})))
-    short = GPT(GPTConfig(**(SIZES | {"context_length": 2})))
-    for model in (modern, short):
-        assert open_decoder(model, compile=False) is None
-        with pytest.raises(ValueError, match="is for GPT-2's block on a CPU: leave it out"):
-            open_decoder(model, compile=True)
+    assert open_decoder(modern, "auto") is None
+    with pytest.raises(ValueError, match="is for GPT-2's block on a CPU: leave it out"):
+        open_decoder(modern, "yes")
+    model = scrambled(GPTConfig(**SIZES))
+    assert open_decoder(model, "no") is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gptsmith.runtime, "compiler", lambda: None)
+    assert open_decoder(model, "auto") is None
+    with pytest.raises(ValueError, match=r"there is no g\+\+ or clang\+\+; install one"):
+        open_decoder(model, "yes")
+    monkeypatch.setattr(gptsmith.runtime, "compiler", lambda: "/bin/false")
+    assert open_decoder(model, "auto") is None
+    with pytest.raises(ValueError, match="/bin/false could not compile the step: exit 1; leave"):
+        open_decoder(model, "yes")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"could not be compiled: .*Not a directory.*; leave"):
+        open_decoder(model, "yes")
+    assert not list(tmp_path.rglob("*.so"))
 
 
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("No working C++ compiler found\nmore")
+def test_two_threads_may_decode_at_once() -> None:
+    """Each with its own cache, as two callers of a server."""
+    _, decoder = opened("wide")
+    texts = [some_text(2, 30), some_text(2, 30).flip(1)]
+    wanted = [read(decoder, text, [1] * 30) for text in texts]
+    found: dict[int, Tensor] = {}
 
-    monkeypatch.setattr(torch.export, "export", fail)
-    model = scrambled(GPTConfig(**(SIZES | {"n_inner": 9})))
-    with pytest.raises(ValueError, match=r"compiled: No working C\+\+ compiler found; leave"):
-        open_decoder(model, compile=True)
+    def run(number: int) -> None:
+        found[number] = read(decoder, texts[number], [1] * 30)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], wanted[number]) for number in range(2))
 
 
-@pytest.mark.slow
-def test_sample_compiles_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sample_with_and_without(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = GPTConfig(**(SIZES | {"vocab_size": 257}))
     gptsmith.save(scrambled(config), byte_tokenizer(), tmp_path / "model")
     words = ["sample", str(tmp_path / "model"), "--prompt", "To be", "--seed", "3"]

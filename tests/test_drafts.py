@@ -153,6 +153,10 @@ def test_sample_with_a_draft(capsys: pytest.CaptureFixture) -> None:
         (["--draft", "bytes"], "bytes has another tokenizer than large: no draft for it"),
         (["--draft", "smal"], "no model at smal, did you mean 'small'?"),
         (["--draft", "text", "--num-samples", "2"], "a draft is for one text at a time"),
+        (
+            ["--draft", "text", "--prompt", "a", "--prompt", "b"],
+            "text at a time: take one --prompt",
+        ),
         (["--draft", "text", "--json"], "a draft is for one text at a time"),
     ],
 )

@@ -1,17 +1,14 @@
-"""The commands that look at a model from outside: describe and bench."""
+"""The command that looks at a model from outside: describe."""
 
 import json
 from argparse import Namespace
 from pathlib import Path
 
 from ..config import PRESETS, GPTConfig, suggestion
-from ..flags import Parser, add_flags, given
+from ..flags import Parser
 from ..folder import all_shapes, check_tensors, find_model, read_bits, read_config, tensor_bytes
 from ..inspection.describe import describe as describe_model
-from ..recipe import convert, read_toml, recipes, updated
-from ..runtime import use_huge_pages
-from ..settings import MachineSettings, TrainingSettings
-from .use import choose_to_use
+from ..recipe import read_toml, recipes
 
 
 def add_describe(parser: Parser) -> None:
@@ -62,70 +59,3 @@ def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
     config = read_config(folder)
     check_tensors(folder, config, all_shapes(folder))  # what is damaged is said, not described
     return config, str(folder), folder
-
-
-def add_bench(parser: Parser) -> None:
-    parser.add_argument("what", choices=("train", "generate"), help="what to measure")
-    parser.add_argument(
-        "model", metavar="MODEL|PRESET|RECIPE", help="presets: " + ", ".join(PRESETS)
-    )
-    parser.add_argument("--steps", default="10", metavar="N", help="steps timed (default: 10)")
-    parser.add_argument(
-        "--rows", metavar="N", help="rows at once (default: 4 for train, 1 for generate)"
-    )
-    parser.add_argument("--prompt-tokens", default="32", metavar="N", help="generate: default 32")
-    parser.add_argument("--max-tokens", default="128", metavar="N", help="generate: default 128")
-    parser.add_argument("--optimizer", metavar="adamw|muon", help="train: default adamw")
-    parser.add_argument(
-        "--profile", action="store_true", help="train: where the time goes, by part of the model"
-    )
-    parser.add_argument("--json", action="store_true", help="write JSON")
-    add_flags(parser, MachineSettings, without=("micro_batch", "deterministic"))
-
-
-def bench(options: Namespace) -> None:
-    """Measure tokens per second, step time and peak memory."""
-    if options.what == "generate":
-        use_huge_pages()
-    from ..bench import bench_generate, bench_train
-    from ..profile import profile_train, render
-
-    config, title, folder = described_config(options.model)
-    counts = {
-        name: convert(name, getattr(options, name), int)
-        for name in ("steps", "prompt_tokens", "max_tokens")
-    }
-    rows = convert("rows", options.rows, int | None)
-    for name, count in {**counts, "rows": 1 if rows is None else rows}.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: at least 1 is needed")
-    if options.what == "train":
-        machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
-        chosen = updated(TrainingSettings(), {"optimizer": options.optimizer or "adamw"}, "bench")
-        measure = profile_train if options.profile else bench_train
-        found = measure(
-            config, machine, rows=rows or 4, steps=counts["steps"], optimizer=chosen.optimizer
-        )
-    elif options.profile or options.optimizer:
-        raise ValueError("--profile and --optimizer are of training: say 'bench train'")
-    else:
-        found = bench_generate(
-            config,
-            choose_to_use(options, folder),
-            rows=rows or 1,
-            prompt_tokens=counts["prompt_tokens"],
-            max_tokens=counts["max_tokens"],
-        )
-    if options.json:
-        print(json.dumps({"model": title, **found}))
-        return
-    profile = found.pop("profile", None)
-    width = max(map(len, found))
-    print(f"{options.what}: {title}")
-    for name, value in found.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
-        shown = f"{value:,.0f}" if isinstance(value, int | float) and value >= 1000 else shown
-        print(f"  {name.replace('_', ' '):<{width}}  {shown}")
-    if profile is not None:
-        print()
-        print(render(profile))

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,20 +17,25 @@ from ..settings import MachineSettings, PrepareSettings, SamplingSettings
 from .words import DATA_HELP, MODEL_HELP, tell
 
 COMPILE_HELP = (
-    "on a CPU, a compiled step for each token: yes compiles it, which takes some 20 s once for a "
-    "model's shape; auto uses what is compiled already (default: auto)"
+    "on a CPU, a step in C++ for each token, compiled once for a machine in some seconds; auto "
+    "does without where there is no compiler (default: auto)"
 )
 
 
 def add_sample(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to continue; repeatable: several are continued in one batch",
+    )
     parser.add_argument(
         "--max-tokens", default="200", metavar="N", help="most tokens (default: 200)"
     )
     parser.add_argument("--seed", metavar="S", help="the same seed gives the same text")
     parser.add_argument(
-        "--num-samples", default="1", metavar="N", help="texts to write (default: 1)"
+        "--num-samples", default="1", metavar="N", help="texts for each prompt (default: 1)"
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
@@ -61,45 +67,41 @@ def sample(options: Namespace) -> None:
 
     convert("compile", options.compile, Literal["auto", "yes", "no"])
     use_huge_pages()
-    single = counts["num_samples"] == 1 and not options.json
+    prompts = options.prompt or [""]
+    single = len(prompts) == counts["num_samples"] == 1 and not options.json
     if options.draft is not None and not single:
-        raise ValueError("a draft is for one text at a time: leave --num-samples and --json out")
-
-    from ..generate import complete, stream
+        raise ValueError(
+            "a draft is for one text at a time: take one --prompt, no --num-samples and no --json"
+        )
 
     model, tokenizer = open_model(options, options.model)
+    from ..decode import open_decoder
+    from ..generate import complete, stream
+
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
     if options.seed is None:
         tell(f"seed {seed}")
     wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
+    wanted |= {"decoder": open_decoder(model, options.compile)}
     if single:
         wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
-        wanted |= {"decoder": open_compiled(options.compile, model)}
-        pieces = stream(model, tokenizer, options.prompt, **wanted)
+        pieces = stream(model, tokenizer, prompts[0], **wanted)
         first = next(pieces, "")  # what cannot be done is said before anything is written
-        print(options.prompt + first, end="", flush=True)
+        print(prompts[0] + first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
-    texts = complete(model, tokenizer, options.prompt, **counts, **wanted)
+    texts = complete(model, tokenizer, prompts, **counts, **wanted)
+    rows = [
+        {"seed": seed + i, "prompt": prompts[i // counts["num_samples"]], "text": text}
+        for i, text in enumerate(texts)
+    ]
     if options.json:
-        rows = [
-            {"seed": seed + i, "prompt": options.prompt, "text": t} for i, t in enumerate(texts)
-        ]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    print("\n---\n".join(options.prompt + text for text in texts))
-
-
-def open_compiled(choice: str, model: Any) -> Any:
-    """The model's compiled step, if that is wanted or at hand."""
-    from ..decode import open_decoder
-
-    if choice == "no":
-        return None
-    return open_decoder(model, compile=choice == "yes")
+    print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
 
 
 def open_draft(options: Namespace, tokenizer: Any) -> Any:
@@ -120,22 +122,28 @@ def open_draft(options: Namespace, tokenizer: Any) -> Any:
 
 def open_model(options: Namespace, name: str) -> Any:
     """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
-    from .. import devices
-    from ..checkpoint import load
+    # Verifying a model's files and importing PyTorch take a second each: at once, on two cores.
+    with ThreadPoolExecutor(max_workers=1) as aside:
+        found = aside.submit(find_model, name)
+        from .. import devices
+        from ..checkpoint import load_folder
 
-    machine = choose_to_use(options, Path(name))
+        folder = found.result()
+    machine = choose_to_use(options, folder)
     device = devices.prepare_machine(machine)
-    return load(
-        name,
+    model, tokenizer = load_folder(
+        folder,
         device=device,
         dtype=devices.weight_dtype(machine.dtype, device),
         bits=devices.BITS.get(machine.dtype),
         unpacked=machine.dtype not in devices.BITS,
     )
+    devices.prepare_model(model, machine)
+    return model, tokenizer
 
 
-def choose_to_use(options: Namespace, model: Path | None) -> MachineSettings:
-    """The machine that the flags ask for, to use what lies in MODEL; None has no weights yet.
+def choose_to_use(options: Namespace, folder: Path) -> MachineSettings:
+    """The machine that the flags ask for, to use the model in a folder.
 
     Where no dtype is asked for, it is float32, or a quantized folder's own.
     """
@@ -145,11 +153,6 @@ def choose_to_use(options: Namespace, model: Path | None) -> MachineSettings:
     machine = updated(MachineSettings(), wanted, "machine")
     if machine.dtype != "auto":
         return devices.choose(machine)
-    if model is None:
-        if "dtype" in wanted:
-            raise ValueError("dtype auto is of a trained model, whose loss it keeps: name another")
-        return devices.choose(replace(machine, dtype="float32"))
-    folder = find_model(model)
     bits = read_bits(folder)
     if bits is not None:
         dtype = devices.dtype_of_bits(bits)

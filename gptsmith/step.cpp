@@ -1,0 +1,483 @@
+// One step of GPT-2 on a CPU: a few rows, each a token at its place in one of a cache's texts.
+//
+// Every weight is read once for up to eight rows, and used as it comes: float32, bfloat16, or
+// several small integers to a word. A row's numbers are added in the same order whatever rows stand
+// beside it and however many threads there are, so what it gets does not depend on them.
+//
+// Written in the vector types of GCC and Clang, which fit any processor; decode.py compiles it.
+//
+// Shapes:  R rows       C channels          H heads     D channels per head    S tokens so far
+//          V vocabulary  M rows of a matrix  K columns   T texts in the cache
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+extern "C" {
+
+struct Matrix {
+    const void* numbers;     // (M, K), or words (M, K / fields / lanes, lanes): see packed.py
+    const uint16_t* scales;  // (M, lanes) in bfloat16, of packed numbers
+    const float* bias;       // (M,), or null
+    int64_t rows, columns, lanes, bits;
+};
+
+struct Norm {
+    const float *weight, *bias;  // (C,), the bias or null
+};
+
+struct Layer {
+    Norm ln_1, ln_2;
+    Matrix c_attn, c_proj, c_fc, mlp_c_proj;
+};
+
+struct Model {
+    const Layer* layers;
+    Norm ln_f;
+    Matrix head;
+    int64_t n_layer, n_embd, n_head, n_inner;
+    float norm_eps;
+    int32_t tanh;  // whether GELU is the approximation by tanh
+};
+
+struct Cache {
+    void *keys, *values;  // (layers, T, capacity, H, D)
+    int64_t texts, capacity, bits;
+};
+
+struct Rows {
+    int64_t count, wanted;
+    const int64_t *text, *place;  // (R,)
+    const int64_t* logits_of;     // (wanted,), which rows
+    float* x;                     // (R, C): their embeddings, then the residual stream
+    float* logits;                // (wanted, V)
+};
+
+}  // extern "C"
+
+namespace {
+
+// -- vectors
+
+constexpr int LANES = 16;
+constexpr int TILE = 8;  // rows that one reading of a weight serves
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef uint32_t Naturals __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t Pairs __attribute__((vector_size(64)));
+
+// The first `count` numbers, and zeros.
+template <class Vector, class Number>
+inline Vector load(const Number* from, int64_t count = sizeof(Vector) / sizeof(Number)) {
+    Vector vector{};
+    if (count >= int64_t(sizeof(Vector) / sizeof(Number))) {
+        std::memcpy(&vector, from, sizeof vector);
+    } else {
+        std::memcpy(&vector, from, count * sizeof(Number));
+    }
+    return vector;
+}
+
+template <class Vector, class Number>
+inline void store(Number* to, Vector vector, int64_t count = LANES) {
+    if (count >= LANES) {
+        std::memcpy(to, &vector, LANES * sizeof(Number));
+    } else {
+        std::memcpy(to, &vector, count * sizeof(Number));
+    }
+}
+
+inline float sum(Floats v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v[0];
+}
+
+inline Floats from_bfloat16(Halves numbers) {
+    return (Floats)(__builtin_convertvector(numbers, Naturals) << 16);
+}
+
+// To the nearest, and to the even of two.
+inline Halves to_bfloat16(Floats numbers) {
+    Naturals bits = (Naturals)numbers;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+}
+
+// e to the power of each: a power of two, and a series for what is left, at most ln(2) / 2.
+inline Floats exp(Floats x) {
+    x = x < -87.f ? Floats{} - 87.f : x;
+    x = x > 88.f ? Floats{} + 88.f : x;
+    Floats whole = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: what follows is rounded away
+    Words power = (Words)whole << 23;
+    whole -= 12582912.f;
+    Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts
+    Floats series = rest * (1.f / 5040) + 1.f / 720;
+    for (float term : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
+        series = series * rest + term;
+    return (Floats)((Words)series + power);
+}
+
+// -- number formats: what a vector of a matrix holds, and how a field of it meets its inputs
+
+struct Float32 {
+    typedef float Stored, Input;
+    typedef Floats Held, Field;
+    static constexpr int BITS = 32, FIELDS = 1, WIDE = 16;  // WIDE numbers in a field
+    template <int>
+    static Field field(Held held) { return held; }
+    static Floats add(Floats total, Field field, const Input* x) {
+        return total + field * load<Floats>(x);
+    }
+    static void put(Input* to, Floats x) { store(to, x); }
+};
+
+#ifdef __AVX512BF16__
+struct Bfloat16 {  // one instruction adds the products of pairs, in float32
+    typedef uint16_t Stored, Input;
+    typedef Pairs Held, Field;
+    static constexpr int BITS = 16, FIELDS = 1, WIDE = 32;
+    template <int>
+    static Field field(Held held) { return held; }
+    static Floats add(Floats total, Field field, const Input* x) {
+        return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)field, (__m512bh)load<Pairs>(x));
+    }
+    static void put(Input* to, Floats x) { store(to, to_bfloat16(x)); }
+};
+#else
+struct Bfloat16 : Float32 {
+    typedef uint16_t Stored;
+    typedef Halves Held;
+    static constexpr int BITS = 16;
+    template <int>
+    static Field field(Held held) { return from_bfloat16(held); }
+};
+#endif
+
+// Unsigned numbers in the fields of a word. All but the highest are taken out without a shift: they
+// come 2^(BITS * FIELD) times too large, and the inputs they meet are made as much smaller.
+template <int BITS_>
+struct Packed : Float32 {
+    typedef int32_t Stored;
+    typedef Words Held;
+    static constexpr int BITS = BITS_, FIELDS = 32 / BITS;
+    template <int FIELD>
+    static Field field(Held held) {
+        if constexpr (FIELD == FIELDS - 1) {
+            return __builtin_convertvector((Words)((Naturals)held >> (32 - BITS)), Floats);
+        } else {
+            return __builtin_convertvector(held & (((1 << BITS) - 1) << (BITS * FIELD)), Floats);
+        }
+    }
+    static float factor(int field) {
+        return field == FIELDS - 1 ? 1 : std::ldexp(1.f, -BITS * field);
+    }
+};
+
+// -- products
+
+// What a matrix is multiplied by, in the order in which its numbers meet it, so that a product
+// reads it from one end to the other; zeros stand for what a vector or a tile has too few of.
+struct Inputs {
+    std::vector<float> rows;     // (R, K), as they are
+    std::vector<float> ordered;  // for each tile of rows (K / WIDE, rows, WIDE)
+    std::vector<float> offsets;  // for each (lanes / 16, rows, 16): what fields' offsets come to
+};
+
+// How many rows are multiplied at once where so many, of R in all, are left.
+inline int64_t tile_of(int64_t left, int64_t R) {
+    return R == 1 ? 1 : left > 4 ? TILE : left > 2 ? 4 : 2;
+}
+
+template <class F>
+inline int64_t vectors(const Matrix& w) {  // of fields, in a row
+    int64_t lanes = F::FIELDS == 1 ? w.columns : w.lanes;
+    return (lanes + F::WIDE - 1) / F::WIDE * (w.columns / lanes);
+}
+
+template <class F>
+void order(const Matrix& w, int64_t R, Inputs& in) {
+    typedef typename F::Input Input;
+    int64_t K = w.columns, lanes = F::FIELDS == 1 ? K : w.lanes;
+    int64_t chunks = (lanes + F::WIDE - 1) / F::WIDE;
+    int64_t padded = (R - 1) / TILE * TILE + tile_of((R - 1) % TILE + 1, R);
+    in.ordered.assign(vectors<F>(w) * padded * LANES, 0.f);
+    in.offsets.assign(F::FIELDS == 1 ? 0 : chunks * padded * LANES, 0.f);
+    for (int64_t r = 0; r < R; r++) {
+        int64_t first = r / TILE * TILE, tile = tile_of(R - first, R);
+        const float* from = in.rows.data() + r * K;
+        auto to = (Input*)(in.ordered.data() + first * vectors<F>(w) * LANES);
+        to += (r - first) * F::WIDE;
+        float* offsets = in.offsets.data() + first * chunks * LANES + (r - first) * LANES;
+        for (int64_t c = 0; c < lanes; c += F::WIDE) {
+            Floats offset{};
+            for (int64_t field = 0; field < K / lanes; field++) {
+                for (int64_t half = 0; half < F::WIDE; half += LANES) {
+                    int64_t count = std::min<int64_t>(LANES, lanes - c - half);
+                    if (count <= 0) break;
+                    Floats x = load<Floats>(from + field * lanes + c + half, count);
+                    if constexpr (F::FIELDS > 1) {
+                        offset -= x * (float)(1 << (F::BITS - 1));
+                        x *= F::factor(field % F::FIELDS);
+                    }
+                    F::put(to + half, x);
+                }
+                to += tile * F::WIDE;
+            }
+            if constexpr (F::FIELDS > 1) store(offsets + c * tile, offset);
+        }
+    }
+}
+
+// A vector of each of MS rows of a matrix meets its inputs, field by field.
+template <class F, int MS, int RS, int FIELD = 0>
+inline void meet(Floats (&total)[MS][RS], const typename F::Held (&held)[MS],
+                 const typename F::Input* x) {
+    if constexpr (FIELD < F::FIELDS) {
+        typename F::Field fields[MS];
+        for (int m = 0; m < MS; m++) fields[m] = F::template field<FIELD>(held[m]);
+        for (int r = 0; r < RS; r++)
+            for (int m = 0; m < MS; m++)
+                total[m][r] = F::add(total[m][r], fields[m], x + r * F::WIDE);
+        meet<F, MS, RS, FIELD + 1>(total, held, x + RS * F::WIDE);
+    }
+}
+
+// MS rows of a matrix, from row m, times RS inputs, from row r.
+template <class F, int MS, int RS>
+void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats (&total)[MS][RS]) {
+    typedef typename F::Stored Stored;
+    typedef typename F::Held Held;
+    int64_t lanes = F::FIELDS == 1 ? w.columns : w.lanes, parts = w.columns / F::FIELDS / lanes;
+    auto x = (const typename F::Input*)(in.ordered.data() + r * vectors<F>(w) * LANES);
+    const float* offsets = in.offsets.data() + r * ((lanes + F::WIDE - 1) / F::WIDE) * LANES;
+    const Stored* rows[MS];
+    const uint16_t* scales[MS];
+    for (int i = 0; i < MS; i++) {
+        int64_t row = std::min(m + i, w.rows - 1);  // the last again, where there are too few
+        rows[i] = (const Stored*)w.numbers + row * parts * lanes;
+        scales[i] = w.scales + row * lanes;
+    }
+    auto column = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+        Floats group[MS][RS];
+        Held held[MS];
+        for (int r = 0; r < RS; r++)
+            for (int i = 0; i < MS; i++)
+                group[i][r] = F::FIELDS == 1 ? total[i][r] : load<Floats>(offsets + r * LANES);
+        for (int64_t n = 0; n < parts; n++) {
+            for (int i = 0; i < MS; i++) {
+                const Stored* at = rows[i] + n * lanes + c;
+                __builtin_prefetch(at + MS * parts * lanes);  // the next rows, which follow
+                held[i] = load<Held>(at, count);
+            }
+            meet<F, MS, RS>(group, held, x);
+            x += F::FIELDS * RS * F::WIDE;
+        }
+        for (int i = 0; i < MS; i++) {
+            Floats scale{};
+            if (F::FIELDS > 1) scale = from_bfloat16(load<Halves>(scales[i] + c, count));
+            for (int r = 0; r < RS; r++)
+                total[i][r] = F::FIELDS == 1 ? group[i][r] : total[i][r] + group[i][r] * scale;
+        }
+        offsets += RS * LANES;
+    };
+    int64_t c = 0;
+    for (; c + F::WIDE <= lanes; c += F::WIDE) column(c, F::WIDE);
+    if (c < lanes) column(c, lanes - c);
+}
+
+template <class F, int MS, int RS>
+void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, bool add,
+            float* out) {
+    Floats total[MS][RS] = {};
+    product_of<F, MS, RS>(w, m, in, r, total);
+    for (int i = 0; i < MS && m + i < w.rows; i++)
+        for (int j = 0; j < RS && r + j < R; j++) {
+            float value = sum(total[i][j]) + (w.bias ? w.bias[m + i] : 0.f);
+            float& place = out[(r + j) * w.rows + m + i];
+            place = add ? place + value : value;
+        }
+}
+
+// inputs (R, K) times a matrix -> (R, M), or added to it; the threads share the rows of the matrix.
+template <class F>
+void product_in(const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
+    constexpr int FEW = F::FIELDS > 4 ? 1 : 2;  // as many totals as registers hold
+    order<F>(w, R, in);
+    int64_t at_once = R == 1 ? 4 : FEW;
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < w.rows; m += at_once)
+        for (int64_t r = 0; r < R; r += TILE)
+            switch (tile_of(R - r, R)) {
+                case 1: finish<F, 4, 1>(w, m, in, r, R, add, out); break;
+                case 2: finish<F, FEW, 2>(w, m, in, r, R, add, out); break;
+                case 4: finish<F, FEW, 4>(w, m, in, r, R, add, out); break;
+                case 8: finish<F, FEW, 8>(w, m, in, r, R, add, out); break;
+            }
+}
+
+void product(const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
+    switch (w.bits) {
+        case 32: return product_in<Float32>(w, in, R, add, out);
+        case 16: return product_in<Bfloat16>(w, in, R, add, out);
+        case 8: return product_in<Packed<8>>(w, in, R, add, out);
+        case 4: return product_in<Packed<4>>(w, in, R, add, out);
+    }
+}
+
+// -- what happens between products
+
+// (C,) -> (C,): to mean 0 and variance 1, times the weight.
+void normalize(const float* x, const Norm& w, int64_t C, float eps, float* out) {
+    Floats total{}, squares{};
+    for (int64_t c = 0; c < C; c += LANES) total += load<Floats>(x + c, C - c);
+    float mean = sum(total) / C;
+    for (int64_t c = 0; c < C; c += LANES) {
+        Floats difference = load<Floats>(x + c, C - c) - mean;
+        if (C - c < LANES) difference = load<Floats>((float*)&difference, C - c);
+        squares += difference * difference;
+    }
+    float factor = 1 / std::sqrt(sum(squares) / C + eps);
+    for (int64_t c = 0; c < C; c++)
+        out[c] = (x[c] - mean) * factor * w.weight[c] + (w.bias ? w.bias[c] : 0.f);
+}
+
+Floats gelu(Floats x, bool tanh) {
+    if (tanh)  // in its other form: x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3)
+        return x / (exp(x * (x * x * 0.044715f + 1.f) * -1.59576912f) + 1.f);
+    // Abramowitz and Stegun, 7.1.26: within 1.5e-7 of erf.
+    Floats z = (x < 0.f ? -x : x) * 0.70710678f, t = 1.f / (z * 0.3275911f + 1.f);
+    Floats series = t * 1.061405429f;
+    for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+        series = (series + term) * t;
+    Floats beyond = series * exp(-z * z);  // 1 - erf(z)
+    return x * .5f * (x < 0.f ? beyond : 2.f - beyond);
+}
+
+// How the cache's numbers are kept.
+struct In32 {
+    typedef float Stored;
+    static Floats get(const float* from, int64_t count) { return load<Floats>(from, count); }
+    static void put(float* to, Floats x, int64_t count) { store(to, x, count); }
+};
+
+struct In16 {
+    typedef uint16_t Stored;
+    static Floats get(const uint16_t* from, int64_t count) {
+        return from_bfloat16(load<Halves>(from, count));
+    }
+    static void put(uint16_t* to, Floats x, int64_t count) { store(to, to_bfloat16(x), count); }
+};
+
+// A head of one row: its query meets the keys so far.  (D,), (S, H, D), (S, H, D) -> (D,)
+template <class In>
+void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
+            int64_t S, int64_t C, int64_t D, std::vector<float>& p, float* out) {
+    constexpr int CHUNK = 4;  // vectors of a head that are in registers at once
+    p.resize((S + LANES - 1) / LANES * LANES);
+    float scale = 1 / std::sqrt((float)D), most = -INFINITY;
+    for (int64_t s = 0; s < S; s++) {
+        Floats dot{};
+        for (int64_t d = 0; d < D; d += LANES)
+            dot += load<Floats>(q + d, D - d) * In::get(keys + s * C + d, D - d);
+        p[s] = sum(dot) * scale;
+        most = std::max(most, p[s]);
+    }
+    Floats totals{};
+    for (int64_t s = 0; s < S; s += LANES) {
+        Floats e = exp(load<Floats>(&p[s], S - s) - most);
+        if (S - s < LANES) e = load<Floats>((float*)&e, S - s);
+        store(&p[s], e);
+        totals += e;
+    }
+    float total = sum(totals);
+    for (int64_t d = 0; d < D; d += CHUNK * LANES) {
+        Floats gathered[CHUNK] = {};
+        for (int64_t s = 0; s < S; s++)
+            for (int i = 0; i < CHUNK && d + i * LANES < D; i++) {
+                int64_t at = d + i * LANES;
+                gathered[i] += In::get(values + s * C + at, D - at) * p[s];
+            }
+        for (int i = 0; i < CHUNK && d + i * LANES < D; i++) {
+            int64_t at = d + i * LANES;
+            store(out + at, gathered[i] / total, D - at);
+        }
+    }
+}
+
+// Each row's key and value go to its place in the cache; then each gathers.  (R, 3 C) -> (R, C)
+template <class In>
+void attention(const Model& model, const Cache& cache, const Rows& rows, int64_t layer,
+               const float* qkv, std::vector<float>& p, float* out) {
+    int64_t C = model.n_embd, H = model.n_head, D = C / H;
+    auto keys = (typename In::Stored*)cache.keys, values = (typename In::Stored*)cache.values;
+    auto at = [&](int64_t row, int64_t place) {
+        return ((layer * cache.texts + rows.text[row]) * cache.capacity + place) * C;
+    };
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows.count; r++)
+        for (int64_t c = 0; c < C; c += LANES) {
+            const float* row = qkv + r * 3 * C + c;
+            In::put(keys + at(r, rows.place[r]) + c, load<Floats>(row + C, C - c), C - c);
+            In::put(values + at(r, rows.place[r]) + c, load<Floats>(row + 2 * C, C - c), C - c);
+        }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < rows.count * H; item++) {
+        int64_t r = item / H, d = item % H * D, begin = at(r, 0) + d;
+        attend<In>(qkv + r * 3 * C + d, keys + begin, values + begin, rows.place[r] + 1, C, D, p,
+                   out + r * C + d);
+    }
+}
+
+}  // namespace
+
+// All threads do what is cheap, each for itself; they share products and attention, and wait for
+// one another after each.
+extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows* the_rows,
+                     int threads) {
+    const Model& model = *the_model;
+    const Cache& cache = *the_cache;
+    const Rows& rows = *the_rows;
+    int64_t R = rows.count, C = model.n_embd, M = model.n_inner;
+    bool tanh = model.tanh;
+    auto attention_in = cache.bits == 32 ? attention<In32> : attention<In16>;
+    std::vector<float> qkv(R * 3 * C), gathered(R * C), hidden(R * M);
+#pragma omp parallel num_threads(threads)
+    {
+        Inputs in;
+        std::vector<float> p;
+        auto normalized = [&](const Norm& w, const int64_t* which, int64_t count) {
+            in.rows.resize(count * C);
+            for (int64_t i = 0; i < count; i++) {
+                const float* x = rows.x + (which ? which[i] : i) * C;
+                normalize(x, w, C, model.norm_eps, &in.rows[i * C]);
+            }
+        };
+        auto activated = [&] {
+            in.rows.resize(R * M);
+            for (int64_t i = 0; i < R * M; i += LANES)
+                store(&in.rows[i], gelu(load<Floats>(&hidden[i], R * M - i), tanh), R * M - i);
+        };
+        for (int64_t layer = 0; layer < model.n_layer; layer++) {
+            const Layer& w = model.layers[layer];
+            normalized(w.ln_1, nullptr, R);
+            product(w.c_attn, in, R, false, qkv.data());
+            attention_in(model, cache, rows, layer, qkv.data(), p, gathered.data());
+            in.rows = gathered;
+            product(w.c_proj, in, R, true, rows.x);
+            normalized(w.ln_2, nullptr, R);
+            product(w.c_fc, in, R, false, hidden.data());
+            activated();
+            product(w.mlp_c_proj, in, R, true, rows.x);
+        }
+        normalized(model.ln_f, rows.logits_of, rows.wanted);
+        product(model.head, in, rows.wanted, false, rows.logits);
+    }
+}
