@@ -177,20 +177,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """The model that a folder's `config.json` describes."""
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json` as it is; FileNotFoundError where there is none."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
+    return read_json(folder / CONFIG)
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The model that a folder's `config.json` describes."""
+    values = read_config_json(folder)
     try:
-        return GPTConfig.from_hugging_face(original_json(read_json(folder / CONFIG)))
+        return GPTConfig.from_hugging_face(original_json(values))
     except ValueError as error:
         raise type(error)(f"{folder}: {error}") from error
 
 
 def read_bits(folder: Path) -> int | None:
     """In how many bits a folder's matrices are packed; None where they are not."""
+    values = read_config_json(folder)
     try:
-        return bits_in(read_json(folder / CONFIG))
+        return bits_in(values)
     except ValueError as error:
         raise type(error)(f"{folder}: {error}") from error
 

@@ -89,10 +89,12 @@ def _scale_of_4(groups: Tensor) -> Tensor:
     """
     high, low = groups.amax(2), groups.amin(2)
     extreme = torch.where(high > -low, high, low) / -8
+    units = groups / _divisor(extreme)  # whose squares neither vanish nor overflow
     best, least = extreme.bfloat16(), torch.full_like(extreme, torch.inf)
     for factor in FACTORS:
         scale = (extreme * factor).bfloat16()
-        rest = _codes(groups, scale, 4).mul_(_divisor(scale)).sub_(groups)
+        step = scale / extreme  # the scale, of the units
+        rest = _codes(units, step, 4).mul_(_divisor(step)).sub_(units)
         error = torch.linalg.vector_norm(rest, dim=2)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(least, error)

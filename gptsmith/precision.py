@@ -84,7 +84,8 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
 def opened(stored: Stored, dtype: Dtype) -> GPT:
     """A stored model in a precision, on the CPU."""
     if bits := devices.BITS.get(dtype):
-        return checkpoint.build(packing(stored, bits))
+        activations = devices.weight_dtype(dtype, torch.device("cpu"))
+        return checkpoint.build(packing(stored, bits), dtype=activations)
     return checkpoint.build(stored, dtype=devices.DTYPES[dtype])
 
 

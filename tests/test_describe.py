@@ -204,3 +204,9 @@ def test_shapes_asked_for() -> None:
             parse_shape(wrong)
     with pytest.raises(ValueError, match="context_length"):
         list(trace(GPTConfig(**TINY), 1, 12))
+
+
+def test_a_title_longer_than_the_page_is_shown_whole() -> None:
+    title = "runs/" + "very-" * 30 + "long"
+    first = str(describe(PRESETS["gpt2"], title=title)).splitlines()[0]
+    assert first == f"{title} 124,439,808 parameters"

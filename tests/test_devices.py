@@ -54,7 +54,7 @@ def test_fp8_is_for_hopper_and_for_training(monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(ValueError, match="needs a Hopper GPU"):
                 devices.find_dtype("fp8", device)
     with pytest.raises(ValueError, match="for training: take bf16"):
-        devices.weight_dtype("fp8")
+        devices.weight_dtype("fp8", device)
 
 
 def test_float8_products_are_near_and_the_weights_the_same(
@@ -86,3 +86,12 @@ def test_float8_products_are_near_and_the_weights_the_same(
     assert rounded_loss == pytest.approx(loss, rel=2e-3)
     # Four significant bits: some percent, and not nothing.
     assert 0.005 < (rounded - exact).norm() / exact.norm() < 0.15
+
+
+def test_packed_weights_take_the_activations_that_are_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    cpu = torch.device("cpu")
+    assert devices.weight_dtype("int4", cpu) == devices.DTYPES[devices.find_dtype("auto", cpu)]
+    assert devices.weight_dtype("int8", torch.device("cuda")) == torch.bfloat16

@@ -194,7 +194,7 @@ def _heading(title: str, config: GPTConfig) -> list[str]:
 
 def _flush(line: str, figure: str) -> str:
     """A line whose figure ends at the right edge of the page."""
-    return f"{line}{figure:>{WIDTH - len(line)}}"
+    return f"{line} {figure:>{max(0, WIDTH - len(line) - 1)}}"
 
 
 def _tensors(config: GPTConfig) -> list[str]:
