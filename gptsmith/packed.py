@@ -152,6 +152,8 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer whose weight is unpacked for each product.  (..., C) -> (..., M)"""
 
+    unpack = staticmethod(unpack)  # how it is done, not what: see decode.py
+
     def __init__(
         self, words: Tensor, scales: Tensor, bits: int, bias: nn.Parameter | None = None
     ) -> None:
@@ -161,7 +163,8 @@ class PackedLinear(_Packed):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, unpack(self.words, self.scales, self.bits, x.dtype), self.bias)
+        weight = self.unpack(self.words, self.scales, self.bits, x.dtype)
+        return F.linear(x, weight, self.bias)
 
 
 class PackedEmbedding(_Packed):

@@ -185,6 +185,22 @@ struct Packed : Float32 {
     }
 };
 
+// -- numbers as they are kept elsewhere, in a cache or for a product of PyTorch's
+
+struct In32 {
+    typedef float Stored;
+    static Floats get(const float* from, int64_t count) { return load<Floats>(from, count); }
+    static void put(float* to, Floats x, int64_t count) { store(to, x, count); }
+};
+
+struct In16 {
+    typedef uint16_t Stored;
+    static Floats get(const uint16_t* from, int64_t count) {
+        return from_bfloat16(load<Halves>(from, count));
+    }
+    static void put(uint16_t* to, Floats x, int64_t count) { store(to, to_bfloat16(x), count); }
+};
+
 // -- threads
 
 // A thread among those of a step. They take turns at pieces of a piece of work, since on a shared
@@ -399,21 +415,6 @@ Floats gelu(Floats x, bool tanh) {
     return x * .5f * (x < 0.f ? beyond : 2.f - beyond);
 }
 
-// How the cache's numbers are kept.
-struct In32 {
-    typedef float Stored;
-    static Floats get(const float* from, int64_t count) { return load<Floats>(from, count); }
-    static void put(float* to, Floats x, int64_t count) { store(to, x, count); }
-};
-
-struct In16 {
-    typedef uint16_t Stored;
-    static Floats get(const uint16_t* from, int64_t count) {
-        return from_bfloat16(load<Halves>(from, count));
-    }
-    static void put(uint16_t* to, Floats x, int64_t count) { store(to, to_bfloat16(x), count); }
-};
-
 // A head of one row: its query meets the keys so far.  (D,), (S, H, D), (S, H, D) -> (D,)
 template <class In>
 void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
@@ -519,4 +520,32 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
         normalized(model.ln_f, rows.logits_of, rows.wanted);
         product(thread, model.head, in, rows.wanted, false, rows.logits);
     }
+}
+
+// A packed matrix as numbers, rounded once.  -> (M, K)
+template <class F, class Out>
+void unpack_to(const Matrix& w, typename Out::Stored* to, int threads) {
+    int64_t K = w.columns, lanes = w.lanes;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < w.rows; m++) {
+        auto words = (const int32_t*)w.numbers + m * K / F::FIELDS;
+        for (int64_t c = 0; c < lanes; c += LANES) {
+            Floats scale = from_bfloat16(load<Halves>(w.scales + m * lanes + c, lanes - c));
+            for (int64_t at = 0; at < K; at += lanes * F::FIELDS) {
+                Naturals held = load<Naturals>(words + at / F::FIELDS + c, lanes - c);
+                for (int64_t field = 0; field < F::FIELDS; field++, held >>= F::BITS) {
+                    Words number = (Words)(held & ((1u << F::BITS) - 1)) - (1 << (F::BITS - 1));
+                    Floats value = __builtin_convertvector(number, Floats) * scale;
+                    Out::put(to + m * K + at + field * lanes + c, value, lanes - c);
+                }
+            }
+        }
+    }
+}
+
+extern "C" void unpack(const Matrix* w, void* to, int64_t bits, int threads) {
+    if (w->bits == 8 && bits == 32) unpack_to<Packed<8>, In32>(*w, (float*)to, threads);
+    if (w->bits == 8 && bits == 16) unpack_to<Packed<8>, In16>(*w, (uint16_t*)to, threads);
+    if (w->bits == 4 && bits == 32) unpack_to<Packed<4>, In32>(*w, (float*)to, threads);
+    if (w->bits == 4 && bits == 16) unpack_to<Packed<4>, In16>(*w, (uint16_t*)to, threads);
 }

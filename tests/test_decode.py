@@ -116,6 +116,23 @@ def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> No
     assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", PACKABLE)
+def test_many_rows_of_packed_weights_are_unpacked_quickly(form: str, bits: int) -> None:
+    """To the same numbers as packed.py's."""
+    model, _ = opened(form, bits=bits)
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(linears) == 4 * model.config.n_layer + 1
+    for linear in linears:
+        for dtype in (torch.float32, torch.bfloat16):
+            how = (linear.words, linear.scales, linear.bits, dtype)
+            assert torch.equal(linear.unpack(*how), unpack(*how))
+    text = some_text(2)
+    with torch.inference_mode():
+        found, expected = model(text).logits, exactly(model)(text).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     model, decoder = opened(form)
