@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptsmith import GPTConfig, generate_greedy, load, save
+from gptsmith import GPTConfig, generate_greedy, load, save, turns
 from gptsmith.bench import fitting, fresh_model, generation_figures, random_prompt, varied_model
 from gptsmith.cli import main
 from gptsmith.comparison import (
@@ -310,6 +310,31 @@ def test_transformers_is_timed_for_what_it_would_say(folder: Path, compiled: boo
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     assert found["tokens"] == tokens[:, 4:].tolist()
     assert all(found[name] > 0 for name in FIGURES)
+
+
+def test_what_transformers_does_not_have_is_said(
+    folder: Path, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process is started: whoever is asked answers at once."""
+    figures = dict.fromkeys(FIGURES, 2.0) | {"device": "cpu", "threads": 1, "parameters": 5}
+
+    def answered(*words: str, **more: Any) -> str:
+        if words[:2] == ("-m", "gptsmith.peers"):
+            asked = json.loads(words[2])
+            assert asked["dtype"] == "bf16"
+            Path(asked["answer"]).write_text(json.dumps(figures | {"tokens": [[1, 2]]}))
+        return json.dumps(figures | {"tokens": [[1, 3]]})
+
+    monkeypatch.setattr(turns, "python", answered)
+    words = "--dtype bf16,int8 --against transformers --rounds 2 --rows 1".split()
+    status, out, err = bench("generate", folder, *words)
+    assert status == 0, err
+    assert err.splitlines()[0] == "note: transformers not measured in int8"
+    theirs = [line for line in out.splitlines() if " transformers " in line]
+    assert len(theirs) == 4
+    assert all(line.startswith("bf16 ") for line in theirs)
+    assert all(line.endswith("1.00   differ from token 2") for line in theirs)
+    assert sum(line.startswith("int8 ") for line in out.splitlines()) == 4
 
 
 # -- what is refused
