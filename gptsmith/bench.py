@@ -197,7 +197,7 @@ def varied_model(config: GPTConfig) -> GPT:
     with torch.no_grad():
         for parameter in model.h.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(10)
+                parameter.mul_(4)
     return model
 
 

@@ -124,7 +124,7 @@ def test_the_model_for_comparisons_does_not_repeat_itself() -> None:
         return generate_greedy(model.eval(), random_prompt(257, 1, 16), 32)[:, 16:].unique().numel()
 
     assert different(fresh_model(config)) < 4
-    assert different(varied_model(config)) > 12
+    assert different(varied_model(config)) > 5
 
 
 # -- in turn
