@@ -13,6 +13,7 @@ import hashlib
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ from .packed import PackedLinear
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
 
-# More rows than these are multiplied faster by PyTorch.
-MOST_ROWS = 16
+# More rows than these are multiplied faster by PyTorch, which has to unpack packed weights first.
+MOST_ROWS, MOST_ROWS_PACKED = 64, 192
 
 
 class Matrix(Structure):
@@ -85,7 +86,11 @@ class Rows(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("count", "wanted")),
-        *((name, c_void_p) for name in ("text", "place", "logits_of", "x", "logits")),
+        ("text", POINTER(c_int64)),
+        ("place", c_void_p),
+        ("logits_of", POINTER(c_int64)),
+        ("x", c_void_p),
+        ("logits", c_void_p),
     )
 
 
@@ -164,7 +169,8 @@ class CompiledDecoder:
 
     def takes(self, unread: Tensor) -> bool:
         """Whether tokens (B, T) are few enough."""
-        return unread.numel() <= MOST_ROWS
+        packed = isinstance(self.model.lm_head, PackedLinear)
+        return unread.numel() <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
 
     @torch.inference_mode()
     def next_logits(self, unread: Tensor, cache: KVCache, places: int) -> Tensor:
@@ -174,19 +180,35 @@ class CompiledDecoder:
         """
         (B, T), model = unread.shape, self.model
         cache.check_room(B, T)
-        text = torch.arange(B).repeat_interleave(T)  # (R,)
-        place = cache.positions(T).reshape(-1)
-        wanted = torch.arange(B * T).view(B, T)[:, -places:].reshape(-1).contiguous()
-        x = (model.wte(unread.reshape(-1)) + model.wpe(place)).float().contiguous()  # (R, C)
-        logits = torch.empty(len(wanted), model.config.vocab_size)
-        addresses = (part.data_ptr() for part in (text, place, wanted, x, logits))
-        rows = Rows(B * T, len(wanted), *addresses)
-        keys, values, bits = cache.keys, cache.values, cache.keys.element_size() * 8
-        held = Cache(keys.data_ptr(), values.data_ptr(), keys.shape[1], cache.capacity, bits)
+        place = cache.positions(T)  # (B, T)
+        x = (model.wte(unread) + model.wpe(place)).float().contiguous()  # (B, T, C)
+        logits = torch.empty(B, places, model.config.vocab_size)
+        rows = Rows(
+            count=B * T,
+            wanted=B * places,
+            text=numbers(row for row in range(B) for _ in range(T)),
+            place=place.contiguous().data_ptr(),
+            logits_of=numbers(row * T + T - places + i for row in range(B) for i in range(places)),
+            x=x.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        held = Cache(
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            texts=B,
+            capacity=cache.capacity,
+            bits=cache.keys.element_size() * 8,
+        )
         pointers = (ctypes.byref(part) for part in (self.described, held, rows))
         self.library.step(*pointers, c_int(torch.get_num_threads()))
         cache.advance(T)
-        return logits.view(B, places, -1)
+        return logits
+
+
+def numbers(values: Iterable[int]) -> ctypes.Array[c_int64]:
+    """Whole numbers as step.cpp takes them."""
+    listed = list(values)
+    return (c_int64 * len(listed))(*listed)
 
 
 Decoder = CompiledDecoder | GraphDecoder

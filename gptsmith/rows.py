@@ -98,9 +98,13 @@ class Rows:
 
     def append(self, chosen: Tensor) -> None:
         """Add a token to each text.  (B,)"""
-        text = torch.cat([self.text, self.text[:, :1]], dim=1)
-        ends = torch.tensor(self.lengths, device=text.device).unsqueeze(1)  # (B, 1)
-        self.text = text.scatter(1, ends, chosen.unsqueeze(1))
+        new = chosen.unsqueeze(1)  # (B, 1)
+        if min(self.lengths) == self.text.shape[1]:  # nothing is filled up
+            self.text = torch.cat([self.text, new], dim=1)
+        else:
+            ends = torch.tensor(self.lengths, device=new.device).unsqueeze(1)  # (B, 1)
+            text = torch.cat([self.text, self.text[:, :1]], dim=1)
+            self.text = text.scatter(1, ends, new)
         self.lengths = [length + 1 for length in self.lengths]
 
     def settle(self) -> None:

@@ -82,10 +82,11 @@ def next_token(
     means the same on every device, and a row does not depend on its neighbours.
     """
     logits = filtered(logits, seen, settings)
-    if not logits.amax(dim=-1).isfinite().all():  # a NaN anywhere makes the largest NaN
+    likeliest = logits.argmax(dim=-1, keepdim=True)  # (B, 1); a NaN anywhere counts as the largest
+    if not logits.gather(-1, likeliest).isfinite().all():
         raise NotFiniteError("the model's logits are not finite: its weights have diverged")
     if settings.temperature == 0:
-        return logits.argmax(dim=-1)
+        return likeliest.squeeze(-1)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
     draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     height = draws.to(logits.device).unsqueeze(-1) * cumulative[:, -1:]  # (B, 1)

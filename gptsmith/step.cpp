@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -69,7 +69,8 @@ namespace {
 // -- vectors
 
 constexpr int LANES = 16;
-constexpr int TILE = 8;  // rows that one reading of a weight serves
+constexpr int TILE = 8;              // rows that one reading of a weight serves
+constexpr int64_t AHEAD = 16 << 10;  // bytes: weights are asked for before they are read
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
 typedef uint32_t Naturals __attribute__((vector_size(64)));
@@ -105,6 +106,32 @@ inline float sum(Floats v) {
     return v[0];
 }
 
+// The sums of up to 16 vectors, each added in the order of `sum`.
+template <int COUNT>
+inline Floats sums(const Floats (&given)[COUNT]) {
+    Floats v[16] = {};
+    for (int i = 0; i < COUNT; i++) v[i] = given[i];
+    for (int i = 0; i < 8; i++)  // two vectors of 16 become one of two halves, and so on
+        v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18,
+                                       19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24,
+                                       25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18,
+                                       19, 24, 25, 26, 27) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21,
+                                       22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20,
+                                       21, 24, 25, 28, 29) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19,
+                                       22, 23, 26, 27, 30, 31);
+    return __builtin_shufflevector(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+                                   28, 30) +
+           __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                   29, 31);
+}
+
 inline Floats from_bfloat16(Halves numbers) {
     return (Floats)(__builtin_convertvector(numbers, Naturals) << 16);
 }
@@ -129,29 +156,28 @@ inline Floats exp(Floats x) {
     return (Floats)((Words)series + power);
 }
 
-// -- number formats: what a vector of a matrix holds, and how a field of it meets its inputs
+// -- number formats: what a vector of a matrix holds, and how each field of it meets its inputs
 
 struct Float32 {
     typedef float Stored, Input;
-    typedef Floats Held, Field;
-    static constexpr int BITS = 32, FIELDS = 1, WIDE = 16;  // WIDE numbers in a field
+    typedef Floats Held, Field, Sum;
+    static constexpr int FIELDS = 1, WIDE = 16;  // WIDE numbers in a vector
+    static constexpr bool PACKED = false;
     template <int>
     static Field field(Held held) { return held; }
-    static Floats add(Floats total, Field field, const Input* x) {
-        return total + field * load<Floats>(x);
-    }
+    static Sum add(Sum sum, Field field, const Input* x) { return sum + field * load<Floats>(x); }
     static void put(Input* to, Floats x) { store(to, x); }
 };
 
 #ifdef __AVX512BF16__
-struct Bfloat16 {  // one instruction adds the products of pairs, in float32
+struct Bfloat16 : Float32 {  // one instruction adds the products of pairs, in float32
     typedef uint16_t Stored, Input;
     typedef Pairs Held, Field;
-    static constexpr int BITS = 16, FIELDS = 1, WIDE = 32;
+    static constexpr int WIDE = 32;
     template <int>
     static Field field(Held held) { return held; }
-    static Floats add(Floats total, Field field, const Input* x) {
-        return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)field, (__m512bh)load<Pairs>(x));
+    static Sum add(Sum sum, Field field, const Input* x) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)field, (__m512bh)load<Pairs>(x));
     }
     static void put(Input* to, Floats x) { store(to, to_bfloat16(x)); }
 };
@@ -159,29 +185,33 @@ struct Bfloat16 {  // one instruction adds the products of pairs, in float32
 struct Bfloat16 : Float32 {
     typedef uint16_t Stored;
     typedef Halves Held;
-    static constexpr int BITS = 16;
     template <int>
     static Field field(Held held) { return from_bfloat16(held); }
 };
 #endif
 
-// Unsigned numbers in the fields of a word. All but the highest are taken out without a shift: they
-// come 2^(BITS * FIELD) times too large, and the inputs they meet are made as much smaller.
-template <int BITS_>
-struct Packed : Float32 {
+// Unsigned numbers of 8 or 4 bits, several to a word. A field is a pair of them, from the two
+// halves of each word, and meets a pair of inputs of 16 bits; sums are exact in 32 bits.
+template <int BITS>
+struct Packed {
     typedef int32_t Stored;
-    typedef Words Held;
-    static constexpr int BITS = BITS_, FIELDS = 32 / BITS;
+    typedef int16_t Input;
+    typedef Words Held, Field, Sum;
+    static constexpr int FIELDS = 16 / BITS, WIDE = 32;
+    static constexpr int OFFSET = 1 << (BITS - 1);
+    static constexpr bool PACKED = true;
     template <int FIELD>
     static Field field(Held held) {
-        if constexpr (FIELD == FIELDS - 1) {
-            return __builtin_convertvector((Words)((Naturals)held >> (32 - BITS)), Floats);
-        } else {
-            return __builtin_convertvector(held & (((1 << BITS) - 1) << (BITS * FIELD)), Floats);
-        }
+        Pairs shifted = (Pairs)held >> (BITS * FIELD);
+        return (Field)(FIELD < FIELDS - 1 ? shifted & (uint16_t)((1 << BITS) - 1) : shifted);
     }
-    static float factor(int field) {
-        return field == FIELDS - 1 ? 1 : std::ldexp(1.f, -BITS * field);
+    static Sum add(Sum sum, Field field, const Input* inputs) {
+        Words x = load<Words>(inputs);
+#ifdef __AVX512VNNI__
+        return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)field, (__m512i)x);
+#else
+        return sum + (field & 0xffff) * (x << 16 >> 16) + (field >> 16) * (x >> 16);
+#endif
     }
 };
 
@@ -240,8 +270,9 @@ class Thread {
 // reads it from one end to the other; zeros stand for what a vector or a tile has too few of.
 struct Inputs {
     std::vector<float> rows;     // (R, K), as they are
-    std::vector<float> ordered;  // for each tile of rows (K / WIDE, rows, WIDE)
-    std::vector<float> offsets;  // for each (lanes / 16, rows, 16): what fields' offsets come to
+    std::vector<float> ordered;  // for each tile, (vectors of a row of the matrix, rows, 64 bytes)
+    std::vector<float> offsets;  // for each tile, (lanes / 16, rows, 16): what OFFSET comes to
+    std::vector<float> scales;   // (R,), of inputs of 16 bits
 };
 
 // How many rows are multiplied at once where so many, of R in all, are left.
@@ -249,101 +280,132 @@ inline int64_t tile_of(int64_t left, int64_t R) {
     return R == 1 ? 1 : left > 4 ? TILE : left > 2 ? 4 : 2;
 }
 
+inline int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+// Vectors of inputs that a row of the matrix meets.
 template <class F>
-inline int64_t vectors(const Matrix& w) {  // of fields, in a row
-    int64_t lanes = F::FIELDS == 1 ? w.columns : w.lanes;
-    return (lanes + F::WIDE - 1) / F::WIDE * (w.columns / lanes);
+inline int64_t vectors(const Matrix& w) {
+    if (!F::PACKED) return divided(w.columns, F::WIDE);
+    return divided(w.lanes, LANES) * (w.columns / w.lanes / 2);
+}
+
+// A row's inputs, every `stride`th vector from `to`.
+template <class F>
+void order_row(const Matrix& w, const float* from, float* to, int64_t stride) {
+    for (int64_t k = 0; k < w.columns; k += F::WIDE, to += stride * LANES)
+        for (int64_t half = 0; half < F::WIDE && k + half < w.columns; half += LANES)
+            F::put((typename F::Input*)to + half,
+                   load<Floats>(from + k + half, w.columns - k - half));
+}
+
+// The same in 16 bits, of which the largest is 32767; pairs, and what their offsets come to.
+template <class F>
+float order_packed(const Matrix& w, const float* from, float* to, float* offsets, int64_t stride) {
+    constexpr int64_t PAIRS = F::FIELDS;  // in a word
+    Floats most{};
+    for (int64_t k = 0; k < w.columns; k += LANES) {
+        Floats x = load<Floats>(from + k, w.columns - k), size = x < 0.f ? -x : x;
+        most = size > most ? size : most;
+    }
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
+    float factor = largest > 0 ? 32767 / largest : 0;
+    for (int64_t c = 0; c < w.lanes; c += LANES, offsets += stride * LANES) {
+        Words offset{};
+        auto rounded = [&](int64_t field) {
+            Floats x = load<Floats>(from + field * w.lanes + c, w.lanes - c) * factor;
+            return __builtin_convertvector(x + (x < 0.f ? Floats{} - .5f : Floats{} + .5f), Words);
+        };
+        for (int64_t word = 0; word < w.columns / w.lanes; word += 2 * PAIRS)
+            for (int64_t field = 0; field < PAIRS; field++, to += stride * LANES) {
+                Words low = rounded(word + field), high = rounded(word + field + PAIRS);
+                store(to, (Floats)((low & 0xffff) | high << 16));
+                offset -= (low + high) * F::OFFSET;
+            }
+        store(offsets, (Floats)offset);
+    }
+    return largest / 32767;
 }
 
 template <class F>
 void order(const Matrix& w, int64_t R, Inputs& in) {
-    typedef typename F::Input Input;
-    int64_t K = w.columns, lanes = F::FIELDS == 1 ? K : w.lanes;
-    int64_t chunks = (lanes + F::WIDE - 1) / F::WIDE;
     int64_t padded = (R - 1) / TILE * TILE + tile_of((R - 1) % TILE + 1, R);
-    in.ordered.assign(vectors<F>(w) * padded * LANES, 0.f);
-    in.offsets.assign(F::FIELDS == 1 ? 0 : chunks * padded * LANES, 0.f);
+    int64_t across = vectors<F>(w), chunks = F::PACKED ? divided(w.lanes, LANES) : 0;
+    in.ordered.assign(across * padded * LANES, 0.f);
+    in.offsets.assign(chunks * padded * LANES, 0.f);
+    in.scales.assign(R, 1.f);
     for (int64_t r = 0; r < R; r++) {
         int64_t first = r / TILE * TILE, tile = tile_of(R - first, R);
-        const float* from = in.rows.data() + r * K;
-        auto to = (Input*)(in.ordered.data() + first * vectors<F>(w) * LANES);
-        to += (r - first) * F::WIDE;
-        float* offsets = in.offsets.data() + first * chunks * LANES + (r - first) * LANES;
-        for (int64_t c = 0; c < lanes; c += F::WIDE) {
-            Floats offset{};
-            for (int64_t field = 0; field < K / lanes; field++) {
-                for (int64_t half = 0; half < F::WIDE; half += LANES) {
-                    int64_t count = std::min<int64_t>(LANES, lanes - c - half);
-                    if (count <= 0) break;
-                    Floats x = load<Floats>(from + field * lanes + c + half, count);
-                    if constexpr (F::FIELDS > 1) {
-                        offset -= x * (float)(1 << (F::BITS - 1));
-                        x *= F::factor(field % F::FIELDS);
-                    }
-                    F::put(to + half, x);
-                }
-                to += tile * F::WIDE;
-            }
-            if constexpr (F::FIELDS > 1) store(offsets + c * tile, offset);
+        const float* from = &in.rows[r * w.columns];
+        float* to = &in.ordered[(first * across + r - first) * LANES];
+        if constexpr (F::PACKED) {
+            float* offsets = &in.offsets[(first * chunks + r - first) * LANES];
+            in.scales[r] = order_packed<F>(w, from, to, offsets, tile);
+        } else {
+            order_row<F>(w, from, to, tile);
         }
     }
 }
 
 // A vector of each of MS rows of a matrix meets its inputs, field by field.
 template <class F, int MS, int RS, int FIELD = 0>
-inline void meet(Floats (&total)[MS][RS], const typename F::Held (&held)[MS],
-                 const typename F::Input* x) {
+inline void meet(typename F::Sum (&sums)[MS][RS], const typename F::Held (&held)[MS],
+                 const float* x) {
     if constexpr (FIELD < F::FIELDS) {
         typename F::Field fields[MS];
         for (int m = 0; m < MS; m++) fields[m] = F::template field<FIELD>(held[m]);
         for (int r = 0; r < RS; r++)
             for (int m = 0; m < MS; m++)
-                total[m][r] = F::add(total[m][r], fields[m], x + r * F::WIDE);
-        meet<F, MS, RS, FIELD + 1>(total, held, x + RS * F::WIDE);
+                sums[m][r] = F::add(sums[m][r], fields[m],
+                                    (const typename F::Input*)(x + r * LANES));
+        meet<F, MS, RS, FIELD + 1>(sums, held, x + RS * LANES);
     }
 }
 
 // MS rows of a matrix, from row m, times RS inputs, from row r.
 template <class F, int MS, int RS>
 void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats (&total)[MS][RS]) {
-    typedef typename F::Stored Stored;
     typedef typename F::Held Held;
-    int64_t lanes = F::FIELDS == 1 ? w.columns : w.lanes, parts = w.columns / F::FIELDS / lanes;
-    auto x = (const typename F::Input*)(in.ordered.data() + r * vectors<F>(w) * LANES);
-    const float* offsets = in.offsets.data() + r * ((lanes + F::WIDE - 1) / F::WIDE) * LANES;
-    const Stored* rows[MS];
+    constexpr int64_t WIDE = F::PACKED ? LANES : F::WIDE;
+    int64_t lanes = F::PACKED ? w.lanes : w.columns;
+    int64_t parts = F::PACKED ? w.columns / lanes / 2 / F::FIELDS : 1;
+    const float* x = &in.ordered[r * vectors<F>(w) * LANES];
+    const float* offsets = F::PACKED ? &in.offsets[r * divided(lanes, LANES) * LANES] : nullptr;
+    const typename F::Stored* rows[MS];
     const uint16_t* scales[MS];
     for (int i = 0; i < MS; i++) {
         int64_t row = std::min(m + i, w.rows - 1);  // the last again, where there are too few
-        rows[i] = (const Stored*)w.numbers + row * parts * lanes;
+        rows[i] = (const typename F::Stored*)w.numbers + row * parts * lanes;
         scales[i] = w.scales + row * lanes;
     }
-    auto column = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-        Floats group[MS][RS];
+    auto meet_part = [&](typename F::Sum(&sums)[MS][RS], int64_t at, int64_t count)
+                         __attribute__((always_inline)) {
         Held held[MS];
-        for (int r = 0; r < RS; r++)
-            for (int i = 0; i < MS; i++)
-                group[i][r] = F::FIELDS == 1 ? total[i][r] : load<Floats>(offsets + r * LANES);
-        for (int64_t n = 0; n < parts; n++) {
-            for (int i = 0; i < MS; i++) {
-                const Stored* at = rows[i] + n * lanes + c;
-                __builtin_prefetch(at + MS * parts * lanes);  // the next rows, which follow
-                held[i] = load<Held>(at, count);
-            }
-            meet<F, MS, RS>(group, held, x);
-            x += F::FIELDS * RS * F::WIDE;
-        }
         for (int i = 0; i < MS; i++) {
-            Floats scale{};
-            if (F::FIELDS > 1) scale = from_bfloat16(load<Halves>(scales[i] + c, count));
-            for (int r = 0; r < RS; r++)
-                total[i][r] = F::FIELDS == 1 ? group[i][r] : total[i][r] + group[i][r] * scale;
+            __builtin_prefetch((const char*)(rows[i] + at) + AHEAD, 0, 2);
+            held[i] = load<Held>(rows[i] + at, count);
         }
-        offsets += RS * LANES;
+        meet<F, MS, RS>(sums, held, x);
+        x += F::FIELDS * RS * LANES;
+    };
+    auto columns = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+        if constexpr (!F::PACKED) {
+            meet_part(total, c, count);
+        } else {
+            Words sums[MS][RS];
+            for (int r = 0; r < RS; r++, offsets += LANES)
+                for (int i = 0; i < MS; i++) sums[i][r] = (Words)load<Floats>(offsets);
+            for (int64_t n = 0; n < parts; n++) meet_part(sums, n * lanes + c, count);
+            for (int i = 0; i < MS; i++) {
+                Floats scale = from_bfloat16(load<Halves>(scales[i] + c, count));
+                for (int r = 0; r < RS; r++)
+                    total[i][r] += __builtin_convertvector(sums[i][r], Floats) * scale;
+            }
+        }
     };
     int64_t c = 0;
-    for (; c + F::WIDE <= lanes; c += F::WIDE) column(c, F::WIDE);
-    if (c < lanes) column(c, lanes - c);
+    for (; c + WIDE <= lanes; c += WIDE) columns(c, WIDE);
+    if (c < lanes) columns(c, lanes - c);
 }
 
 template <class F, int MS, int RS>
@@ -351,9 +413,12 @@ void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, 
             float* out) {
     Floats total[MS][RS] = {};
     product_of<F, MS, RS>(w, m, in, r, total);
+    Floats summed = sums<MS * RS>(*(Floats(*)[MS * RS])total);
     for (int i = 0; i < MS && m + i < w.rows; i++)
         for (int j = 0; j < RS && r + j < R; j++) {
-            float value = sum(total[i][j]) + (w.bias ? w.bias[m + i] : 0.f);
+            // Said to be one rounding, or compilers may differ from tile to tile.
+            float bias = w.bias ? w.bias[m + i] : 0.f;
+            float value = std::fma(summed[i * RS + j], in.scales[r + j], bias);
             float& place = out[(r + j) * w.rows + m + i];
             place = add ? place + value : value;
         }
@@ -362,7 +427,7 @@ void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, 
 // inputs (R, K) times a matrix -> (R, M), or added to it; the threads share the rows of the matrix.
 template <class F>
 void product_in(Thread& thread, const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
-    constexpr int FEW = F::FIELDS > 4 ? 1 : 2;  // as many totals as registers hold
+    constexpr int FEW = 2;  // as many sums as registers hold
     order<F>(w, R, in);
     int64_t at_once = R == 1 ? 4 : FEW;
     thread.share((w.rows + at_once - 1) / at_once, [&](int64_t item) {
@@ -424,8 +489,11 @@ void attend(const float* q, const typename In::Stored* keys, const typename In::
     float scale = 1 / std::sqrt((float)D), most = -INFINITY;
     for (int64_t s = 0; s < S; s++) {
         Floats dot{};
-        for (int64_t d = 0; d < D; d += LANES)
+        for (int64_t d = 0; d < D; d += LANES) {
+            __builtin_prefetch(keys + (s + 16) * C + d);
+            __builtin_prefetch(values + s * C + d);
             dot += load<Floats>(q + d, D - d) * In::get(keys + s * C + d, D - d);
+        }
         p[s] = sum(dot) * scale;
         most = std::max(most, p[s]);
     }
@@ -523,18 +591,19 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
 }
 
 // A packed matrix as numbers, rounded once.  -> (M, K)
-template <class F, class Out>
+template <int BITS, class Out>
 void unpack_to(const Matrix& w, typename Out::Stored* to, int threads) {
+    constexpr int64_t FIELDS = 32 / BITS;
     int64_t K = w.columns, lanes = w.lanes;
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = 0; m < w.rows; m++) {
-        auto words = (const int32_t*)w.numbers + m * K / F::FIELDS;
+        auto words = (const int32_t*)w.numbers + m * K / FIELDS;
         for (int64_t c = 0; c < lanes; c += LANES) {
             Floats scale = from_bfloat16(load<Halves>(w.scales + m * lanes + c, lanes - c));
-            for (int64_t at = 0; at < K; at += lanes * F::FIELDS) {
-                Naturals held = load<Naturals>(words + at / F::FIELDS + c, lanes - c);
-                for (int64_t field = 0; field < F::FIELDS; field++, held >>= F::BITS) {
-                    Words number = (Words)(held & ((1u << F::BITS) - 1)) - (1 << (F::BITS - 1));
+            for (int64_t at = 0; at < K; at += lanes * FIELDS) {
+                Naturals held = load<Naturals>(words + at / FIELDS + c, lanes - c);
+                for (int64_t field = 0; field < FIELDS; field++, held >>= BITS) {
+                    Words number = (Words)(held & ((1u << BITS) - 1)) - Packed<BITS>::OFFSET;
                     Floats value = __builtin_convertvector(number, Floats) * scale;
                     Out::put(to + m * K + at + field * lanes + c, value, lanes - c);
                 }
@@ -544,8 +613,8 @@ void unpack_to(const Matrix& w, typename Out::Stored* to, int threads) {
 }
 
 extern "C" void unpack(const Matrix* w, void* to, int64_t bits, int threads) {
-    if (w->bits == 8 && bits == 32) unpack_to<Packed<8>, In32>(*w, (float*)to, threads);
-    if (w->bits == 8 && bits == 16) unpack_to<Packed<8>, In16>(*w, (uint16_t*)to, threads);
-    if (w->bits == 4 && bits == 32) unpack_to<Packed<4>, In32>(*w, (float*)to, threads);
-    if (w->bits == 4 && bits == 16) unpack_to<Packed<4>, In16>(*w, (uint16_t*)to, threads);
+    if (w->bits == 8 && bits == 32) unpack_to<8, In32>(*w, (float*)to, threads);
+    if (w->bits == 8 && bits == 16) unpack_to<8, In16>(*w, (uint16_t*)to, threads);
+    if (w->bits == 4 && bits == 32) unpack_to<4, In32>(*w, (float*)to, threads);
+    if (w->bits == 4 && bits == 16) unpack_to<4, In16>(*w, (uint16_t*)to, threads);
 }

@@ -111,7 +111,11 @@ def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> No
     with torch.inference_mode():
         expected = exactly(model)(text).logits
     for parts in ([1] * 40, [5, 1, 2, 4] + [1] * 28):
-        assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
+        found = read(decoder, text, parts)
+        # Inputs of these products have 16 bits.
+        assert (found - expected).abs().max() < 5e-4 * expected.std()
+        p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
+        assert (p.exp() * (p - q)).sum(-1).mean() < 1e-7
     wanted = [t.tolist() for t in generate(exactly(model), text[:, :3], 45)]
     assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
 
