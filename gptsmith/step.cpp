@@ -302,11 +302,13 @@ void order_row(const Matrix& w, const float* from, float* to, int64_t stride) {
 template <class F>
 float order_packed(const Matrix& w, const float* from, float* to, float* offsets, int64_t stride) {
     constexpr int64_t PAIRS = F::FIELDS;  // in a word
-    Floats most{};
+    Floats most{}, nothing{};
     for (int64_t k = 0; k < w.columns; k += LANES) {
         Floats x = load<Floats>(from + k, w.columns - k), size = x < 0.f ? -x : x;
         most = size > most ? size : most;
+        nothing += x * 0.f;
     }
+    if (sum(nothing) != 0) return NAN;  // whole numbers cannot say that one is infinite, or is none
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
     float factor = largest > 0 ? 32767 / largest : 0;

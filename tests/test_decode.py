@@ -197,6 +197,16 @@ def test_a_processor_without_bfloat16_products(
         assert (found - expected).abs().max() < most * expected.std()
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_numbers_that_are_none_are_not_hidden(bits: int | None) -> None:
+    model, decoder = opened("wide", bits=bits)
+    for broken in (torch.nan, torch.inf):
+        with torch.no_grad():
+            model.h[1].ln_2.weight[5] = broken
+        spoilt = CompiledDecoder(model, decoder.library)
+        assert not read(spoilt, some_text(1, 2), [2]).isfinite().any()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, decoder = opened("gpt2")
     cache = KVCache(model.config, 1, capacity=3)
