@@ -39,8 +39,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "wide": {"n_embd": 150, "n_head": 2, "n_inner": 129},  # more than one vector, and a rest
 }
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
-# In nats; measured: 1e-4 on these models of large random weights.
-MOST_KL = 1e-3
+# In nats; measured: 1e-6 to 7e-6 on these models of large random weights, 3e-6 to 2e-5 of the
+# plain forward in bf16.
+MOST_KL = 1e-5
 
 
 @pytest.fixture(scope="session")
