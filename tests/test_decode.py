@@ -170,6 +170,29 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | Non
         assert torch.equal(read(decoder, text[:2], [7, 1, 2, 3]), alone[:2])
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_drafts_and_batches_change_nothing_in_any_precision(
+    bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, decoder = opened("wide", torch.bfloat16, bits)
+    widths = []
+
+    def counted(unread: Tensor, *rest: Any) -> Tensor:
+        widths.append(unread.shape[1])
+        return next_logits(unread, *rest)
+
+    next_logits = decoder.next_logits
+    monkeypatch.setattr(decoder, "next_logits", counted)
+    sampling = SamplingSettings(temperature=0.3)  # so that passages return, and are guessed
+    how: dict[str, Any] = {"sampling": sampling, "seed": 5, "decoder": decoder}
+    alone = [int(t) for t in generate(model, PROMPT, 34, **how)]
+    assert set(widths[1:]) == {1}
+    assert [int(t) for t in generate(model, PROMPT, 34, draft=FromText(), **how)] == alone
+    assert max(widths[-20:]) > 1  # several tokens were read at once
+    beside = torch.cat([PROMPT, some_text(5, 5)])
+    assert [int(t[0]) for t in generate(model, beside, 34, **how)] == alone
+
+
 def test_in_bf16_it_stays_near_the_float32_forward() -> None:
     model, decoder = opened("wide", torch.bfloat16)
     text = some_text(2)
