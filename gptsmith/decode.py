@@ -134,25 +134,11 @@ class CompiledDecoder:
             described.numbers = self.address(linear.words)
             described.scales = self.address(linear.scales)
             described.lanes, described.bits = linear.scales.shape[1], linear.bits
-            linear.unpack = partial(self.unpack, described)  # where rows are many
+            linear.unpack = partial(unpack, self.library, described)  # where rows are many
         else:
             described.numbers = self.address(linear.weight)
             described.bits = linear.weight.element_size() * 8
         return described
-
-    def unpack(
-        self, described: Matrix, words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype
-    ) -> Tensor:
-        """As packed.py's, some twenty times as fast.  (M, N, W), (M, W) -> (M, C)"""
-        weight = torch.empty(described.rows, described.columns, dtype=dtype)
-        threads = c_int(torch.get_num_threads())
-        self.library.unpack(
-            ctypes.byref(described),
-            c_void_p(weight.data_ptr()),
-            c_int64(weight.element_size() * 8),
-            threads,
-        )
-        return weight
 
     def norm(self, norm: Any) -> Norm:
         """A norm's weight and bias."""
@@ -203,6 +189,21 @@ class CompiledDecoder:
         self.library.step(*pointers, c_int(torch.get_num_threads()))
         cache.advance(T)
         return logits
+
+
+def unpack(
+    library: ctypes.CDLL,
+    described: Matrix,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As packed.py's, some twenty times as fast.  (M, N, W), (M, W) -> (M, C)"""
+    weight = torch.empty(described.rows, described.columns, dtype=dtype)
+    size, threads = c_int64(weight.element_size() * 8), c_int(torch.get_num_threads())
+    library.unpack(ctypes.byref(described), c_void_p(weight.data_ptr()), size, threads)
+    return weight
 
 
 def numbers(values: Iterable[int]) -> ctypes.Array[c_int64]:

@@ -29,6 +29,9 @@ from gptsmith.runtime import variables_for_others
 from gptsmith.turns import Case, Figures, Measurement, System, in_turn, python, somebody_else
 from tests.conftest import TINY, scrambled
 
+# PyTorch's own, as it is imported by its compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+
 CASE = Case(dtype="float32", rows=3, prompt_tokens=4, max_tokens=7)
 FIGURES = {
     "prefill_tokens_per_second",

@@ -1,10 +1,12 @@
 """The compiled step says what the model says, of any rows at once, and is compiled once."""
 
 import ctypes
+import gc
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,19 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for form in FORMS:  # one library for every model
         opened(form)
         opened(form, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_model_that_is_let_go_is_freed_at_once(bits: int | None) -> None:
+    """No circle of references holds its weights until Python looks for such."""
+    gc.disable()
+    try:
+        model, decoder = opened("gpt2", bits=bits)
+        gone = weakref.ref(model)
+        del model, decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
