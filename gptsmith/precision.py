@@ -6,6 +6,7 @@ numbers are packed.
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 from . import checkpoint, devices, folder, runtime
 from .model import GPT
-from .quantize import compare_with, logits_of, own_text
+from .quantize import compare_with, decode_speed, logits_of, own_text
 from .settings import Dtype
 from .weights import Stored, packing
 
@@ -24,10 +25,11 @@ TOKENS = 256  # measured on
 
 
 class Choice(NamedTuple):
-    """A precision, and how far its predictions are from float32's, in nats."""
+    """A precision, how far its predictions are from float32's, in nats, and its speed."""
 
     dtype: Dtype
     mean_kl: float
+    times_as_fast: float  # as float32, one row
 
 
 def fastest(place: Path, device: torch.device) -> Choice:
@@ -36,16 +38,19 @@ def fastest(place: Path, device: torch.device) -> Choice:
     On a GPU, what is fast there without measuring. A quantized folder has but its own.
     """
     if bits := folder.read_bits(place):
-        return Choice(devices.dtype_of_bits(bits), 0.0)
+        return Choice(devices.dtype_of_bits(bits), 0.0, 1.0)
     if device.type != "cpu":
-        return Choice(devices.find_dtype("auto", device), 0.0)
+        return Choice(devices.find_dtype("auto", device), 0.0, 1.0)
     candidates = candidates_on_cpu(place, device)
     remembered = runtime.cache_folder() / "dtype" / f"{key(place, candidates)}.json"
     if (choice := read_choice(remembered)) is not None:
         return choice
     choice = measured(place, candidates)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_text(remembered, json.dumps(choice._asdict()))
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        folder.write_text(remembered, json.dumps(choice._asdict()))
+    except OSError as error:
+        warnings.warn(f"the choice of {choice.dtype} is not remembered: {error}", stacklevel=2)
     return choice
 
 
@@ -66,19 +71,27 @@ def can_pack(place: Path) -> bool:
 
 
 def measured(place: Path, candidates: list[Dtype]) -> Choice:
-    """The first candidate that keeps the loss, or float32. One model is in memory at a time."""
+    """The fastest candidate that keeps the loss, or float32. One model is in memory at a time.
+
+    Which that is depends on the model: where the weights stay in the processor's own memory, fewer
+    bits gain nothing.
+    """
     stored = checkpoint.open_folder(place)
     model = checkpoint.build(stored)
     tokenizer = stored.tokenizer
     first = 0 if tokenizer is None else tokenizer.end_of_text or 0
     rows = own_text(model, TOKENS, first=first)
     kept = list(logits_of(model, rows))
+    usual = decode_speed(model) or 1.0
     del model
+    found = []
     for dtype in candidates:
-        kl = compare_with(kept, opened(stored, dtype), rows).mean_kl
+        model = opened(stored, dtype)
+        kl = compare_with(kept, model, rows).mean_kl
         if kl < KEEPS_LOSS:
-            return Choice(dtype, kl)
-    return Choice("float32", 0.0)
+            found.append(Choice(dtype, kl, (decode_speed(model) or usual) / usual))
+        del model
+    return max([*found, Choice("float32", 0.0, 1.0)], key=lambda choice: choice.times_as_fast)
 
 
 def opened(stored: Stored, dtype: Dtype) -> GPT:
