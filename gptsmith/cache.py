@@ -51,19 +51,20 @@ class KVCache:
 
     def row_positions(self, tokens: int) -> Tensor | None:
         """Where the next tokens of each row go, (B, T); None where all rows are equally long."""
-        if self.ends is None:
-            return None
-        return self.ends + torch.arange(tokens, device=self.ends.device)
+        return None if self.ends is None else self.positions(tokens)
 
     def positions(self, tokens: int) -> Tensor:
         """Where the next tokens of each row go.  -> (B, T)"""
-        ends = torch.tensor(self.lengths, device=self.keys.device).unsqueeze(1)
-        return ends + torch.arange(tokens, device=self.keys.device)
+        ends, device = self.ends, self.keys.device
+        if ends is None:
+            ends = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        return ends + torch.arange(tokens, device=device)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new positions and return all it has: (B, G, T, D) -> (B, G, S + T, D)."""
         start, T = self.length, keys.shape[2]
-        all_keys, all_values = self.up_to(layer, start + T)
+        self.check_room(len(keys), T)
+        all_keys, all_values = self.keys[layer, :, : start + T], self.values[layer, :, : start + T]
         positions = self.row_positions(T)
         if positions is None:
             all_keys[:, start:] = keys.transpose(1, 2)
@@ -73,12 +74,6 @@ class KVCache:
             all_keys[rows, positions] = keys.transpose(1, 2)
             all_values[rows, positions] = values.transpose(1, 2)
         return all_keys.transpose(1, 2), all_values.transpose(1, 2)
-
-    def up_to(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's first `end` positions, which the caller may write: (B, end, G, D), twice."""
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def check_room(self, rows: int, tokens: int) -> None:
         """Raise ValueError where so many more tokens for each of so many rows do not fit."""
