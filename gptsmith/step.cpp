@@ -161,7 +161,7 @@ inline Floats exp(Floats x) {
 struct Float32 {
     typedef float Stored, Input;
     typedef Floats Held, Field, Sum;
-    static constexpr int FIELDS = 1, WIDE = 16;  // WIDE numbers in a vector
+    static constexpr int FIELDS = 1, WIDE = 16;  // numbers in a vector, or words
     static constexpr bool PACKED = false;
     template <int>
     static Field field(Held held) { return held; }
@@ -197,7 +197,7 @@ struct Packed {
     typedef int32_t Stored;
     typedef int16_t Input;
     typedef Words Held, Field, Sum;
-    static constexpr int FIELDS = 16 / BITS, WIDE = 32;
+    static constexpr int FIELDS = 16 / BITS, WIDE = 16;
     static constexpr int OFFSET = 1 << (BITS - 1);
     static constexpr bool PACKED = true;
     template <int FIELD>
@@ -368,7 +368,6 @@ inline void meet(typename F::Sum (&sums)[MS][RS], const typename F::Held (&held)
 template <class F, int MS, int RS>
 void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats (&total)[MS][RS]) {
     typedef typename F::Held Held;
-    constexpr int64_t WIDE = F::PACKED ? LANES : F::WIDE;
     int64_t lanes = F::PACKED ? w.lanes : w.columns;
     int64_t parts = F::PACKED ? w.columns / lanes / 2 / F::FIELDS : 1;
     const float* x = &in.ordered[r * vectors<F>(w) * LANES];
@@ -406,7 +405,7 @@ void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats 
         }
     };
     int64_t c = 0;
-    for (; c + WIDE <= lanes; c += WIDE) columns(c, WIDE);
+    for (; c + F::WIDE <= lanes; c += F::WIDE) columns(c, F::WIDE);
     if (c < lanes) columns(c, lanes - c);
 }
 
