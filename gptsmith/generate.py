@@ -160,10 +160,13 @@ def complete(
     tokens, lengths = prompt_tokens(model, ids)
     how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": seed}
     rows: list[list[int]] = [[] for _ in ids]
+    unended = set(range(len(ids)))
     for step in generate(model, tokens, max_tokens, decoder=decoder, **how):
-        for row, id in zip(rows, step.tolist(), strict=True):
-            row.append(id)
-        if all(tokenizer.end_of_text in row for row in rows):
+        for number, id in enumerate(step.tolist()):
+            rows[number].append(id)
+            if id == tokenizer.end_of_text:
+                unended.discard(number)
+        if not unended:
             break
     return ["".join(until(decoded(row, tokenizer), stop)) for row in rows]
 

@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint, devices, folder, runtime
 from .model import GPT
-from .quantize import compare_with, decode_speed, logits_of, own_text
+from .quantize import compare_with, decode_speed, first_token, logits_of, own_text
 from .settings import Dtype
 from .weights import Stored, packing
 
@@ -78,9 +78,7 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
     """
     stored = checkpoint.open_folder(place)
     model = checkpoint.build(stored)
-    tokenizer = stored.tokenizer
-    first = 0 if tokenizer is None else tokenizer.end_of_text or 0
-    rows = own_text(model, TOKENS, first=first)
+    rows = own_text(model, TOKENS, first=first_token(stored.tokenizer))
     kept = list(logits_of(model, rows))
     usual = decode_speed(model) or 1.0
     del model

@@ -92,6 +92,11 @@ def joined(parts: Sequence[Divergence]) -> Divergence:
 # -- tokens
 
 
+def first_token(tokenizer: Tokenizer | None) -> int:
+    """What a text of a model's own begins with."""
+    return 0 if tokenizer is None else tokenizer.end_of_text or 0
+
+
 def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[Row]:
     """What a model writes at temperature 1, in rows that begin with the token `first`."""
     T = min(model.config.context_length, math.ceil(tokens / ROWS_WRITTEN))
@@ -231,9 +236,7 @@ def quantize(
         speeds = {"float32": decode_speed(original)}
         text = f"the first {tokens:,} tokens of the data"
         if rows is None:
-            tokenizer = stored.tokenizer
-            first = 0 if tokenizer is None else tokenizer.end_of_text or 0
-            rows = own_text(original, tokens, first=first)
+            rows = own_text(original, tokens, first=first_token(stored.tokenizer))
             text = f"what the original writes at temperature 1 with seed {SEED}"
         del original
         written = checkpoint.open_folder(temporary)
