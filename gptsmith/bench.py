@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import accounting, devices
-from .checkpoint import load
+from .checkpoint import load_folder
 from .config import GPTConfig
 from .data.batches import Batches
 from .decode import open_decoder
@@ -126,20 +126,20 @@ def bench_generate(
 ) -> dict[str, Any]:
     """Time greedy generation: the first token (prefill), and those after it (decode).
 
-    With a `folder` it is the model there, else one with fresh weights.
+    With a `folder`, which `find_model` found, it is the model there, else one with fresh weights.
     """
     fitting(config, prompt_tokens, max_tokens)
     if settings.dtype == "auto":
         settings = replace(settings, dtype="float32")
     machine = devices.choose(settings)
     device = devices.prepare_machine(machine)
-    weights, bits = devices.weight_dtype(machine.dtype, device), devices.BITS.get(machine.dtype)
+    how = devices.loading(machine.dtype, device)
     if folder is None:
-        model = fresh_model(config).to(device, weights).eval()
-        if bits is not None:
-            pack_model(model, bits)
+        model = fresh_model(config).to(device, how["dtype"]).eval()
+        if how["bits"] is not None:
+            pack_model(model, how["bits"])
     else:
-        model, _ = load(folder, device=device, dtype=weights, bits=bits, unpacked=bits is None)
+        model, _ = load_folder(folder, **how)
     devices.prepare_model(model, machine)
     prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
     decoder = open_decoder(model, settings.compile)

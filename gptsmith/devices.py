@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -156,6 +156,13 @@ def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if dtype in BITS:
         return DTYPES[find_dtype("auto", device)]
     return DTYPES[dtype]
+
+
+def loading(dtype: Dtype, device: torch.device) -> dict[str, Any]:
+    """How `checkpoint.load` gives a model in this (chosen) precision, on this device."""
+    bits = BITS.get(dtype)
+    how = {"dtype": weight_dtype(dtype, device), "bits": bits, "unpacked": bits is None}
+    return {"device": device, **how}
 
 
 def dtype_of_bits(bits: int) -> Dtype:

@@ -11,12 +11,11 @@ from typing import Any, get_args
 
 from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
-from ..folder import read_bits
 from ..recipe import convert, updated
 from ..runtime import use_huge_pages
 from ..settings import Dtype, MachineSettings, TrainingSettings
 from .look import described_config
-from .use import told_fastest
+from .use import dtype_to_use
 from .words import tell
 
 AGAINST = {"transformers": False, "transformers-compiled": True}  # whether its step is compiled
@@ -113,23 +112,11 @@ def count(name: str, text: str) -> int:
 
 
 def chosen_machines(options: Namespace, folder: Path | None) -> list[MachineSettings]:
-    """The settings of the machine, once for each dtype that is asked for.
-
-    Generation's usual precision is float32, or a quantized folder's own.
-    """
+    """The settings of the machine, once for each dtype that is asked for."""
     words = [word for words in options.dtypes for word in words.split(",")]
     machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
     if options.what == "generate":
-        from ..devices import dtype_of_bits, find_device
-
-        bits = None if folder is None else read_bits(folder)
-        usual = "float32" if bits is None else dtype_of_bits(bits)
-        words = words or [usual]
-        if "auto" in words:
-            choice = usual
-            if folder is not None and bits is None:
-                choice = told_fastest(folder, find_device(machine.device))
-            words = [choice if word == "auto" else word for word in words]
+        words = [dtype_to_use(word, folder, machine.device) for word in words or [None]]
     dtypes = dict.fromkeys(words or [machine.dtype])
     return [updated(machine, {"dtype": dtype}, "bench") for dtype in dtypes]
 

@@ -131,36 +131,37 @@ def open_model(options: Namespace, name: str) -> Any:
         folder = found.result()
     machine = choose_to_use(options, folder)
     device = devices.prepare_machine(machine)
-    model, tokenizer = load_folder(
-        folder,
-        device=device,
-        dtype=devices.weight_dtype(machine.dtype, device),
-        bits=devices.BITS.get(machine.dtype),
-        unpacked=machine.dtype not in devices.BITS,
-    )
+    model, tokenizer = load_folder(folder, **devices.loading(machine.dtype, device))
     devices.prepare_model(model, machine)
     return model, tokenizer
 
 
 def choose_to_use(options: Namespace, folder: Path) -> MachineSettings:
-    """The machine that the flags ask for, to use the model in a folder.
-
-    Where no dtype is asked for, it is float32, or a quantized folder's own.
-    """
+    """The machine that the flags ask for, to use the model in a folder."""
     from .. import devices
 
     wanted = given(options, MachineSettings)
     machine = updated(MachineSettings(), wanted, "machine")
-    if machine.dtype != "auto":
-        return devices.choose(machine)
-    bits = read_bits(folder)
+    word = machine.dtype if "dtype" in wanted else None
+    return devices.choose(replace(machine, dtype=dtype_to_use(word, folder, machine.device)))
+
+
+def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
+    """The precision that a word means where a model is used.
+
+    Without a word it is float32, or a quantized folder's own; "auto" is the fastest that keeps the
+    loss of a model that there is.
+    """
+    if word not in (None, "auto"):
+        return word
+    from .. import devices
+
+    bits = None if folder is None else read_bits(folder)
     if bits is not None:
-        dtype = devices.dtype_of_bits(bits)
-    elif "dtype" in wanted:
-        dtype = told_fastest(folder, devices.find_device(machine.device))
-    else:
-        dtype = "float32"
-    return devices.choose(replace(machine, dtype=dtype))
+        return devices.dtype_of_bits(bits)
+    if word is None or folder is None:
+        return "float32"
+    return told_fastest(folder, devices.find_device(device))
 
 
 def told_fastest(folder: Path, device: Any) -> Any:
