@@ -182,6 +182,7 @@ def test_an_answer_that_has_begun_is_not_replaced() -> None:
         ("sesam", b"Bearer sesamo", 401),
         ("sesam", b"Bearer Sesam", 401),
         ("sesam", b"Basic sesam", 401),
+        ("sesam", b"sesam sesam", 401),
         ("sesam", "Bearer schlüssel".encode(), 401),
         ("sesam", b"Bearer \xff\xfe", 401),
         ("schlüssel", b"Bearer sesam", 401),

@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import error_body
+
 Headers = list[tuple[bytes, bytes]]
 
 GUARDED = "/v1"  # below it a key is needed, and nothing is kept by caches
@@ -58,13 +60,7 @@ class _Refusal:
 
     async def send(self, send: Send) -> None:
         """Answers in the form of OpenAI's errors."""
-        error = {
-            "message": self.message,
-            "type": "invalid_request_error",
-            "param": None,
-            "code": self.code,
-        }
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
