@@ -73,7 +73,10 @@ class ChatTemplate:
         that of what may become one with the text that follows."""
         if any(chr(mask) in text for mask in self.unmask):
             raise ValueError("a message has U+FDD0 or the like, which is no character: remove it")
-        places = [found.start() for found in self.special.finditer(text)]
+        places, after = list[int](), 0
+        while found := self.special.search(text, after):  # they may overlap
+            places.append(found.start())
+            after = found.start() + 1
         places += [
             len(text) - length
             for special in self.specials
