@@ -170,26 +170,25 @@ class _Visit:
 
     def outcome(self) -> int:
         """The status that was sent, or what happened in its place."""
-        if self._whole:
-            return self._status
         if self._hung_up:
             return HUNG_UP
-        return 500 if self.failed or not self._status else self._status
+        failed = self.failed and not self._whole
+        return 500 if failed or not self._status else self._status
 
     async def receive(self) -> Message:
         """The next part of the body; a body too large ends as if its client had hung up."""
-        if self.refused:
+        if self._room < 0:
             return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            self._hung_up = True
+            self._hung_up = not self._whole  # servers say it after a whole answer too
             return message
         self._room -= len(message.get("body", b""))
         if self._room >= 0:
             return message
-        if not self._status:
+        if not self._status:  # else it has begun to answer, and may end that
             await _too_large(self._most_bytes).send(self.send)
-        self.refused = True
+            self.refused = True
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -202,7 +201,7 @@ class _Visit:
             given = {bytes(name).lower() for name, _ in headers}
             headers += [(name, value) for name, value in self._headers if name not in given]
             message = {**message, "headers": headers}
-        elif message["type"] == "http.response.body":
+        elif message["type"] == "http.response.body" and not self._hung_up:
             self.bytes += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
         await self._send(message)
