@@ -186,6 +186,10 @@ class ChatRequest(Request):
         """Likeliest tokens told beside each; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def spoken(self) -> list[dict[str, str]]:
+        """The conversation as a template reads it."""
+        return [message.spoken() for message in self.messages]
+
 
 # -- as jobs
 

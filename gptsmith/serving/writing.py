@@ -6,7 +6,7 @@ Knows nothing of JSON or HTTP, but for the errors that a client is told.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from .errors import ApiError
@@ -63,7 +63,7 @@ def failure(news: News) -> ApiError:
     return ApiError(500, "the model failed at this request: whoever runs the server can read why")
 
 
-async def together(writings: Sequence[Writing]) -> AsyncIterator[list[tuple[int, Piece]]]:
+async def together(writings: Sequence[Writing]) -> AsyncGenerator[list[tuple[int, Piece]], None]:
     """All pieces of all texts as they come, several at a time, each with its text's number.
 
     When the reader leaves, the texts that are not finished are given up.
@@ -120,9 +120,9 @@ async def whole_texts(writings: Sequence[Writing]) -> list[Piece]:
 
 def best(texts: Sequence[Piece], writings: Sequence[Writing], n: int, of: int) -> list[Piece]:
     """Of every `of` texts the n of highest mean log-probability, best first; all where n is of."""
-    chosen: list[int] = []
+    chosen = list[int]()
     for start in range(0, len(texts), of):
-        group = range(start, start + of)
+        group = list(range(start, start + of))
         if n < of:
             group = sorted(group, key=lambda i: writings[i].mean_logprob, reverse=True)[:n]
         chosen += group
