@@ -100,7 +100,19 @@ class KVCache:
         for length, seen in zip(kept, self.lengths, strict=True):
             if not 0 <= length <= seen:
                 raise ValueError(f"a cache of {seen} tokens cannot go back to {length}")
-        if kept != self.lengths:
-            self.lengths, self.ends = [*kept], None
-            if len(set(kept)) > 1:
-                self.ends = torch.tensor(kept, device=self.keys.device).unsqueeze(1)
+        self.hold(kept)
+
+    def hold(self, lengths: list[int]) -> None:
+        """Take each row to have so many tokens, which the caller knows to be there."""
+        if lengths != self.lengths:
+            self.lengths, self.ends = [*lengths], None
+            if len(set(lengths)) > 1:
+                self.ends = torch.tensor(lengths, device=self.keys.device).unsqueeze(1)
+
+    def row(self, row: int) -> "KVCache":
+        """One row as a cache of its own in the same memory; neither tells the other its length."""
+        alone = KVCache.__new__(KVCache)
+        alone.capacity = self.capacity
+        alone.keys, alone.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        alone.lengths, alone.ends = [self.lengths[row]], None
+        return alone

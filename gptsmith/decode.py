@@ -5,7 +5,8 @@ operations cost more than GPT-2's small ones take. One C++ file has the whole st
 compiled once for a machine, in seconds, and kept on the disk; it reads the model's own weights.
 Knows nothing of sampling or text.
 
-Shapes:  B batch    T new tokens    R rows, each a token    C channels    V vocabulary
+Shapes:  B batch    T new tokens    R rows, each a token    W of them wanted    C channels
+         V vocabulary
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import hashlib
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import partial
 from pathlib import Path
@@ -158,37 +159,56 @@ class CompiledDecoder:
         packed = isinstance(self.model.lm_head, PackedLinear)
         return unread.numel() <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
 
-    @torch.inference_mode()
     def next_logits(self, unread: Tensor, cache: KVCache, places: int) -> Tensor:
         """Logits after each of the last `places` tokens, which the cache takes in.
 
         (B, T) -> (B, places, V), in float32
         """
-        (B, T), model = unread.shape, self.model
+        B, T = unread.shape
         cache.check_room(B, T)
-        place = cache.positions(T)  # (B, T)
-        x = (model.wte(unread) + model.wpe(place)).float().contiguous()  # (B, T, C)
-        logits = torch.empty(B, places, model.config.vocab_size)
+        texts = [row for row in range(B) for _ in range(T)]
+        wanted = [row * T + T - places + i for row in range(B) for i in range(places)]
+        logits = self.logits(unread.flatten(), texts, cache.positions(T).flatten(), wanted, cache)
+        cache.advance(T)
+        return logits.view(B, places, -1)
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Tensor,
+        texts: Sequence[int],
+        places: Tensor,
+        wanted: Sequence[int],
+        cache: KVCache,
+    ) -> Tensor:
+        """Read tokens (R,), each at its place (R,) of a text of the cache: the logits after the
+        wanted ones of them, in float32.  -> (W, V)
+
+        All of a text's tokens before a place are in the cache, or among those read. How long its
+        texts then are, the cache is not told.
+        """
+        model = self.model
+        x = (model.wte(tokens) + model.wpe(places)).float().contiguous()  # (R, C)
+        found = torch.empty(len(wanted), model.config.vocab_size)
         rows = Rows(
-            count=B * T,
-            wanted=B * places,
-            text=numbers(row for row in range(B) for _ in range(T)),
-            place=place.contiguous().data_ptr(),
-            logits_of=numbers(row * T + T - places + i for row in range(B) for i in range(places)),
+            count=len(tokens),
+            wanted=len(wanted),
+            text=numbers(texts),
+            place=places.data_ptr(),
+            logits_of=numbers(wanted),
             x=x.data_ptr(),
-            logits=logits.data_ptr(),
+            logits=found.data_ptr(),
         )
         held = Cache(
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
-            texts=B,
+            texts=cache.keys.shape[1],
             capacity=cache.capacity,
             bits=cache.keys.element_size() * 8,
         )
         pointers = (ctypes.byref(part) for part in (self.described, held, rows))
         self.library.step(*pointers, c_int(torch.get_num_threads()))
-        cache.advance(T)
-        return logits
+        return found
 
 
 def unpack(
@@ -206,10 +226,9 @@ def unpack(
     return weight
 
 
-def numbers(values: Iterable[int]) -> ctypes.Array[c_int64]:
+def numbers(values: Sequence[int]) -> ctypes.Array[c_int64]:
     """Whole numbers as step.cpp takes them."""
-    listed = list(values)
-    return (c_int64 * len(listed))(*listed)
+    return (c_int64 * len(values))(*values)
 
 
 Decoder = CompiledDecoder | GraphDecoder

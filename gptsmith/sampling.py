@@ -2,17 +2,21 @@
 
 Knows nothing of models, text or time.
 
-Shapes:  B batch    V vocabulary    S tokens seen so far
+Shapes:  B batch    V vocabulary    S tokens seen so far    K likeliest tokens    N shares
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .settings import SamplingSettings
 
 NEVER = float("-inf")
+BLOCK = 256  # tokens
+FEW = 256  # tokens, of which mostly the likeliest make up top_p
+ROUNDING = 1e-4  # more than a sum of probabilities can be off
 
 
 class NotFiniteError(ValueError):
@@ -26,12 +30,29 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Leave the fewest likeliest tokens whose probabilities reach p.  (B, V) -> (B, V)"""
-    ordered, order = logits.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier ones make up
-    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
-    return logits.masked_fill(drop, NEVER)
+    """Leave the fewest likeliest tokens whose probabilities reach p; of equals, the first.
+
+    (B, V) -> (B, V)
+    """
+    probabilities = logits.softmax(dim=-1)
+    # Sorting a few is fast, and mostly enough.
+    likeliest = probabilities.topk(min(FEW, logits.shape[-1])).values  # (B, K)
+    least, count = last_kept(likeliest, p)
+    more = likeliest.sum(dim=-1) < p + ROUNDING  # (B,)
+    if more.any():
+        least[more], count[more] = last_kept(probabilities[more].sort(descending=True).values, p)
+    above, equal = probabilities > least, probabilities == least
+    room = count - above.sum(dim=-1, keepdim=True)  # for some of the equals: (B, 1)
+    stay = above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
+    return logits.masked_fill(~stay, NEVER)
+
+
+def last_kept(ordered: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Of probabilities from the largest down, the last that is needed to reach p, and how many
+    these are.  (B, K) -> (B, 1), (B, 1)"""
+    before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones make up
+    count = (before < p).sum(dim=-1, keepdim=True)
+    return ordered.gather(-1, count - 1), count
 
 
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
@@ -82,12 +103,41 @@ def next_token(
     means the same on every device, and a row does not depend on its neighbours.
     """
     logits = filtered(logits, seen, settings)
-    likeliest = logits.argmax(dim=-1, keepdim=True)  # (B, 1); a NaN anywhere counts as the largest
-    if not logits.gather(-1, likeliest).isfinite().all():
-        raise NotFiniteError("the model's logits are not finite: its weights have diverged")
     if settings.temperature == 0:
+        likeliest = logits.argmax(dim=-1, keepdim=True)  # a NaN anywhere counts as the largest
+        check_finite(logits.gather(-1, likeliest))
         return likeliest.squeeze(-1)
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    probabilities = logits.softmax(dim=-1)
+    check_finite(probabilities[:, 0])  # all of a row are NaN if one of its logits is
     draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-    height = draws.to(logits.device).unsqueeze(-1) * cumulative[:, -1:]  # (B, 1)
-    return torch.searchsorted(cumulative, height, right=True).squeeze(-1)
+    return drawn(probabilities, draws.to(logits.device).unsqueeze(-1))
+
+
+def check_finite(numbers: Tensor) -> None:
+    """Raise NotFiniteError unless all are finite.  (B, ...)"""
+    if not numbers.isfinite().all():
+        raise NotFiniteError("the model's logits are not finite: its weights have diverged")
+
+
+def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The token that a number from 0 to 1 stands for.  (B, V), (B, 1) -> (B,)
+
+    First the block of tokens, then the token in it: the running sum of a large vocabulary takes
+    longer than all else here.
+    """
+    B, V = probabilities.shape
+    blocks = F.pad(probabilities, (0, -V % BLOCK)).view(B, -1, BLOCK)
+    sums = blocks.sum(dim=-1)  # (B, V / BLOCK)
+    block, height = pick(sums, draws * sums.double().sum(dim=-1, keepdim=True))
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(B, 1, BLOCK)).squeeze(1)  # (B, BLOCK)
+    return (block * BLOCK + pick(inside, height)[0]).squeeze(-1)
+
+
+def pick(shares: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place at which the running sum is above a height, and how far the height reaches
+    into it.  (B, N), (B, 1) -> (B, 1), (B, 1)"""
+    sums = shares.double().cumsum(dim=-1)  # (B, N)
+    # Rounding must not lead past the end, where no share is.
+    height = height.minimum(sums[:, -1:].nextafter(torch.zeros_like(height)))
+    place = torch.searchsorted(sums, height, right=True)
+    return place, height - (sums - shares).gather(-1, place)

@@ -5,6 +5,7 @@ import torch
 
 from gptsmith.sampling import (
     NotFiniteError,
+    drawn,
     filtered,
     keep_min_p,
     keep_top_k,
@@ -81,6 +82,38 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         for i in range(3)
     ]
     assert together.tolist() == alone
+
+
+def large(*exponents: float) -> torch.Tensor:
+    """Logits of a vocabulary of 3,001 tokens in which each row falls off at another pace."""
+    ranks = torch.arange(1, 3002).log()
+    shuffled = [torch.randperm(3001, generator=g) for g in generators(*range(len(exponents)))]
+    return torch.stack(
+        [-power * ranks[order] for power, order in zip(exponents, shuffled, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.999, 1.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_whole_sort(p: float) -> None:
+    logits = large(0.0, 0.5, 1.0, 3.0)  # the first has equals alone
+    for row, found in zip(logits, kept(keep_top_p(logits, p)), strict=True):
+        ordered, order = row.double().softmax(-1).sort(descending=True, stable=True)
+        needed = int((ordered.cumsum(-1) - ordered < p - 1e-6).sum())
+        assert set(order[:needed].tolist()) <= set(found)
+        assert set(found) <= set(order[: needed + 1 + (p == 1.0) * 3001].tolist())
+    assert keep_top_p(logits, p).equal(torch.cat([keep_top_p(row[None], p) for row in logits]))
+
+
+def test_a_draw_from_a_large_vocabulary_inverts_the_distribution() -> None:
+    probabilities = large(0.0, 1.0, 3.0).softmax(-1).index_fill(1, torch.arange(0, 3001, 7), 0.0)
+    cumulative = probabilities.double().cumsum(-1)
+    for number in (0.0, 1e-9, 0.1, 0.37, 0.5, 0.83, 0.9999, 1 - 2**-53):
+        draws = torch.full((3, 1), number, dtype=torch.float64)
+        tokens = drawn(probabilities, draws).unsqueeze(-1)  # (3, 1)
+        assert (probabilities.gather(-1, tokens) > 0).all()
+        height, ends = number * cumulative[:, -1:], cumulative.gather(-1, tokens)
+        assert (ends > height - 1e-6).all()
+        assert (ends - probabilities.gather(-1, tokens) <= height + 1e-6).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -29,7 +29,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]) -> None:
         """`names` are the special tokens that a template calls by name: bos_token, eos_token."""
         try:
-            self.template = environment().from_string(source)
+            self.template = language().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not one: {error}") from error
         self.tokenizer, self.names = tokenizer, names
@@ -73,7 +73,10 @@ class ChatTemplate:
         that of what may become one with the text that follows."""
         if any(chr(mask) in text for mask in self.unmask):
             raise ValueError("a message has U+FDD0 or the like, which is no character: remove it")
-        places = [found.start() for found in self.special.finditer(text)]
+        places, after = list[int](), 0
+        while found := self.special.search(text, after):  # they may overlap
+            places.append(found.start())
+            after = found.start() + 1
         places += [
             len(text) - length
             for special in self.specials
@@ -133,14 +136,14 @@ def ends_of(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 # -- the language of templates, as transformers speaks it
 
 
-def environment() -> jinja2.Environment:
+def language() -> jinja2.Environment:
     """Jinja in a sandbox, where a template reaches what it is given and nothing else."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    spoken = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = to_json
-    made.globals |= {"raise_exception": refuse, "strftime_now": now}
-    return made
+    spoken.filters["tojson"] = to_json
+    spoken.globals |= {"raise_exception": refuse, "strftime_now": now}
+    return spoken
 
 
 class Generation(jinja2.ext.Extension):

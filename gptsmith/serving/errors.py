@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import suggestion
-
 # What pydantic calls a mistake, and what it wanted. The rest it says well itself.
 WANTED = {
     "bool_type": "true or false is needed",
@@ -63,16 +61,15 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def mistake(errors: Sequence[Any], known: Sequence[str] = ()) -> ApiError:
-    """The first of the errors that pydantic found in a body, whose `known` fields it may mean."""
+def mistake(errors: Sequence[Any]) -> ApiError:
+    """The first of the errors that pydantic found in a request."""
     error = errors[0]
     path = [str(part) for part in error["loc"] if part != "body"]
     name, kind, context = ".".join(path), error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return refused(f"the body is not JSON: {context.get('error', 'it cannot be read')}")
-    if kind == "extra_forbidden":
-        hint = suggestion(path[-1], known) if len(path) == 1 else ""
-        return refused(f"unknown field '{shown(name)}'{hint}", shown(path[0]))
+    if isinstance(error["input"], bytes):
+        return refused("the body is not JSON: send it with Content-Type: application/json")
     if kind == "missing":
         wanted = f"{name} is missing" if name else "the body is missing: a JSON object is needed"
         return refused(wanted, name or None)
@@ -87,6 +84,6 @@ def shown(value: Any) -> str:
     """A value as a short text, for an error."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    text = value[:60] if isinstance(value, str) else value
-    line = json.dumps(text, ensure_ascii=False) if not isinstance(value, bytes) else "bytes"
+    text = value[:60] if isinstance(value, str) else value  # the rest may be megabytes
+    line = json.dumps(text, ensure_ascii=False)
     return line if len(line) <= 40 else line[:40] + "…"

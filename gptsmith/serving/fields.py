@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
 
+from ..config import suggestion
 from .errors import refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
@@ -36,13 +37,16 @@ class Asked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
-        """The fields that say something; an error for one that OpenAI has and we do not."""
+        """The fields that say something; an error for one that there is not."""
         if not isinstance(values, dict):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         for name in given:
             if name in cls.unsupported:
                 raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
+            if name not in cls.model_fields:
+                hint = suggestion(name, cls.model_fields)
+                raise refused(f"unknown field {shown(name)}{hint}", name)
         return given
 
 

@@ -5,9 +5,9 @@ Knows nothing of routes, tokens' text or answers.
 
 import secrets
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from ..config import GPTConfig
 from ..settings import SamplingSettings
@@ -63,6 +63,11 @@ class Request(Asked):
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options is for stream true only: leave it out", "stream_options")
         return self
+
+    @property
+    def counted(self) -> bool:
+        """Whether a stream ends with a count of its tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> SamplingSettings:
         """How the next token is chosen."""
@@ -125,15 +130,16 @@ class Message(Asked):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FailFast()]
     name: str | None = None
 
-    @property
-    def text(self) -> str:
-        """What was said, its parts as lines."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
+    def spoken(self) -> dict[str, str]:
+        """The message as a template reads it, its parts as lines."""
+        text = self.content
+        if not isinstance(text, str):
+            text = "\n".join(part.text for part in text)
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text} | name
 
 
 class ResponseFormat(Asked):
@@ -150,7 +156,7 @@ class ChatRequest(Request):
         "this model only writes text, leave it out",
     )
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(
         None, ge=0, description="new tokens at most (default: as many as there is room for)"
     )
@@ -179,6 +185,10 @@ class ChatRequest(Request):
     def alternatives(self) -> int | None:
         """Likeliest tokens told beside each; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def spoken(self) -> list[dict[str, str]]:
+        """The conversation as a template reads it."""
+        return [message.spoken() for message in self.messages]
 
 
 # -- as jobs
