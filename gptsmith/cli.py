@@ -19,6 +19,7 @@ from .commands.convert import add_export, add_import, export, import_
 from .commands.look import add_describe, describe
 from .commands.measure import add_bench, bench
 from .commands.quantize import add_quantize, quantize
+from .commands.serve import add_serve, serve
 from .commands.text import add_prepare, add_tokenizer, prepare, tokenizer
 from .commands.train import add_train, train
 from .commands.use import add_evaluate, add_plot, add_sample, evaluate, plot, sample
@@ -47,6 +48,7 @@ VERBS = {
     "import": Verb("bring a model from another format", add_import, import_),
     "export": Verb("write a model in another format", add_export, export),
     "quantize": Verb("write a model in 8 or 4 bits, and what that costs", add_quantize, quantize),
+    "serve": Verb("serve a model by OpenAI's API", add_serve, serve),
     "bench": Verb("measure how fast this machine trains or generates", add_bench, bench),
 }
 

@@ -200,22 +200,40 @@ def decoded(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """The same text, ended before the first stop string, which may span pieces."""
-    if "" in stop:
-        raise ValueError("a stop string is empty: it would stop before the first character")
-    held = ""
+    ending = StopStrings(stop)
     for piece in pieces:
-        held += piece
-        if found := [at for at in (held.find(word) for word in stop) if at >= 0]:
-            if min(found) > 0:
-                yield held[: min(found)]
-            return
-        # What may yet grow into a stop string waits.
-        waits = max((overlap(held, word) for word in stop), default=0)
-        if ready := held[: len(held) - waits]:
+        if ready := ending.push(piece):
             yield ready
-        held = held[len(held) - waits :]
-    if held:
-        yield held
+        if ending.found:
+            return
+    if rest := ending.flush():
+        yield rest
+
+
+class StopStrings:
+    """Text that comes in pieces, up to the first of some stop strings, which may span pieces."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise ValueError("a stop string is empty: it would stop before the first character")
+        self.stop = stop
+        self.held = ""  # what may yet grow into a stop string
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text, this piece included, is now certain to come before a stop string."""
+        text = self.held + piece
+        if places := [at for at in (text.find(word) for word in self.stop) if at >= 0]:
+            self.held, self.found = "", True
+            return text[: min(places)]
+        waits = max((overlap(text, word) for word in self.stop), default=0)
+        self.held = text[len(text) - waits :]
+        return text[: len(text) - waits]
+
+    def flush(self) -> str:
+        """What was held back, when no more comes."""
+        rest, self.held = self.held, ""
+        return rest
 
 
 def overlap(text: str, word: str) -> int:

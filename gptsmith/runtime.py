@@ -169,6 +169,11 @@ def allow_deterministic_cuda() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def api_key() -> str | None:
+    """What callers of the server have to send, where it was not given as a flag."""
+    return os.environ.get("GPTSMITH_API_KEY") or None
+
+
 def decline_telemetry() -> None:
     """Ask huggingface_hub not to report on its user; works only before it is imported.
 

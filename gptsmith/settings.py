@@ -170,3 +170,30 @@ class SamplingSettings:
 
 
 GREEDY = SamplingSettings(temperature=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """Who is served, and how many at once."""
+
+    host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")
+    port: int = setting(8000, "port to listen at; 0 takes a free one")
+    name: str | None = setting(None, "what requests call the model (default: its folder's name)")
+    api_key: str | None = setting(
+        None, "what callers have to send (default: the variable GPTSMITH_API_KEY, or nothing)"
+    )
+    slots: int | None = setting(None, "texts written at once (default: what suits the machine)")
+    waiting: int = setting(512, "texts that may wait for a slot; more are refused for the moment")
+    timeout: float = setting(600.0, "seconds that a request may take, waiting included")
+    max_request_bytes: int = setting(4 << 20, "bytes of the largest request")
+    drain: int = setting(30, "seconds in which texts may be finished once the server is to end")
+    log_requests: bool = setting(True, "a line for each request")
+
+    def __post_init__(self) -> None:
+        within(self, "port", 0, 1 << 16)
+        at_least(self, 1, "slots", "max_request_bytes")
+        at_least(self, 0, "waiting", "drain")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}: seconds above 0 are needed")
+        if self.name == "":
+            raise ValueError("name is empty: requests need something to call the model")

@@ -29,12 +29,16 @@ READING_ORDER = """
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
+    serving.job serving.choice serving.slots serving.engine serving.service
+    serving.errors serving.fields serving.protocol serving.text serving.chat
+    serving.answers serving.schema serving.metrics serving.guard serving.manual
+    serving.writing serving.wire serving.served serving.server serving.listen serving
     bench profile turns comparison peers flags
     commands.words commands.text commands.train commands.use commands.look
-    commands.measure commands.convert commands.quantize commands
+    commands.measure commands.convert commands.quantize commands.serve commands
     cli __main__ __init__
 """.split()
-SIBLINGS = ("training", "convert", "inspection")
+SIBLINGS = ("training", "convert", "inspection", "serving")
 NO_TORCH = (
     "config accounting names quantized settings recipe runtime folder tokenizers data.prepare "
     "training.schedules inspection.describe flags cli"

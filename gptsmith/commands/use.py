@@ -122,6 +122,11 @@ def open_draft(options: Namespace, tokenizer: Any) -> Any:
 
 def open_model(options: Namespace, name: str) -> Any:
     """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
+    return open_folder(options, name)[1:]
+
+
+def open_folder(options: Namespace, name: str) -> Any:
+    """The folder that MODEL means, verified, with its model and tokenizer as `open_model`."""
     # Verifying a model's files and importing PyTorch take a second each: at once, on two cores.
     with ThreadPoolExecutor(max_workers=1) as aside:
         found = aside.submit(find_model, name)
@@ -133,7 +138,7 @@ def open_model(options: Namespace, name: str) -> Any:
     device = devices.prepare_machine(machine)
     model, tokenizer = load_folder(folder, **devices.loading(machine.dtype, device))
     devices.prepare_model(model, machine)
-    return model, tokenizer
+    return folder, model, tokenizer
 
 
 def choose_to_use(options: Namespace, folder: Path) -> MachineSettings:

@@ -231,6 +231,11 @@ class Decoder:
         """The text that this id completes, which may be none."""
         return self.utf8.decode(self.tokenizer.token_bytes(id))
 
+    @property
+    def whole(self) -> bool:
+        """Whether no character waits for the rest of its bytes."""
+        return not self.utf8.getstate()[0]
+
     def flush(self) -> str:
         """What is left when no more comes: U+FFFD for half a character, or nothing."""
         return self.utf8.decode(b"", final=True)

@@ -1,0 +1,105 @@
+"""The command that serves a model by OpenAI's API."""
+
+import contextlib
+import ipaddress
+import logging
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from ..flags import Parser, add_flags, given
+from ..recipe import convert, updated
+from ..runtime import api_key, use_huge_pages
+from ..settings import MachineSettings, ServingSettings
+from .use import COMPILE_HELP, open_folder
+from .words import MODEL_HELP, tell
+
+EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+
+
+def add_serve(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_flags(parser, ServingSettings)
+    parser.add_argument("--compile", metavar="auto|yes|no", default="auto", help=COMPILE_HELP)
+    add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+
+
+def serve(options: Namespace) -> None:
+    """Serve a model by OpenAI's API, to many callers at once, until Ctrl-C."""
+    settings = updated(ServingSettings(), given(options, ServingSettings), "serve")
+    convert("compile", options.compile, Literal["auto", "yes", "no"])
+    check_extra()
+    from ..serving.guard import Guard
+    from ..serving.listen import Server, listen, url
+    from ..serving.server import make_app
+
+    key = settings.api_key or api_key()
+    with listen(settings.host, settings.port) as bound:
+        served = open_served(options, settings)
+        guarded = Guard(
+            make_app(served, with_key=key is not None),
+            api_key=key,
+            most_bytes=settings.max_request_bytes,
+            seen=recorder(served.metrics, with_lines=settings.log_requests),
+        )
+        if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
+            tell("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
+        what = f"serving {served.name} at {url(bound)}"
+        server = Server(
+            guarded,
+            drain=settings.drain,
+            ready=lambda: tell(f"{what}  (page: /, API: /v1, docs: /docs; Ctrl-C ends)"),
+            ending=lambda: tell(
+                f"finishing what is begun, in at most {settings.drain} s; Ctrl-C ends it at once"
+            ),
+        )
+        server.run(sockets=[bound])
+
+
+def check_extra() -> None:
+    """ImportError, with what to do, where the libraries of the server are missing."""
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serving needs {missing[0]}, an extra: pip install 'gptsmith[serve]'")
+
+
+def open_served(options: Namespace, settings: ServingSettings) -> Any:
+    """The model that the flags ask for, ready to be served."""
+    use_huge_pages()
+    folder, model, tokenizer = open_folder(options, options.model)
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
+    from ..decode import open_decoder
+    from ..serving.chat import ends_of, open_template
+    from ..serving.metrics import Metrics
+    from ..serving.served import Served
+    from ..serving.service import Service
+
+    logging.basicConfig(format="%(message)s")  # of what goes wrong inside, to stderr
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
+    decoder = open_decoder(model, options.compile)
+    service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
+    return Served(
+        service=service,
+        tokenizer=tokenizer,
+        name=settings.name or Path(options.model).resolve().name,
+        aliases=frozenset({options.model}),
+        ends=ends_of(folder, tokenizer),
+        template=open_template(folder, tokenizer),
+        timeout=settings.timeout,
+        metrics=Metrics(service.counts, slots=service.slots),
+    )
+
+
+def recorder(metrics: Any, *, with_lines: bool) -> Any:
+    """What takes down each request: in the figures, and as a line."""
+    from ..serving.guard import Access, line
+
+    def seen(access: Access) -> None:
+        metrics.finished(access.path, access.status, access.seconds)
+        if with_lines:
+            with contextlib.suppress(OSError):  # nobody may read our stderr any more
+                tell(line(access))
+
+    return seen

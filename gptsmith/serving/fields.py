@@ -1,0 +1,133 @@
+"""The fields of a request that have several forms: what they may be, and what is made of them.
+
+Knows nothing of the requests that they are fields of.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+
+from ..config import suggestion
+from .errors import refused, shown
+
+MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
+
+
+def nullable(schema: dict[str, Any]) -> None:
+    """Say in a schema that null is the same as leaving a field out."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            notes = {key: field.pop(key) for key in ("title", "description") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
+
+
+class Asked(BaseModel):
+    """An object in a request: unknown fields are errors, and null is as if it were not there."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra=nullable,
+        protected_namespaces=(),
+    )
+    unsupported: ClassVar[Mapping[str, str]] = {}  # fields of OpenAI's, and why they are refused
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """The fields that say something; an error for one that there is not."""
+        if not isinstance(values, dict):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        for name in given:
+            if name in cls.unsupported:
+                raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
+            if name not in cls.model_fields:
+                hint = suggestion(name, cls.model_fields)
+                raise refused(f"unknown field {shown(name)}{hint}", name)
+        return given
+
+
+def checked_prompt(value: Any) -> list[str] | list[list[int]]:
+    """A prompt, in each of its four forms, as a list of texts or of rows of ids."""
+    rows = value
+    if isinstance(value, str) or (value and is_row(value)):
+        rows = [value]
+    if not (isinstance(rows, list) and rows):
+        raise ValueError("a text, a list of texts, a list of ids or a list of those is needed")
+    if all(isinstance(row, str) for row in rows):
+        return rows
+    if not all(is_row(row) for row in rows):
+        raise ValueError("its parts must all be texts, or all whole numbers, or all lists of them")
+    if not all(rows):
+        raise ValueError("a list of ids in it is empty: at least one id is needed")
+    return rows
+
+
+def is_row(value: Any) -> bool:
+    """Whether a value is a list of whole numbers."""
+    return isinstance(value, list) and all(type(id) is int for id in value)
+
+
+def checked_stop(value: Any) -> list[str]:
+    """Stop strings, of which one may stand alone."""
+    words = [value] if isinstance(value, str) else value
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise ValueError("a text or a list of texts is needed")
+    if "" in words:
+        raise ValueError("a stop string is empty: it would stop before the first character")
+    if len(words) > MOST_STOPS or any(len(word) > LONGEST_STOP for word in words):
+        raise ValueError(f"at most {MOST_STOPS} texts of {LONGEST_STOP:,} characters are needed")
+    return words
+
+
+def checked_bias(value: Any) -> dict[int, float]:
+    """Ids, which JSON writes as texts, and what is added to their logits."""
+    if not isinstance(value, dict):
+        raise ValueError("an object of ids and numbers is needed")
+    for id, number in value.items():
+        if not (id.isascii() and id.isdigit() and len(id) < 10):
+            raise ValueError(f"{shown(id)} is no id of a token: a whole number is needed")
+        if type(number) not in (int, float) or not -100 <= number <= 100:
+            raise ValueError(f"{shown(number)} for token {id}: a number of -100 to 100 is needed")
+    return {int(id): float(number) for id, number in value.items()}
+
+
+def schema(*kinds: dict[str, Any]) -> WithJsonSchema:
+    """What the description of the API says of a field that is checked by a function."""
+    return WithJsonSchema({"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0])
+
+
+TEXT, ID = {"type": "string"}, {"type": "integer", "minimum": 0}
+IDS = {"type": "array", "items": ID, "minItems": 1}
+Prompt = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(checked_prompt),
+    schema(
+        TEXT,
+        {"type": "array", "items": TEXT, "minItems": 1},
+        IDS,
+        {"type": "array", "items": IDS, "minItems": 1},
+    ),
+]
+Stop = Annotated[
+    list[str],
+    PlainValidator(checked_stop),
+    schema(
+        word := {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP},
+        {"type": "array", "items": word, "maxItems": MOST_STOPS},
+    ),
+]
+Bias = Annotated[
+    dict[int, float],
+    PlainValidator(checked_bias),
+    schema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]

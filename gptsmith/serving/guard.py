@@ -1,0 +1,234 @@
+"""Who may ask, and how much at once: the size of a body, the API key, headers, a record of each.
+
+Knows nothing of models or of what the application answers. It is plain ASGI around the whole
+application, so that a stream passes through it piece by piece.
+"""
+
+import hmac
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import error_body
+
+Headers = list[tuple[bytes, bytes]]
+
+GUARDED = "/v1/"  # below it a key is needed, and nothing is kept by caches
+HUNG_UP = 499  # what nginx writes of a client that left before its answer was whole
+MOST_LETTERS = 200  # of anything in the record
+
+SAFETY: Headers = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+]
+NOT_KEPT: Headers = [(b"cache-control", b"no-store")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What became of one request. Texts are plain ASCII on one line, whatever was sent."""
+
+    client: str  # an address, or "-" where there is none
+    method: str
+    path: str  # percent-encoded, without its query
+    status: int
+    seconds: float  # from its arrival to its last byte
+    bytes: int  # of the body that was answered
+
+
+def line(access: Access) -> str:
+    """One line of an access log."""
+    long = access.seconds >= 1
+    took = f"{access.seconds:,.2f} s" if long else f"{1000 * access.seconds:.1f} ms"
+    asked = f'{access.client} "{access.method} {access.path}"'
+    return f"{asked} {access.status} {took} {access.bytes:,} bytes"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An answer in place of the application's."""
+
+    status: int
+    message: str
+    code: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    async def send(self, send: Send) -> None:
+        """Answers in the form of OpenAI's errors."""
+        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *self.headers,
+        ]
+        start = {"type": "http.response.start", "status": self.status, "headers": headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+
+
+class Guard:
+    """An application with a guard at its door.
+
+    A body of more than `most_bytes` is refused, whether it says so or not. With an `api_key`, what
+    lies under /v1 needs it. `seen` is called at the end of each request, whatever its end was.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        most_bytes: int,
+        seen: Callable[[Access], None],
+    ) -> None:
+        self.app = app
+        self.key = None if api_key is None else _checked_key(api_key)
+        self.most_bytes = most_bytes
+        self.seen = seen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection of ASGI. Web sockets are refused: nothing here speaks them."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        elif scope["type"] != "http":
+            await self.app(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = time.perf_counter()
+        # Anywhere in the path, because what a proxy put before it may be left on.
+        guarded = GUARDED in f"{scope['path']}/"
+        visit = _Visit(receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
+        try:
+            refusal = self._refusal(_headers(scope), guarded)
+            if refusal is None:
+                await self.app(scope, visit.receive, visit.send)
+            else:
+                await refusal.send(visit.send)
+        except Exception:
+            visit.failed = True
+            if not visit.refused:  # else the caller has an answer, and the application stumbled
+                raise
+        finally:
+            self.seen(
+                Access(
+                    client=_plain(scope["client"][0]) if scope.get("client") else "-",
+                    method=_plain(scope["method"]),
+                    path=_plain(scope["path"]),
+                    status=visit.outcome(),
+                    seconds=time.perf_counter() - begun,
+                    bytes=visit.bytes,
+                )
+            )
+
+    def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> _Refusal | None:
+        """Why a request does not come in, as far as its headers tell."""
+        if guarded and self.key is not None and not _has_key(headers, self.key):
+            given = b"authorization" in headers
+            return _Refusal(
+                401,
+                "the API key is not the one of this server: ask whoever runs it"
+                if given
+                else "no API key was given: send it as the header 'Authorization: Bearer KEY'",
+                "invalid_api_key",
+                ((b"www-authenticate", b"Bearer"),),
+            )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            return _Refusal(400, "Content-Length is not a number of bytes: send one, or none")
+        digits = length.lstrip(b"0") or b"0"
+        # Compared by their length first: Python refuses to read numbers of thousands of digits.
+        if len(digits) > len(str(self.most_bytes)) or int(digits) > self.most_bytes:
+            return _too_large(self.most_bytes)
+        return None
+
+
+class _Visit:
+    """One request's two directions, counted."""
+
+    def __init__(self, receive: Receive, send: Send, most_bytes: int, headers: Headers) -> None:
+        self._receive, self._send = receive, send
+        self._room = most_bytes
+        self._most_bytes = most_bytes
+        self._headers = headers
+        self._status = 0  # until an answer begins
+        self._whole = False
+        self._hung_up = False
+        self.refused = False
+        self.failed = False
+        self.bytes = 0
+
+    def outcome(self) -> int:
+        """The status that was sent, or what happened in its place."""
+        if self._hung_up:
+            return HUNG_UP
+        failed = self.failed and not self._whole
+        return 500 if failed or not self._status else self._status
+
+    async def receive(self) -> Message:
+        """The next part of the body; a body too large ends as if its client had hung up."""
+        if self._room < 0:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._hung_up = not self._whole  # servers say it after a whole answer too
+            return message
+        self._room -= len(message.get("body", b""))
+        if self._room >= 0:
+            return message
+        if not self._status:  # else it has begun to answer, and may end that
+            await _too_large(self._most_bytes).send(self.send)
+            self.refused = True
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Passes an answer on, with the headers of a guarded house."""
+        if self.refused:
+            return
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message.get("headers", []))
+            given = {bytes(name).lower() for name, _ in headers}
+            headers += [(name, value) for name, value in self._headers if name not in given]
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body" and not self._hung_up:
+            self.bytes += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+        await self._send(message)
+
+
+def _too_large(most_bytes: int) -> _Refusal:
+    return _Refusal(
+        413, f"the body is larger than {most_bytes:,} bytes: send less at once", "body_too_large"
+    )
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return {bytes(name).lower(): bytes(value).strip() for name, value in scope["headers"]}
+
+
+def _checked_key(key: str) -> bytes:
+    key = key.strip()
+    if not key or not key.isprintable() or " " in key:
+        raise ValueError(
+            "the API key is empty or has spaces or control characters in it, which no client can "
+            "send: give one word, or no key at all"
+        )
+    return key.encode()
+
+
+def _has_key(headers: dict[bytes, bytes], key: bytes) -> bool:
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key)
+
+
+def _plain(text: str) -> str:
+    """Percent-encoded, so that no letter of it moves a cursor or begins a line."""
+    quoted = quote(text[:MOST_LETTERS], safe="/:@!$&'()*+,;=", errors="replace")
+    return quoted[:MOST_LETTERS]
