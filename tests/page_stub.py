@@ -62,13 +62,14 @@ def pieces_of(text: str) -> list[tuple[str, list[str]]]:
 
 HALVES = (slice(None, -1), slice(-1, None))
 PIECES = pieces_of(STORY)
+SHARES = (0.99, 0.97, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.001)
 
 
 def logprobs_of(names: list[str], draw: random.Random) -> dict[str, Any]:
     """What a model might have thought of each token: the five likeliest and the token itself."""
     scored, tops = [], []
     for name in names:
-        chosen = draw.choice((0.97, 0.8, 0.5, 0.5, 0.12, 0.03, 0.004, 0.0004))
+        chosen = draw.choice(SHARES)
         shares = sorted((draw.random() ** 3 for _ in range(5)), reverse=True)
         rest = [share / sum(shares) * (1 - chosen) * 0.9 for share in shares]
         others = draw.sample([other for other in POOL if other != name], 5)
@@ -102,7 +103,7 @@ async def written(body: dict[str, Any]) -> AsyncIterator[str]:
             logprobs = logprobs_of(names, draw)
             choice = {"index": j, "text": text, "logprobs": logprobs, "finish_reason": finish}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-        await asyncio.sleep(0.04 if "slow" in prompt else 0.002)
+        await asyncio.sleep(0.02 if "slow" in prompt else 0.001)
         if step == 5 and "vanish" in prompt:
             raise ConnectionError
         if step == 5 and "stumble" in prompt:
