@@ -29,9 +29,9 @@ READING_ORDER = """
     training.schedules training.muon training.optimizers training.loop training.plot
     training.progress training.run training.plan training.start training
     inspection.text inspection.describe inspection.trace inspection
-    bench profile turns comparison peers flags
+    bench profile turns comparison peers client load flags
     commands.words commands.text commands.train commands.use commands.look
-    commands.measure commands.convert commands.quantize commands
+    commands.load commands.measure commands.convert commands.quantize commands
     cli __main__ __init__
 """.split()
 SIBLINGS = ("training", "convert", "inspection")
