@@ -24,8 +24,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 
 PAGE = Path(__file__).parent.parent / "gptsmith" / "serving" / "page.html"
 KEY = "open sesame"
-STORY = """ The keeper of the light had counted the ships each evening for thirty years — and wrote \
-them down, one line for each, in a ledger that nobody had asked him to keep.
+STORY = """ The keeper of the light had counted the ships each evening for thirty years — and \
+wrote them down, one line for each, in a ledger that nobody had asked him to keep.
 
 “Eleven,” he said, and was wrong: the twelfth lay dark under the cliff, her lamps put out, \
 and she was waiting for him to sleep. 🚢

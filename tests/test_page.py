@@ -172,7 +172,7 @@ def test_stopped_half_way_and_continued(visit: Any, server_url: str, by: str) ->
 
 
 def test_samples_stand_side_by_side(visit: Any, server_url: str) -> None:
-    here = visit(server_url)
+    here = visit(server_url, permissions=["clipboard-read", "clipboard-write"])
     here.write(n=2, seed=7, max_tokens=40)
     assert [here.finished(i) for i in range(2)] == ["length"] * 2
     left, right = (here.page.locator(".sheet").nth(i).bounding_box() for i in range(2))
@@ -180,6 +180,9 @@ def test_samples_stand_side_by_side(visit: Any, server_url: str) -> None:
     assert left["x"] + left["width"] < right["x"]
     assert here.text(0) != here.text(1)
     second = here.text(1)
+    here.page.locator("text=Copy").nth(1).click()
+    here.page.wait_for_selector("text=Copied")
+    assert here.page.evaluate("navigator.clipboard.readText()") == second
     here.write(n=1, seed=8)  # the second sample's, by itself
     here.until("document.querySelectorAll('[data-finish]').length == 1")
     assert here.text() == second
@@ -242,12 +245,10 @@ def test_a_walk_by_keyboard(visit: Any, server_url: str) -> None:
             break
         here.page.keyboard.press("Tab")
     places = []
-    for key in "ArrowRight ArrowRight ArrowLeft ArrowDown ArrowUp End ArrowRight Home".split():
+    for key in "ArrowRight ArrowRight ArrowLeft End ArrowRight Home".split():
         here.page.keyboard.press(key)
         places.append(here.page.evaluate(focused))
-    assert places[:3] == [1, 2, 1]
-    assert 5 < places[3] < 30
-    assert places[4:] == [pytest.approx(1, abs=1), 79, 79, 0]
+    assert places == [1, 2, 1, 79, 79, 0]
     assert here.page.locator(".token[tabindex]").count() == 1
     assert here.page.is_visible("#popup")
     here.page.keyboard.press("Enter")
