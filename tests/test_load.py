@@ -28,7 +28,7 @@ from gptsmith import GPTConfig, save
 from gptsmith.cli import main
 from gptsmith.client import Answer, Failure, Server, answered, ask, model_name
 from gptsmith.commands.load import served
-from gptsmith.load import Crowd, figures, measure, percentiles, render
+from gptsmith.crowd import Crowd, figures, measure, percentiles, render
 from gptsmith.settings import LoadSettings
 from gptsmith.tokenizers import char_tokenizer
 from tests.conftest import TINY, scrambled
@@ -229,7 +229,7 @@ def test_what_no_client_expects_is_not_waited_for(
     def broken(*question: Any) -> Answer:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gptsmith.load.ask", broken)
+    monkeypatch.setattr("gptsmith.crowd.ask", broken)
     with pytest.raises(ZeroDivisionError):
         measure(steady, settings(clients=2))
 

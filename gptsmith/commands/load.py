@@ -30,7 +30,7 @@ ENDING = 10.0  # seconds that it may take to go
 def bench_serve(options: Namespace) -> None:
     """Measure a server at an address, or serve a model and measure that."""
     from ..client import Server
-    from ..load import measure, render
+    from ..crowd import measure, render
 
     asked = {name: each for name, each in given(options, LoadSettings).items() if each is not None}
     settings = updated(LoadSettings(), asked, "bench")
