@@ -33,7 +33,7 @@ READING_ORDER = """
     serving.errors serving.fields serving.protocol serving.text serving.chat
     serving.answers serving.schema serving.metrics serving.guard serving.manual
     serving.writing serving.wire serving.served serving.server serving.listen serving
-    bench profile turns comparison peers client load flags
+    bench profile turns comparison peers client crowd flags
     commands.words commands.text commands.train commands.use commands.look
     commands.load commands.measure commands.convert commands.quantize commands.serve commands
     cli __main__ __init__
@@ -246,4 +246,5 @@ def test_the_tour_walks_through_every_module_in_this_order() -> None:
 def test_the_surface_is_what_it_says() -> None:
     for name in gptsmith.__all__:
         assert getattr(gptsmith, name) is not None
+        assert name not in READING_ORDER, "once imported, the module would stand in its place"
     assert not inspect.ismodule(gptsmith.generate_greedy)

@@ -28,8 +28,9 @@ from gptsmith import GPTConfig, save
 from gptsmith.cli import main
 from gptsmith.client import Answer, Failure, Server, answered, ask, model_name
 from gptsmith.commands.load import served
-from gptsmith.load import Crowd, figures, measure, percentiles, render
+from gptsmith.crowd import Crowd, figures, measure, percentiles, render
 from gptsmith.settings import LoadSettings
+from gptsmith.tokenizers import char_tokenizer
 from tests.conftest import TINY, scrambled
 
 Serve = Callable[..., AbstractContextManager[Server]]
@@ -116,12 +117,12 @@ def test_percentiles_lie_between_the_nearest_values() -> None:
 def test_the_figures_are_the_servers(steady: Server) -> None:
     found = measure(steady, LoadSettings(clients=3, seconds=2, prompt_tokens=7, max_tokens=20))
     first, between = found["first_token_milliseconds"], found["between_events_milliseconds"]
-    assert 50 <= first["p50"] <= 75
-    assert 9 <= between["p50"] <= 13
+    assert 50 <= first["p50"] <= 90
+    assert 9 <= between["p50"] <= 16
     assert first["p50"] <= first["p95"] <= first["p99"]
     assert found["tokens_per_event"] == pytest.approx(1)
     fastest = 3 * 20 / (0.050 + 19 * 0.010)  # if asking again took no time
-    assert 0.6 * fastest < found["generated_tokens_per_second"] <= fastest * 1.1
+    assert 0.5 * fastest < found["generated_tokens_per_second"] <= fastest * 1.1
     ratio = found["prompt_tokens_per_second"] / found["generated_tokens_per_second"]
     assert ratio == pytest.approx(7 / 20, rel=0.2)  # less whole answers than events: 2 s hold 8
     assert 2 <= found["seconds"] < 2.5
@@ -212,6 +213,25 @@ def test_a_stream_that_says_nothing_more_has_failed(monkeypatch: pytest.MonkeyPa
         with pytest.raises(ValueError, match=r"1 x nothing came for 0\.3 s"):
             measure(server, settings())
     assert time.monotonic() - began < 20
+
+
+def test_too_short_a_time_is_told() -> None:
+    with (
+        slow_server(first=1, every=0.001) as server,
+        pytest.raises(ValueError, match=r"no token within 0\.1 s: none came: give it more"),
+    ):
+        measure(server, settings(seconds=0.1))
+
+
+def test_what_no_client_expects_is_not_waited_for(
+    steady: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*question: Any) -> Answer:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("gptsmith.crowd.ask", broken)
+    with pytest.raises(ZeroDivisionError):
+        measure(steady, settings(clients=2))
 
 
 def test_a_wrong_key_is_told_in_a_line(bench: Callable[..., Any]) -> None:
@@ -375,3 +395,24 @@ def test_a_signal_ends_the_server_too(number: int, status: int, folder: Path) ->
     assert parent.wait(30) == status
     assert is_over(server)
     assert b"Traceback" not in parent.stderr.read()  # type: ignore[union-attr]
+
+
+def test_a_model_is_served_and_measured(
+    tmp_path: Path, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTSMITH_API_KEY", "sesame")  # which both sides read
+    model = scrambled(GPTConfig(**TINY | {"context_length": 40}))
+    save(model, char_tokenizer("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "), tmp_path / "toy")
+    flags = "--clients 3 --seconds 1 --prompt-tokens 5 --max-tokens 30 --slots 2 --threads 1"
+    status, out, err = bench(tmp_path / "toy", *flags.split(), "--compile", "no", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["failed"] == {}
+    assert found["answered"] > 3
+    ratio = found["prompt_tokens_per_second"] / found["generated_tokens_per_second"]
+    assert ratio == pytest.approx(5 / 30, rel=0.3)
+    assert found["tokens_per_event"] == pytest.approx(1, abs=0.1)
+    first, between = found["first_token_milliseconds"], found["between_events_milliseconds"]
+    assert between["p50"] > 0
+    assert first["p95"] > 5 * between["p50"]  # of three clients one waits for one of two slots
+    assert 100 < found["memory_megabytes"]["start"] <= found["memory_megabytes"]["peak"]

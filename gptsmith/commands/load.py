@@ -18,6 +18,7 @@ import psutil
 from ..flags import given
 from ..folder import find_model, read_config
 from ..recipe import updated
+from ..runtime import api_key
 from ..settings import LoadSettings, MachineSettings
 from ..turns import flag
 
@@ -29,12 +30,13 @@ ENDING = 10.0  # seconds that it may take to go
 def bench_serve(options: Namespace) -> None:
     """Measure a server at an address, or serve a model and measure that."""
     from ..client import Server
-    from ..load import measure, render
+    from ..crowd import measure, render
 
     asked = {name: each for name, each in given(options, LoadSettings).items() if each is not None}
     settings = updated(LoadSettings(), asked, "bench")
+    key = options.api_key or api_key()
     if "://" in options.model:
-        server = Server.at(options.model, options.api_key)
+        server = Server.at(options.model, key)
         ours = given(options, MachineSettings) | {"slots": options.slots, "dtype": options.dtypes}
         if chosen := [flag(name) for name, each in ours.items() if each]:
             raise ValueError(f"{' and '.join(chosen)}: a server that runs has chosen already")
@@ -42,7 +44,7 @@ def bench_serve(options: Namespace) -> None:
     else:
         settings = fitted(options.model, settings, asked)
         with served(program(options)) as (address, memory):
-            found = measure(Server.at(address, options.api_key), settings, memory)
+            found = measure(Server.at(address, key), settings, memory)
     if options.json:
         print(json.dumps({"model": options.model, **found}))
         return

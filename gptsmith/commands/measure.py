@@ -77,33 +77,28 @@ def add_bench(parser: Parser) -> None:
     serving = parser.add_argument_group("of serve")
     add_flags(serving, LoadSettings, without=("prompt_tokens", "max_tokens"))
     serving.add_argument("--slots", metavar="N", help="texts served at once (a model's)")
-    serving.add_argument("--api-key", metavar="KEY", help="key that the server asks for")
+    serving.add_argument("--api-key", metavar="KEY", help="its key (default: GPTSMITH_API_KEY)")
     add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic"))
 
 
 def bench(options: Namespace) -> None:
     """Measure tokens per second, step time or waiting times, and peak memory."""
     if options.what == "serve":
-        training = {name: getattr(options, name) for name in ("profile", "optimizer")}
-        refuse(options, "train", **training)
-        refuse(
-            options, "generate", rows=options.rows, against=options.against, rounds=options.rounds
-        )
+        refuse(options, "train", "profile", "optimizer")
+        refuse(options, "generate", "rows", "against", "rounds")
         bench_serve(options)
         return
-    load = given(options, LoadSettings)
-    left = {name: load.get(name) for name in ("clients", "seconds", "seed")}
-    refuse(options, "serve", **left, slots=options.slots, api_key=options.api_key)
+    refuse(options, "serve", "clients", "seconds", "seed", "slots", "api_key")
     config, title, folder = described_config(options.model)
     machines = chosen_machines(options, folder)
     rows = counts("rows", options.rows)
     if options.what == "train":
-        refuse(options, "generate", against=options.against, rounds=options.rounds)
+        refuse(options, "generate", "against", "rounds")
         if len(machines) > 1 or len(rows) > 1:
             raise ValueError("bench train measures one dtype and number of rows at a time")
         found = measure_training(options, config, machines[0], *rows)
     else:
-        refuse(options, "train", profile=options.profile, optimizer=options.optimizer)
+        refuse(options, "train", "profile", "optimizer")
         if len(rows) != 1 or len(machines) > 1 or options.against or options.rounds:
             show_table(options, config, title, folder, machines)
             return
@@ -114,12 +109,11 @@ def bench(options: Namespace) -> None:
     show_figures(f"{options.what}: {title}", found)
 
 
-def refuse(options: Namespace, right: str, **flags: Any) -> None:
+def refuse(options: Namespace, right: str, *names: str) -> None:
     """ValueError where flags were given that are only of `bench RIGHT`."""
-    if any(flags.values()):
-        names = " and ".join(flag(name) for name, value in flags.items() if value)
+    if asked := [flag(name) for name in names if getattr(options, name, None)]:
         kind = {"train": "training", "generate": "generation", "serve": "serving"}[right]
-        raise ValueError(f"{names} are of {kind}: say 'bench {right}'")
+        raise ValueError(f"{' and '.join(asked)} are of {kind}: say 'bench {right}'")
 
 
 def counts(name: str, text: str | None) -> list[int]:
