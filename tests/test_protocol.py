@@ -56,7 +56,7 @@ def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
     [
         (
             {"temprature": 1},
-            "unknown field 'temprature', did you mean 'temperature'?",
+            "unknown field 'temprature', did you mean 'temperature",
             "temprature",
         ),
         ({"temperature": "hot"}, "temperature is 'hot': a number is needed", "temperature"),
