@@ -33,9 +33,9 @@ READING_ORDER = """
     serving.errors serving.fields serving.protocol serving.text serving.chat
     serving.answers serving.schema serving.metrics serving.guard serving.manual
     serving.writing serving.wire serving.served serving.server serving.listen serving
-    bench profile turns comparison peers flags
+    bench profile turns comparison peers client load flags
     commands.words commands.text commands.train commands.use commands.look
-    commands.measure commands.convert commands.quantize commands.serve commands
+    commands.load commands.measure commands.convert commands.quantize commands.serve commands
     cli __main__ __init__
 """.split()
 SIBLINGS = ("training", "convert", "inspection", "serving")

@@ -1,4 +1,5 @@
-"""The command that measures: bench, of training, and of generation, also against transformers."""
+"""The command that measures: bench, of training, of generation, also against transformers, and of
+serving."""
 
 import json
 import tempfile
@@ -13,7 +14,9 @@ from ..config import PRESETS, GPTConfig, suggestion
 from ..flags import Parser, add_flags, given
 from ..recipe import convert, updated
 from ..runtime import use_huge_pages
-from ..settings import Dtype, MachineSettings, TrainingSettings
+from ..settings import Dtype, LoadSettings, MachineSettings, TrainingSettings
+from ..turns import flag
+from .load import bench_serve
 from .look import described_config
 from .use import dtype_to_use
 from .words import tell
@@ -23,9 +26,12 @@ ROWS, ROUNDS = "1,8", 3  # of a table; rounds where something is compared
 
 
 def add_bench(parser: Parser) -> None:
-    parser.add_argument("what", choices=("train", "generate"), help="what to measure")
+    parser.add_argument("what", choices=("train", "generate", "serve"), help="what to measure")
     parser.add_argument(
-        "model", metavar="MODEL|PRESET|RECIPE", help="presets: " + ", ".join(PRESETS)
+        "model",
+        metavar="MODEL|PRESET|RECIPE|URL",
+        help=f"presets: {', '.join(PRESETS)}; serve: a model, which is served for as long, or the "
+        "address of a server that runs",
     )
     parser.add_argument("--steps", default="10", metavar="N", help="steps timed (default: 10)")
     parser.add_argument(
@@ -37,10 +43,13 @@ def add_bench(parser: Parser) -> None:
     parser.add_argument(
         "--prompt-tokens",
         metavar="N",
-        help="generate: default 32, and 1024 for prefill, or what the context holds",
+        help="generate: default 32, and 1024 for prefill, or what the context holds; serve: "
+        "default 32",
     )
     parser.add_argument(
-        "--max-tokens", metavar="N", help="generate: default 128, or what the context holds"
+        "--max-tokens",
+        metavar="N",
+        help="generate and serve: default 128, or what the context holds",
     )
     parser.add_argument(
         "--against",
@@ -65,11 +74,26 @@ def add_bench(parser: Parser) -> None:
         default=[],
         help="precision of matrix products (generate: default float32; several with commas)",
     )
+    serving = parser.add_argument_group("of serve")
+    add_flags(serving, LoadSettings, without=("prompt_tokens", "max_tokens"))
+    serving.add_argument("--slots", metavar="N", help="texts served at once (a model's)")
+    serving.add_argument("--api-key", metavar="KEY", help="key that the server asks for")
     add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic"))
 
 
 def bench(options: Namespace) -> None:
-    """Measure tokens per second, step time or first token, and peak memory."""
+    """Measure tokens per second, step time or waiting times, and peak memory."""
+    if options.what == "serve":
+        training = {name: getattr(options, name) for name in ("profile", "optimizer")}
+        refuse(options, "train", **training)
+        refuse(
+            options, "generate", rows=options.rows, against=options.against, rounds=options.rounds
+        )
+        bench_serve(options)
+        return
+    load = given(options, LoadSettings)
+    left = {name: load.get(name) for name in ("clients", "seconds", "seed")}
+    refuse(options, "serve", **left, slots=options.slots, api_key=options.api_key)
     config, title, folder = described_config(options.model)
     machines = chosen_machines(options, folder)
     rows = counts("rows", options.rows)
@@ -93,8 +117,8 @@ def bench(options: Namespace) -> None:
 def refuse(options: Namespace, right: str, **flags: Any) -> None:
     """ValueError where flags were given that are only of `bench RIGHT`."""
     if any(flags.values()):
-        names = " and ".join(f"--{name}" for name in flags)
-        kind = {"train": "training", "generate": "generation"}[right]
+        names = " and ".join(flag(name) for name, value in flags.items() if value)
+        kind = {"train": "training", "generate": "generation", "serve": "serving"}[right]
         raise ValueError(f"{names} are of {kind}: say 'bench {right}'")
 
 

@@ -13,9 +13,11 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import error_body
+
 Headers = list[tuple[bytes, bytes]]
 
-GUARDED = "/v1"  # below it a key is needed, and nothing is kept by caches
+GUARDED = "/v1/"  # below it a key is needed, and nothing is kept by caches
 HUNG_UP = 499  # what nginx writes of a client that left before its answer was whole
 MOST_LETTERS = 200  # of anything in the record
 
@@ -58,13 +60,7 @@ class _Refusal:
 
     async def send(self, send: Send) -> None:
         """Answers in the form of OpenAI's errors."""
-        error = {
-            "message": self.message,
-            "type": "invalid_request_error",
-            "param": None,
-            "code": self.code,
-        }
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -106,8 +102,8 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()
-        path = _path(scope)
-        guarded = path == GUARDED or path.startswith(f"{GUARDED}/")
+        # Anywhere in the path, because what a proxy put before it may be left on.
+        guarded = GUARDED in f"{scope['path']}/"
         visit = _Visit(receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
         try:
             refusal = self._refusal(_headers(scope), guarded)
@@ -124,7 +120,7 @@ class Guard:
                 Access(
                     client=_plain(scope["client"][0]) if scope.get("client") else "-",
                     method=_plain(scope["method"]),
-                    path=_plain(path),
+                    path=_plain(scope["path"]),
                     status=visit.outcome(),
                     seconds=time.perf_counter() - begun,
                     bytes=visit.bytes,
@@ -211,11 +207,6 @@ def _too_large(most_bytes: int) -> _Refusal:
     return _Refusal(
         413, f"the body is larger than {most_bytes:,} bytes: send less at once", "body_too_large"
     )
-
-
-def _path(scope: Scope) -> str:
-    """The path that the application will look up: without what a proxy put before it."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

@@ -13,9 +13,10 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, HTMLResponse
 
+from .guard import GUARDED
+
 DISTRIBUTION = "fastapi-offline"
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
-GUARDED = "/v1/"  # paths that need a key, where there is one
 A_DAY = 86_400  # seconds
 
 # Pictures may be data: because Swagger UI's arrows are. Nothing in the page itself may run.
