@@ -490,6 +490,24 @@ def test_who_hangs_up_frees_the_slots_at_once(slow: Running) -> None:
     assert [access.status for access in slow.accesses[-2:]] == [499, 499]
 
 
+def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) -> None:
+    create = client_of(slow).completions.create
+    how = {"model": "toy", "prompt": ["a", "b"], "seed": 1}
+    first, second = (choice.text for choice in create(max_tokens=40, **how).choices)
+    stop = next(letter for letter in first if letter not in second)
+    stream = create(max_tokens=LONG, stop=stop, stream=True, **how)
+    for event in stream:
+        if event.choices[0].finish_reason == "stop":
+            break
+    begun = time.monotonic()
+    while slow.served.service.counts().running > 1:
+        assert time.monotonic() < begun + 1
+        time.sleep(0.002)
+    assert slow.served.service.counts().running == 1, "the other one goes on"
+    stream.close()
+    slow.wait_until_idle()
+
+
 def test_a_request_has_its_time() -> None:
     with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=0.3) as running:
         client = client_of(running)
