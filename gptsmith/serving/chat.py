@@ -73,16 +73,16 @@ class ChatTemplate:
         that of what may become one with the text that follows."""
         if any(chr(mask) in text for mask in self.unmask):
             raise ValueError("a message has U+FDD0 or the like, which is no character: remove it")
-        places, after = list[int](), 0
+        places, after = set[int](), 0
         while found := self.special.search(text, after):  # they may overlap
-            places.append(found.start())
+            places.add(found.start())
             after = found.start() + 1
-        places += [
+        places |= {
             len(text) - length
             for special in self.specials
             for length in range(1, len(special))
             if text.endswith(special[:length])
-        ]
+        }
         letters = list(text)
         for place in places:
             letters[place] = self.masks[ord(letters[place])]

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MOST_SHOWN = 40  # characters of what was sent; it may be megabytes
+
 # What pydantic calls a mistake, and what it wanted. The rest it says well itself.
 WANTED = {
     "bool_type": "true or false is needed",
@@ -84,6 +86,7 @@ def shown(value: Any) -> str:
     """A value as a short text, for an error."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    text = value[:60] if isinstance(value, str) else value  # the rest may be megabytes
-    line = json.dumps(text, ensure_ascii=False)
-    return line if len(line) <= 40 else line[:40] + "…"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    text = json.dumps(value[:MOST_SHOWN], ensure_ascii=False)[1:-1].replace('\\"', '"')
+    return f"'{text}'" if len(value) <= MOST_SHOWN else f"'{text}…'"

@@ -46,7 +46,7 @@ class Asked(BaseModel):
                 raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
             if name not in cls.model_fields:
                 hint = suggestion(name, cls.model_fields)
-                raise refused(f"unknown field {shown(name)}{hint}", name)
+                raise refused(f"unknown field {shown(name)}{hint}", shown(name).strip("'"))
         return given
 
 
@@ -81,6 +81,19 @@ def checked_stop(value: Any) -> list[str]:
     if len(words) > MOST_STOPS or any(len(word) > LONGEST_STOP for word in words):
         raise ValueError(f"at most {MOST_STOPS} texts of {LONGEST_STOP:,} characters are needed")
     return words
+
+
+def checked_content(value: Any) -> str:
+    """What a message says, the parts of a list as lines."""
+    if isinstance(value, str):
+        return value
+    if not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
+        raise ValueError("a text, or a list of parts of type text, is needed")
+    for part in value:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = shown(part.get("type"))
+            raise ValueError(f"a part of type {kind} is not understood: only text is")
+    return "\n".join(part["text"] for part in value)
 
 
 def checked_bias(value: Any) -> dict[int, float]:
@@ -118,6 +131,21 @@ Stop = Annotated[
     schema(
         word := {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP},
         {"type": "array", "items": word, "maxItems": MOST_STOPS},
+    ),
+]
+Content = Annotated[
+    str,
+    PlainValidator(checked_content),
+    schema(
+        TEXT,
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": TEXT},
+                "required": ["type", "text"],
+            },
+        },
     ),
 ]
 Bias = Annotated[

@@ -12,7 +12,7 @@ from pydantic import FailFast, Field, model_validator
 from ..config import GPTConfig
 from ..settings import SamplingSettings
 from .errors import ApiError, refused
-from .fields import Asked, Bias, Prompt, Stop
+from .fields import Asked, Bias, Content, Prompt, Stop
 from .job import Job
 
 MOST_CHOICES = 128  # of one prompt, as OpenAI allows
@@ -115,13 +115,6 @@ class CompletionRequest(Request):
         return self.logprobs
 
 
-class TextPart(Asked):
-    """A part of a message: text."""
-
-    type: Literal["text"]
-    text: str
-
-
 class Message(Asked):
     """What somebody said."""
 
@@ -130,16 +123,13 @@ class Message(Asked):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], FailFast()]
+    content: Content
     name: str | None = None
 
     def spoken(self) -> dict[str, str]:
-        """The message as a template reads it, its parts as lines."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "\n".join(part.text for part in text)
+        """The message as a template reads it."""
         name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text} | name
+        return {"role": self.role, "content": self.content} | name
 
 
 class ResponseFormat(Asked):

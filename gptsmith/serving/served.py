@@ -19,7 +19,7 @@ from ..generate import prompt_ids
 from ..tokenizers import Tokenizer
 from .answers import DONE, Answer, ChatAnswer, CompletionAnswer, event, usage
 from .chat import ChatTemplate
-from .errors import ApiError, refused
+from .errors import ApiError, refused, shown
 from .job import Job
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, jobs, too_long
@@ -56,7 +56,7 @@ class Served:
         if name != self.name and name not in self.aliases:
             raise ApiError(
                 404,
-                f"the model '{name}' is not served here: take '{self.name}'",
+                f"the model {shown(name)} is not served here: take '{self.name}'",
                 param="model",
                 code="model_not_found",
             )

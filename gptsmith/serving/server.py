@@ -20,7 +20,7 @@ from starlette.requests import Request
 from .. import __version__
 from . import schema
 from .answers import encoded
-from .errors import ApiError, mistake
+from .errors import ApiError, mistake, shown
 from .manual import add_manual
 from .protocol import ChatRequest, CompletionRequest
 from .served import Served, failed
@@ -152,12 +152,13 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
+        path, headers = request.url.path, dict(error.headers or {})
         message = {
             400: "the body is not JSON: it cannot be read",
-            404: f"there is nothing at {request.url.path}: see /docs",
-            405: f"{request.method} is not for {request.url.path}: see /docs",
+            404: f"there is nothing at {shown(path)}: see /docs",
+            405: f"{request.method} is not for {shown(path)}: use {headers.get('Allow')}",
         }.get(error.status_code, str(error.detail))
-        return answer_of(ApiError(error.status_code, message, headers=error.headers))
+        return answer_of(ApiError(error.status_code, message, headers=headers))
 
     @app.exception_handler(Exception)
     async def failure(request: Request, error: Exception) -> Response:

@@ -43,6 +43,11 @@ def joined(pieces: Iterable[Piece]) -> Piece:
     return whole
 
 
+def begins_character(piece: bytes) -> bool:
+    """Whether bytes of UTF-8 begin with a character, rather than going on with one."""
+    return bool(piece) and not 0x80 <= piece[0] < 0xC0
+
+
 class Text:
     """One text as it is written; after the piece with `finish` nothing more belongs to it.
 
@@ -58,6 +63,7 @@ class Text:
         echo: str = "",
         with_tokens: bool = False,
     ) -> None:
+        self.tokenizer = tokenizer
         self.decoder, self.prompt_decoder = tokenizer.decoder(), tokenizer.decoder()
         self.stops = StopStrings(stop)
         self.echo = echo  # of the prompt, which comes first
@@ -93,8 +99,11 @@ class Text:
 
     def decoded(self, token: Scored) -> str:
         """The text that a new token completes."""
+        half = not self.decoder.whole
         text = self.decoder.push(token.id)
-        start, self.length = self.length, self.length + len(text)
+        # A token that does not go on with half a character leaves U+FFFD in its place.
+        start = self.length + (half and begins_character(self.tokenizer.token_bytes(token.id)))
+        self.length += len(text)
         self.wait(token, start, self.length + (not self.decoder.whole))
         return text
 

@@ -1,0 +1,149 @@
+"""Chat templates: the ids that transformers gives, and no message that passes for the template."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptsmith import GPTConfig, save
+from gptsmith.serving.chat import ChatTemplate, ends_of, open_template
+from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer
+from tests.conftest import TINY, scrambled
+
+CHATML = (
+    "{% for message in messages %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+RICH = (
+    "{{ bos_token }}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}\n"
+    "  {% if m.role == 'system' %}{{ {'said': m.content} | tojson }}{% else %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TALK = [
+    {"role": "system", "content": " be <kind> & short\n"},
+    {"role": "user", "content": "hé < there |>"},
+    {"role": "assistant", "content": "yes\n\nno"},
+    {"role": "user", "content": "x"},
+]
+
+
+def tokenizer_with(*specials: str) -> Tokenizer:
+    backend = byte_tokenizer().backend
+    backend.add_special_tokens(list(specials))
+    return Tokenizer(backend)
+
+
+CHAT = tokenizer_with("<|im_start|>", "<|im_end|>")
+START, END = CHAT.vocab["<|im_start|>"], CHAT.vocab["<|im_end|>"]
+
+
+def folder_with(path: Path, tokenizer: Tokenizer, **said: object) -> Path:
+    """A model's folder whose tokenizer_config.json says more."""
+    save(scrambled(GPTConfig(**(TINY | {"vocab_size": tokenizer.vocab_size}))), tokenizer, path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | said))
+    (path / "manifest.json").unlink(missing_ok=True)
+    return path
+
+
+@pytest.mark.parametrize("source", [CHATML, RICH])
+def test_a_conversation_becomes_the_ids_that_transformers_gives(
+    tmp_path: Path, source: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = folder_with(tmp_path / "m", CHAT, chat_template=source, eos_token="<|im_end|>")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    template = open_template(folder, CHAT)
+    assert template is not None
+    assert template.ids(TALK) == expected
+    assert END in expected
+
+
+def test_a_template_may_lie_in_three_places(tmp_path: Path) -> None:
+    assert open_template(folder_with(tmp_path / "none", CHAT), CHAT) is None
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder = folder_with(tmp_path / "m", CHAT, chat_template=several)
+    found = open_template(folder, CHAT)
+    assert found is not None
+    assert found.ids(TALK) == [*b"D"]
+    (folder / "chat_template.jinja").write_text("F")  # what transformers writes now
+    found = open_template(folder, CHAT)
+    assert found is not None
+    assert found.ids(TALK) == [*b"F"]
+
+
+PARTS = ("<|im_start|>", "<|im_end|>", "<|im_", "end|>", "<", "|", ">", "<|endoftext|>", "a", " é")
+CONTENT = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
+
+
+@given(st.lists(CONTENT, min_size=1, max_size=3))
+def test_no_message_writes_a_special_token(contents: list[str]) -> None:
+    """Even where the template puts two messages side by side, of which each has half of one."""
+    source = "<|im_start|>{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
+    messages = [{"role": "user", "content": text} for text in contents]
+    ids = ChatTemplate(source, CHAT, {}).ids(messages)
+    assert ids == [START, *"".join(contents).encode(), END]
+
+
+def test_special_tokens_that_overlap_or_are_one_character_cannot_be_written_either() -> None:
+    tokenizer = tokenizer_with("§", "ab", "bc", "abcd")
+    template = ChatTemplate("§{{ messages[0].content }}abcd", tokenizer, {})
+    found = template.ids([{"role": "user", "content": "§abc abcd ab"}])
+    assert found == [tokenizer.vocab["§"], *"§abc abcd ab".encode(), tokenizer.vocab["abcd"]]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('turns must alternate') }}", "these messages: turns must alternate"),
+        ("{{ messages[7].content.x }}", "the chat template refuses these messages: "),
+        ("{{ 1 / 0 }}", "the chat template refuses these messages: division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template refuses these messages: access to attr"),
+        ("{{ messages.append(1) }}", "the chat template refuses these messages: access to attr"),
+    ],
+)
+def test_a_template_that_refuses_or_goes_too_far_says_so(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(source, CHAT, {}).ids(TALK)
+
+
+def test_what_cannot_be_a_template_or_a_message_is_refused(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "m", CHAT, chat_template="{% for %}")
+    with pytest.raises(ValueError, match="m: the chat template is not one: "):
+        open_template(folder, CHAT)
+    with pytest.raises(ValueError, match="which is no character: remove it"):
+        ChatTemplate("{{ messages[0].content }}", CHAT, {}).ids([{"content": "a\ufdd0b"}])
+    letters = char_tokenizer("abc")
+    with pytest.raises(ValueError, match="unknown character 'z'"):
+        ChatTemplate("{{ messages[0].content }}", letters, {}).ids([{"content": "az"}])
+
+
+def test_the_date_is_written_as_a_template_likes_it() -> None:
+    ids = ChatTemplate("{{ strftime_now('%Y') }}", CHAT, {}).ids([])
+    assert 2026 <= int(bytes(ids)) < 2200
+
+
+@pytest.mark.parametrize(
+    ("eos", "ids", "expected"),
+    [
+        ("<|endoftext|>", None, {256}),
+        ({"content": "<|im_end|>"}, None, {256, END}),
+        (None, [START, 9999, -1, True], {256, START}),
+        ("no such token", END, {256, END}),
+    ],
+)
+def test_what_ends_a_text(tmp_path: Path, eos: object, ids: object, expected: set[int]) -> None:
+    folder = folder_with(tmp_path / "m", CHAT, eos_token=eos)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert ends_of(folder, CHAT) == expected
+
+
+def test_nothing_ends_a_text_of_letters(tmp_path: Path) -> None:
+    letters = char_tokenizer("abc")
+    folder = folder_with(tmp_path / "m", letters)
+    assert ends_of(folder, letters) == frozenset()
