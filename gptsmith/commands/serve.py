@@ -80,6 +80,8 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
     decoder = open_decoder(model, options.compile)
     service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
+    slots = service.engine.slots
+    tell(f"{len(slots)} slots of {slots.cache.capacity:,} tokens: {slots.cache.size / 1e9:.2f} GB")
     return Served(
         service=service,
         tokenizer=tokenizer,
