@@ -156,7 +156,7 @@ def suitable_slots(model: GPT, exact: bool, wanted: int | None = None) -> int:
         return max(1, min(suits, int(SHARE_OF_MEMORY * free / size)))
     if wanted * size > free:
         raise ValueError(
-            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
-            "take fewer"
+            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free: take fewer"
         )
     return wanted
