@@ -341,6 +341,7 @@ def test_an_api_key_is_asked_for_and_forgotten_with_the_tab(visit: Any) -> None:
         here.page.reload()
         here.until("document.title.startsWith('harbour')")
         assert KEY not in here.page.evaluate("JSON.stringify(localStorage) + document.cookie")
+        here.page.close()  # before there is nobody to ask
 
 
 # -- the page itself
@@ -488,3 +489,4 @@ def test_what_the_model_writes_is_what_the_page_shows(visit: Any) -> None:
         here.refused += 1
         assert "the model's context_length is 90" in here.page.inner_text("#trouble")
         assert server.served.service.counts() == (0, 0)
+        here.page.close()  # before there is nobody to ask
