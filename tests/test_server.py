@@ -565,8 +565,25 @@ def test_a_failure_inside_tells_the_client_nothing_of_it(
     assert found.json()["error"]["type"] == "server_error"
     assert "secret" not in found.text
     assert any(
-        record.name == "gptsmith.serving" and record.exc_info for record in caplog.records
+        record.name == "gptsmith.serving.served" and record.exc_info for record in caplog.records
     ), "the log has the traceback"
+
+
+def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
+    with serving(MODEL, TOKENIZER) as running:
+        engine, client = running.served.service.engine, client_of(running)
+        step = engine.step
+
+        def broken(now: float) -> None:
+            engine.step = step
+            raise KeyError("secret place")
+
+        engine.step = broken
+        with pytest.raises(openai.InternalServerError, match="the model failed at this") as caught:
+            client.completions.create(model="toy", prompt="ab")
+        assert "secret" not in caught.value.message
+        found = client.completions.create(model="toy", prompt="ab", max_tokens=9, seed=1)
+        assert found.choices[0].text == ours("ab", 9, 1)
 
 
 def test_a_long_text_is_read_aside_while_others_go_on() -> None:

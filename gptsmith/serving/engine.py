@@ -83,7 +83,7 @@ class Engine:
         """Give up every job, and tell each why."""
         jobs = [*(turn.job for turn in self.turns), *self.waiting]
         for turn in [*self.turns]:
-            self.slots.texts[turn.slot].clear()  # it may be half written
+            self.slots.clear(turn.slot)
             self.leave(turn)
         self.waiting.clear()
         return [News(job, finish="failed", reason=reason) for job in jobs]
@@ -170,6 +170,7 @@ class Engine:
         news = []
         for turn, token, score in zip(turns, tokens, told, strict=True):
             if token is None:
+                self.slots.clear(turn.slot)
                 self.leave(turn)
                 news.append(News(turn.job, finish="failed", reason=NOT_FINITE))
                 continue

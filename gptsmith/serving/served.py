@@ -28,7 +28,7 @@ from .text import Text
 from .wire import EVENTS, Watched, begin, send_json, send_part
 from .writing import Writing, best, together, whole_texts
 
-LOG = logging.getLogger("gptsmith.serving")
+LOG = logging.getLogger(__name__)
 LONG = 20_000  # characters that take some milliseconds to encode: longer texts go to a thread
 
 Request = CompletionRequest | ChatRequest
