@@ -144,6 +144,7 @@ class Served:
                         stop=request.stop,
                         echo=echoes[number // request.candidates],
                         with_tokens=with_tokens,
+                        with_end=kind.with_end,
                     ),
                     begun=deadline - self.timeout,
                     metrics=self.metrics,
