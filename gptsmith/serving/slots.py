@@ -54,16 +54,17 @@ class Slots:
         return len(self.texts)
 
     @torch.inference_mode()
-    def read(self, spans: Sequence[Span]) -> list[Tensor]:
-        """Read on in some texts: for each span the logits after its wanted tokens.  -> [(W, V)]"""
+    def read(self, spans: Sequence[Span]) -> Tensor:
+        """Read on in some texts: the logits after the wanted tokens of each, one span's after
+        another's.  -> (W, V)"""
         read = self.read_at_once if isinstance(self.decoder, CompiledDecoder) else self.read_apart
-        found = read(spans)
+        logits = read(spans)
         for span in spans:
             self.texts[span.slot].extend(span.tokens)
-        return found
+        return logits
 
-    def read_at_once(self, spans: Sequence[Span]) -> list[Tensor]:
-        """All spans in one pass of the compiled step.  -> [(W, V)]"""
+    def read_at_once(self, spans: Sequence[Span]) -> Tensor:
+        """All spans in one pass of the compiled step.  -> (W, V)"""
         assert isinstance(self.decoder, CompiledDecoder)
         texts = [span.slot for span in spans for _ in span.tokens]
         tokens = torch.tensor([token for span in spans for token in span.tokens])  # (R,)
@@ -75,11 +76,10 @@ class Slots:
             for end, span in zip(ends, spans, strict=True)
             for row in range(end - span.wanted, end)
         ]
-        logits = self.decoder.logits(tokens, texts, places, wanted, self.cache)  # (W, V)
-        return list(logits.split([span.wanted for span in spans]))
+        return self.decoder.logits(tokens, texts, places, wanted, self.cache)
 
-    def read_apart(self, spans: Sequence[Span]) -> list[Tensor]:
-        """Single tokens in a pass of every slot, and longer spans each alone.  -> [(W, V)]"""
+    def read_apart(self, spans: Sequence[Span]) -> Tensor:
+        """Single tokens in a pass of every slot, and longer spans each alone.  -> (W, V)"""
         single = [span for span in spans if len(span.tokens) == 1]
         together = self.read_every_slot(single) if single else None  # (slots, 1, V)
         found = []
@@ -88,7 +88,7 @@ class Slots:
                 found.append(together[span.slot, 1 - span.wanted :])
             else:
                 found.append(self.read_alone(span))
-        return found
+        return torch.cat(found)
 
     def read_every_slot(self, spans: Sequence[Span]) -> Tensor:
         """A token of each span, and one that nobody asked for in every other slot, which comes to
