@@ -70,6 +70,8 @@ namespace {
 
 constexpr int LANES = 16;
 constexpr int TILE = 8;              // rows that one reading of a weight serves
+constexpr int64_t USUAL_HEAD = 64;   // numbers in a head of every published GPT-2
+constexpr int64_t MANY = 8;          // rows, from which on each is attended to by one thread
 constexpr int64_t AHEAD = 16 << 10;  // bytes: weights are asked for before they are read
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
@@ -481,43 +483,59 @@ Floats gelu(Floats x, bool tanh) {
     return x * .5f * (x < 0.f ? beyond : 2.f - beyond);
 }
 
-// A head of one row: its query meets the keys so far.  (D,), (S, H, D), (S, H, D) -> (D,)
-template <class In>
-void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
-            int64_t S, int64_t C, int64_t D, std::vector<float>& p, float* out) {
-    constexpr int CHUNK = 4;  // vectors of a head that are in registers at once
-    p.resize((S + LANES - 1) / LANES * LANES);
-    float scale = 1 / std::sqrt((float)D), most = -INFINITY;
-    for (int64_t s = 0; s < S; s++) {
-        Floats dot{};
-        for (int64_t d = 0; d < D; d += LANES) {
-            __builtin_prefetch(keys + (s + 16) * C + d);
-            __builtin_prefetch(values + s * C + d);
-            dot += load<Floats>(q + d, D - d) * In::get(keys + s * C + d, D - d);
-        }
-        p[s] = sum(dot) * scale;
-        most = std::max(most, p[s]);
-    }
+// (S,) -> (S,): positive, with a sum of 1.
+void softmax(float* x, int64_t S) {
+    float most = *std::max_element(x, x + S);
     Floats totals{};
     for (int64_t s = 0; s < S; s += LANES) {
-        Floats e = exp(load<Floats>(&p[s], S - s) - most);
-        if (S - s < LANES) e = load<Floats>((float*)&e, S - s);
-        store(&p[s], e);
-        totals += e;
+        Floats e = exp(load<Floats>(x + s, S - s) - most);
+        store(x + s, e, S - s);
+        totals += load<Floats>(x + s, S - s);
     }
     float total = sum(totals);
-    for (int64_t d = 0; d < D; d += CHUNK * LANES) {
-        Floats gathered[CHUNK] = {};
-        for (int64_t s = 0; s < S; s++)
-            for (int i = 0; i < CHUNK && d + i * LANES < D; i++) {
-                int64_t at = d + i * LANES;
-                gathered[i] += In::get(values + s * C + at, D - at) * p[s];
-            }
-        for (int i = 0; i < CHUNK && d + i * LANES < D; i++) {
-            int64_t at = d + i * LANES;
-            store(out + at, gathered[i] / total, D - at);
+    for (int64_t s = 0; s < S; s += LANES) store(x + s, load<Floats>(x + s, S - s) / total, S - s);
+}
+
+// Some heads of one row: their queries meet the keys so far, a few keys at a time, for all heads'
+// parts of a key lie together. The head size is given as SIZE where that is the usual one, so that
+// its vectors stay in registers.  (heads, D), (S, C), (S, C) -> (heads, D)
+template <class In, int64_t SIZE>
+void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
+            int64_t S, int64_t C, int64_t size, int64_t heads, std::vector<float>& p, float* out) {
+    constexpr int CHUNK = 4;  // vectors of a head that are in registers at once
+    const int64_t D = SIZE ? SIZE : size, room = divided(S, LANES) * LANES;
+    p.resize(heads * room);
+    float scale = 1 / std::sqrt((float)D);
+    for (int64_t first = 0; first < S; first += LANES)
+        for (int64_t h = 0; h < heads; h++) {
+            Floats dots[LANES] = {};
+            for (int64_t i = 0; i < LANES && first + i < S; i++)
+                for (int64_t d = 0; d < D; d += LANES) {
+                    auto key = keys + (first + i) * C + h * D + d;
+                    __builtin_prefetch(key + LANES * C);
+                    dots[i] += load<Floats>(q + h * D + d, D - d) * In::get(key, D - d);
+                }
+            store(&p[h * room + first], sums(dots) * scale);
         }
-    }
+    for (int64_t h = 0; h < heads; h++) softmax(&p[h * room], S);
+    std::fill(out, out + heads * D, 0.f);
+    for (int64_t first = 0; first < S; first += LANES)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t at = 0; at < D; at += CHUNK * LANES) {
+                float* to = out + h * D + at;
+                int64_t left = D - at;
+                Floats gathered[CHUNK] = {};
+                for (int i = 0; i < CHUNK && i * LANES < left; i++)
+                    gathered[i] = load<Floats>(to + i * LANES, left - i * LANES);
+                for (int64_t s = first; s < first + LANES && s < S; s++)
+                    for (int i = 0; i < CHUNK && i * LANES < left; i++) {
+                        auto value = values + s * C + h * D + at + i * LANES;
+                        __builtin_prefetch(value + LANES * C);
+                        gathered[i] += In::get(value, left - i * LANES) * p[h * room + s];
+                    }
+                for (int i = 0; i < CHUNK && i * LANES < left; i++)
+                    store(to + i * LANES, gathered[i], left - i * LANES);
+            }
 }
 
 // Each row's key and value go to its place in the cache; then each gathers.  (R, 3 C) -> (R, C)
@@ -536,10 +554,13 @@ void attention(Thread& thread, const Model& model, const Cache& cache, const Row
             In::put(values + at(r, rows.place[r]) + c, load<Floats>(row + 2 * C, C - c), C - c);
         }
     });
-    thread.share(rows.count * H, [&](int64_t item) {
-        int64_t r = item / H, d = item % H * D, begin = at(r, 0) + d;
-        attend<In>(qkv + r * 3 * C + d, keys + begin, values + begin, rows.place[r] + 1, C, D, p,
-                   out + r * C + d);
+    // The heads of a row are read together, unless there is more than one thread for each row.
+    int64_t parts = rows.count < MANY ? std::min<int64_t>(H, 4) : 1, heads = divided(H, parts);
+    auto attend_some = D == USUAL_HEAD ? attend<In, USUAL_HEAD> : attend<In, 0>;
+    thread.share(rows.count * parts, [&](int64_t item) {
+        int64_t r = item / parts, h = item % parts * heads, begin = at(r, 0) + h * D;
+        attend_some(qkv + r * 3 * C + h * D, keys + begin, values + begin, rows.place[r] + 1, C, D,
+                    std::clamp<int64_t>(H - h, 0, heads), p, out + r * C + h * D);
     });
 }
 
