@@ -34,7 +34,7 @@ def serve(options: Namespace) -> None:
     from ..serving.listen import Server, listen, url
     from ..serving.server import make_app
 
-    key = settings.api_key or api_key()
+    key = api_key() if settings.api_key is None else settings.api_key
     with listen(settings.host, settings.port) as bound:
         served = open_served(options, settings)
         guarded = Guard(

@@ -87,6 +87,8 @@ def shown(value: Any) -> str:
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     if not isinstance(value, str):
-        return json.dumps(value)
+        text = json.dumps(value)
+        return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
     text = json.dumps(value[:MOST_SHOWN], ensure_ascii=False)[1:-1].replace('\\"', '"')
+    text = text.encode(errors="backslashreplace").decode()  # half of a pair is no character
     return f"'{text}'" if len(value) <= MOST_SHOWN else f"'{text}…'"

@@ -12,6 +12,7 @@ from ..config import suggestion
 from .errors import refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
+LONGEST_NAME = 40  # characters of a field's name that are looked at; it may be megabytes
 
 
 def nullable(schema: dict[str, Any]) -> None:
@@ -45,7 +46,7 @@ class Asked(BaseModel):
             if name in cls.unsupported:
                 raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
             if name not in cls.model_fields:
-                hint = suggestion(name, cls.model_fields)
+                hint = suggestion(name[:LONGEST_NAME], cls.model_fields)
                 raise refused(f"unknown field {shown(name)}{hint}", shown(name).strip("'"))
         return given
 

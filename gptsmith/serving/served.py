@@ -119,6 +119,7 @@ class Served:
         if size > self.longest_prompt:
             raise too_long(f"{size:,} characters", self.service.config.context_length)
         ids = await aside(lambda: template.ids(messages), size)
+        ids = ids or prompt_ids(self.tokenizer, "")  # a template may say nothing
         return self.answer(request, [ids], [""], ChatAnswer, deadline)
 
     def answer(

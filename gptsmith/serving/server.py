@@ -162,7 +162,9 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failure(request: Request, error: Exception) -> Response:
-        return answer_of(failed(error))
+        answer = answer_of(failed(error))
+        answer.headers["connection"] = "close"  # as the error, which goes on, makes the server do
+        return answer
 
 
 def answer_of(error: ApiError) -> Response:
