@@ -43,6 +43,7 @@ def make_app(served: Served, *, with_key: bool = False) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=running,
         responses={"default": {"model": schema.Failure, "description": "What went wrong"}},
     )
