@@ -63,6 +63,11 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def stopping() -> ApiError:
+    """The error of a request that the end of the server has cut short."""
+    return ApiError(503, "the server is stopping: ask again in a moment")
+
+
 def mistake(errors: Sequence[Any]) -> ApiError:
     """The first of the errors that pydantic found in a request."""
     error = errors[0]
