@@ -32,6 +32,12 @@ test: .venv/test
 	rm -rf .venv/tensorflow
 	$(BIN)/pip install -q --no-deps --target .venv/tensorflow -c requirements.lock tensorflow-cpu \
 		absl-py astunparse gast ml_dtypes opt_einsum termcolor wrapt
+# lm-evaluation-harness asks the server; of what it asks for itself, only what that needs.
+	rm -rf .venv/lm-eval
+	$(BIN)/pip install -q --no-deps --no-compile --target .venv/lm-eval -c requirements.lock lm-eval \
+		aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty datasets dill frozenlist \
+		lxml mbstrdecoder multidict multiprocess pandas pathvalidate portalocker propcache \
+		pytablewriter sacrebleu tabledata tcolorpy tenacity typepy xxhash yarl
 	@touch $@
 
 clean:

@@ -45,6 +45,11 @@ class KVCache:
         self.ends: Tensor | None = None  # the lengths as (B, 1), where they differ
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
     def length(self) -> int:
         """Of the longest row, in tokens."""
         return max(self.lengths)

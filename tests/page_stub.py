@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 PAGE = Path(__file__).parent.parent / "gptsmith" / "serving" / "page.html"
-KEY = "open sesame"
+KEY = "open-sesame"
 STORY = """ The keeper of the light had counted the ships each evening for thirty years — and \
 wrote them down, one line for each, in a ledger that nobody had asked him to keep.
 

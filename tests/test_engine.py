@@ -170,12 +170,13 @@ def test_logits_are_the_same_to_the_bit_beside_others_and_in_parts(
     decoder = open_decoder(model, "yes")
     text = prompt_of(100)
     by_itself = Slots(model, 1, decoder)
-    expected = by_itself.read([Span(0, text, 100)])[0]
+    expected = by_itself.read([Span(0, text, 100)])
     slots = Slots(model, 7, decoder)
     found = []
     for number, part in enumerate([text[:1], text[1:40], text[40:99], text[99:]]):
         others = [Span(i, prompt_of(1 + 9 * i * (number == 1), seed=i), i % 2) for i in range(6)]
-        found.append(slots.read([*others[:4], Span(6, part, len(part)), *others[4:]])[4])
+        logits = slots.read([*others[:4], Span(6, part, len(part)), *others[4:]])
+        found.append(logits[2 : 2 + len(part)])  # after those of others 1 and 3
     assert torch.equal(torch.cat(found), expected)
 
 
@@ -261,7 +262,7 @@ def test_a_prompt_that_is_known_is_not_read_again() -> None:
     read: list[int] = []
     plain_read = engine.slots.read
 
-    def counting(spans: Sequence[Span]) -> list[Tensor]:
+    def counting(spans: Sequence[Span]) -> Tensor:
         read.append(sum(len(span.tokens) for span in spans))
         return plain_read(spans)
 
@@ -327,11 +328,14 @@ def test_logits_that_are_not_finite_fail_their_job_alone() -> None:
     with torch.no_grad():
         model.wte.weight[9] = math.nan
         model.lm_head.weight = torch.nn.Parameter(torch.randn(V, 24))
-    sick, well = job_of([1, 9], 4), job_of([1, 2], 4, bias={9: -1000})
+    sick, well = job_of([1, 9, *[1] * 20], 4), job_of([1, 2], 4, bias={9: -1000})
     news = run(engine, [sick, well])
     assert [item.finish for item in news[sick]] == ["failed"]
     assert "not finite" in news[sick][0].reason
     assert tokens_of(news[well]) == alone(model, well)
+    later = job_of([2, 3], 8, bias={9: -1000})  # in every slot, what was no number is gone
+    for _ in range(4):
+        assert tokens_of(run(engine, [later])[later]) == alone(model, later)
 
 
 def test_all_can_be_given_up_and_the_engine_goes_on() -> None:
@@ -356,10 +360,12 @@ def test_how_two_texts_begin() -> None:
 def test_slots_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scrambled(GPTConfig(**SIZES))
     one = 2 * 2 * LIMIT * 24 * 4  # keys and values, layers, tokens, channels, bytes
-    for memory, count in [(one * 4 * 5, 5), (one * 4 * 1000, 8), (0, 1)]:
+    for memory, count in [(one * 8 * 5, 5), (one * 8 * 1000, 8), (0, 1)]:
         monkeypatch.setattr("gptsmith.devices.available_memory", lambda device, m=memory: m)
         assert len(Slots(model)) == count
-    monkeypatch.setattr("gptsmith.devices.available_memory", lambda device: one * 4 * 1000)
+    with pytest.raises(ValueError, match=r"^2 slots take 0.0 GB, and 0.0 GB are free: take fewer$"):
+        Slots(model, 2)
+    monkeypatch.setattr("gptsmith.devices.available_memory", lambda device: one * 8 * 1000)
     assert len(Slots(model, None, open_decoder(model, "yes"))) == 64
 
 

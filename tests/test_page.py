@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 
+from gptsmith import GPTConfig, SamplingSettings, complete
+from gptsmith.tokenizers import byte_tokenizer
+from tests import serving as real
+from tests.conftest import TINY, scrambled
 from tests.page_stub import KEY, PAGE, serving
 
 FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
@@ -337,6 +341,7 @@ def test_an_api_key_is_asked_for_and_forgotten_with_the_tab(visit: Any) -> None:
         here.page.reload()
         here.until("document.title.startsWith('harbour')")
         assert KEY not in here.page.evaluate("JSON.stringify(localStorage) + document.cookie")
+        here.page.close()  # before there is nobody to ask
 
 
 # -- the page itself
@@ -455,3 +460,33 @@ def test_a_long_text_grows_without_being_drawn_again(visit: Any, server_url: str
     here.until("document.querySelector('[data-finish]')", 15)
     assert here.tokens().count() == 600
     assert here.tokens().first.evaluate("one => one.mark") == "the same node"
+
+
+# -- with the server itself
+
+
+def test_what_the_model_writes_is_what_the_page_shows(visit: Any) -> None:
+    model = scrambled(GPTConfig(**(TINY | {"vocab_size": 257, "context_length": 90})))
+    how: dict[str, Any] = {"max_tokens": 40, "sampling": SamplingSettings(temperature=0.8)}
+    written = complete(model, byte_tokenizer(), "A lamp.", num_samples=2, seed=3, **how)
+    with real.serving(model, byte_tokenizer(), key=KEY) as server:
+        here = visit(server.url)
+        here.refused = 1
+        here.page.fill("#key input", KEY)
+        here.page.keyboard.press("Enter")
+        here.until("document.querySelector('#context').textContent === 'context 90'")
+        here.write("A lamp.", n=2, seed=3, max_tokens=40)
+        assert [here.finished(number) for number in (0, 1)] == ["length", "length"]
+        shown = [here.text(number) for number in (0, 1)]
+        # A byte that is no character is shown by the same sign everywhere.
+        assert shown == ["A lamp." + text for text in written]
+        here.tokens().nth(20).hover()
+        here.page.wait_for_selector("#popup:visible")
+        popup = here.page.inner_text("#popup")
+        assert re.search(r"probability\s+[\d.e-]+%", popup), popup
+        here.write("x" * 91)
+        here.until("!trouble.hidden")
+        here.refused += 1
+        assert "the model's context_length is 90" in here.page.inner_text("#trouble")
+        assert server.served.service.counts() == (0, 0)
+        here.page.close()  # before there is nobody to ask

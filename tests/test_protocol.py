@@ -334,6 +334,21 @@ def test_the_token_that_ends_a_text_is_no_part_of_it() -> None:
     assert (whole.text, whole.finish, len(whole.tokens)) == ("ab", "stop", 2)
 
 
+def test_the_token_that_ends_a_text_is_told_where_wanted() -> None:
+    tokenizer = byte_tokenizer()
+
+    def told(ids: list[int], stop: list[str]) -> tuple[str, list[tuple[int, int]]]:
+        text = Text(tokenizer, stop=stop, with_tokens=True, with_end=True)
+        whole = joined(pushed(text, [*ids, 256], finish="stop"))
+        return whole.text, [(each.token.id, each.offset) for each in whole.tokens]
+
+    assert told([97, 98], []) == ("ab", [(97, 0), (98, 1), (256, 2)])
+    assert told([], []) == ("", [(256, 0)])
+    assert told([97, 0xC3], []) == ("a\ufffd", [(97, 0), (0xC3, 1), (256, 2)])
+    assert told([97, 98], ["b"]) == ("a", [(97, 0)])
+    assert told([97, 0xC3], ["\ufffd"]) == ("a", [(97, 0)])
+
+
 def test_a_prompt_comes_first_with_its_tokens() -> None:
     tokenizer = byte_tokenizer()
     text = Text(tokenizer, echo="aé", with_tokens=True)

@@ -50,7 +50,7 @@ def test_it_says_where_it_is_and_finishes_what_is_begun(folder: Path) -> None:
     with started(folder) as (process, ready):
         found = re.fullmatch(
             r"serving my-toy at (http://127\.0\.0\.1:\d+)  "
-            r"\(page: /, API: /v1, docs: /docs; Ctrl-C ends\)\n",
+            r"\(64 slots of 6,000 tokens: 0\.07 GB; page: /, docs: /docs; Ctrl-C ends\)\n",
             ready,
         )
         assert found, ready

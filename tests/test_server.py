@@ -249,7 +249,19 @@ def test_the_end_of_text_ends_a_text(server: Running) -> None:
         model="toy", prompt="ab", logit_bias={str(END): 100}, logprobs=1
     )
     assert (found.choices[0].text, found.choices[0].finish_reason) == ("", "stop")
-    assert found.choices[0].logprobs.tokens == []
+    assert found.choices[0].logprobs.tokens == ["<|endoftext|>"]
+
+
+def test_a_prompt_is_scored_also_where_the_text_ends_at_once(server: Running) -> None:
+    how = {"model": "toy", "prompt": "abc", "echo": True, "logprobs": 1, "temperature": 0}
+    create = client_of(server).completions.create
+    alone, ended = (
+        create(max_tokens=count, logit_bias={str(END): 100}, **how).choices[0].logprobs
+        for count in (0, 1)
+    )
+    assert ended.tokens == [*alone.tokens, "<|endoftext|>"]
+    assert ended.token_logprobs[:-1] == alone.token_logprobs
+    assert ended.text_offset == [0, 1, 2, 3]
 
 
 def test_many_clients_at_once_get_what_each_would_get_alone(server: Running) -> None:
@@ -312,6 +324,18 @@ def test_parts_of_a_message_and_our_own_answers_are_taken_back(talker: Running) 
     found = create(model="toy", messages=talk, max_tokens=5, seed=1)
     prompt = f"<user>a<assistant>{answer.content}<user>b\nc<assistant>"
     assert found.choices[0].message.content == ours(prompt, 5, 1)
+
+
+def test_the_token_that_ends_a_message_is_not_told(talker: Running) -> None:
+    found = client_of(talker).chat.completions.create(
+        model="toy",
+        messages=[{"role": "user", "content": "hi"}],
+        logit_bias={str(END): 100},
+        logprobs=True,
+    )
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("", "stop")
+    assert found.choices[0].logprobs is not None
+    assert found.choices[0].logprobs.content == []
 
 
 def test_a_chat_goes_on_up_to_the_context_limit(talker: Running) -> None:
@@ -541,8 +565,25 @@ def test_a_failure_inside_tells_the_client_nothing_of_it(
     assert found.json()["error"]["type"] == "server_error"
     assert "secret" not in found.text
     assert any(
-        record.name == "gptsmith.serving" and record.exc_info for record in caplog.records
+        record.name == "gptsmith.serving.served" and record.exc_info for record in caplog.records
     ), "the log has the traceback"
+
+
+def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
+    with serving(MODEL, TOKENIZER) as running:
+        engine, client = running.served.service.engine, client_of(running)
+        step = engine.step
+
+        def broken(now: float) -> None:
+            engine.step = step
+            raise KeyError("secret place")
+
+        engine.step = broken
+        with pytest.raises(openai.InternalServerError, match="the model failed at this") as caught:
+            client.completions.create(model="toy", prompt="ab")
+        assert "secret" not in caught.value.message
+        found = client.completions.create(model="toy", prompt="ab", max_tokens=9, seed=1)
+        assert found.choices[0].text == ours("ab", 9, 1)
 
 
 def test_a_long_text_is_read_aside_while_others_go_on() -> None:

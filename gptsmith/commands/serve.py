@@ -50,11 +50,15 @@ def serve(options: Namespace) -> None:
         )
         if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
             teller.say("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
+        cache = served.service.engine.slots.cache
+        room = (
+            f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
+        )
         what = f"serving {served.name} at {url(bound)}"
         server = Server(
             guarded,
             drain=settings.drain,
-            ready=lambda: teller.say(f"{what}  (page: /, API: /v1, docs: /docs; Ctrl-C ends)"),
+            ready=lambda: teller.say(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
             ending=lambda: teller.say(
                 f"finishing what is begun, in at most {settings.drain} s; Ctrl-C ends it at once"
             ),

@@ -96,6 +96,7 @@ class Answer:
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     part_object: ClassVar[str]
+    with_end: ClassVar[bool]  # whether the token that ends a text is told with its log-probability
 
     def __init__(
         self, model: str, tokenizer: Tokenizer, *, logprobs: bool, counted: bool = False
@@ -137,6 +138,7 @@ class CompletionAnswer(Answer):
 
     prefix = "cmpl-"
     whole_object = part_object = "text_completion"
+    with_end = True  # scores of a prompt are found by leaving out as many tokens as were asked for
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """A text."""
@@ -158,6 +160,7 @@ class ChatAnswer(Answer):
 
     prefix = "chatcmpl-"
     whole_object, part_object = "chat.completion", "chat.completion.chunk"
+    with_end = False  # the bytes of what is told make up the message
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """A message."""

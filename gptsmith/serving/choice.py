@@ -42,10 +42,10 @@ class Writer:
         self.new.append(token)
 
 
-def choose(writers: Sequence[Writer], logits: Sequence[Tensor]) -> list[int | None]:
-    """The next token of each, who is not told of it yet; None where the logits are not finite.
+def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
+    """The next token of each, who is not told of it yet; None where its logits are not finite.
 
-    N times (V,) -> N tokens
+    N times, (N, V) -> N tokens
     """
     alike: dict[object, list[int]] = {}
     for number, writer in enumerate(writers):
@@ -54,8 +54,8 @@ def choose(writers: Sequence[Writer], logits: Sequence[Tensor]) -> list[int | No
         alike.setdefault(writer if looks_back else sampling, []).append(number)
     chosen: list[int | None] = [None] * len(writers)
     for numbers in alike.values():
-        tokens = draw([writers[n] for n in numbers], torch.stack([logits[n] for n in numbers]))
-        for number, token in zip(numbers, tokens, strict=True):
+        rows = logits if len(numbers) == len(writers) else logits[numbers]
+        for number, token in zip(numbers, draw([writers[n] for n in numbers], rows), strict=True):
             chosen[number] = token
     return chosen
 

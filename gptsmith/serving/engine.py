@@ -3,13 +3,13 @@
 One call is one step for everybody, and new jobs join between steps. Knows nothing of threads,
 characters or HTTP.
 
-Shapes:  V vocabulary    T tokens of a prompt
+Shapes:  W logits wanted    N texts that go on    V vocabulary    T tokens of a prompt
 """
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from ..decode import Decoder
@@ -66,24 +66,31 @@ class Engine:
         planned = self.plan()
         if not planned:
             return news
-        found = self.slots.read([span for _, span in planned])
-        turns = [turn for turn, _ in planned]
-        for turn, (_, span), logits in zip(turns, planned, found, strict=True):
+        logits = self.slots.read([span for _, span in planned])  # (W, V)
+        ends = list(accumulate(span.wanted for _, span in planned))
+        for (turn, span), end in zip(planned, ends, strict=True):
             if turn.job.score_prompt and not turn.writer.new:
-                news.append(self.score(turn, span, logits))
-        read = [pair for pair in zip(turns, found, strict=True) if self.unread(pair[0]) == 0]
+                news.append(self.score(turn, span, logits[end - span.wanted : end]))
+        read = [
+            (turn, end - 1)
+            for (turn, _), end in zip(planned, ends, strict=True)
+            if self.unread(turn) == 0
+        ]
         for turn, _ in read:
             if turn.job.max_tokens == 0:
                 self.leave(turn)
                 news.append(News(turn.job, finish="length"))
-        writing = [pair for pair in read if pair[0].job.max_tokens > 0]
-        return news + self.write([t for t, _ in writing], [logits[-1] for _, logits in writing])
+        writing = [(turn, row) for turn, row in read if turn.job.max_tokens > 0]
+        rows = [row for _, row in writing]
+        if len(rows) < len(logits):
+            logits = logits[rows]
+        return news + self.write([turn for turn, _ in writing], logits)
 
     def abandon(self, reason: str) -> list[News]:
         """Give up every job, and tell each why."""
         jobs = [*(turn.job for turn in self.turns), *self.waiting]
         for turn in [*self.turns]:
-            self.slots.texts[turn.slot].clear()  # it may be half written
+            self.slots.clear(turn.slot)
             self.leave(turn)
         self.waiting.clear()
         return [News(job, finish="failed", reason=reason) for job in jobs]
@@ -160,15 +167,15 @@ class Engine:
             found = [Scored(job.prompt[0]), *found]
         return News(job, prompt=tuple(found))
 
-    def write(self, turns: list[Turn], logits: list[Tensor]) -> list[News]:
-        """The next token of each, from logits (V,); who is done leaves."""
+    def write(self, turns: list[Turn], logits: Tensor) -> list[News]:
+        """The next token of each, from logits (N, V); who is done leaves."""
         tokens = choose([turn.writer for turn in turns], logits)
         known = [0 if token is None else token for token in tokens]
-        asked = [turn.job.alternatives for turn in turns]
-        told = scored(known, torch.stack(logits), asked) if turns else []
+        told = scored(known, logits, [turn.job.alternatives for turn in turns])
         news = []
         for turn, token, score in zip(turns, tokens, told, strict=True):
             if token is None:
+                self.slots.clear(turn.slot)
                 self.leave(turn)
                 news.append(News(turn.job, finish="failed", reason=NOT_FINITE))
                 continue

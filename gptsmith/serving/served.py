@@ -28,7 +28,7 @@ from .text import Text
 from .wire import EVENTS, Watched, begin, send_json, send_part
 from .writing import Writing, best, together, whole_texts
 
-LOG = logging.getLogger("gptsmith.serving")
+LOG = logging.getLogger(__name__)
 LONG = 20_000  # characters that take some milliseconds to encode: longer texts go to a thread
 
 Request = CompletionRequest | ChatRequest
@@ -145,6 +145,7 @@ class Served:
                         stop=request.stop,
                         echo=echoes[number // request.candidates],
                         with_tokens=with_tokens,
+                        with_end=kind.with_end,
                     ),
                     begun=deadline - self.timeout,
                     metrics=self.metrics,

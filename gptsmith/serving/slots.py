@@ -18,7 +18,7 @@ from ..decode import CompiledDecoder, Decoder
 from ..model import GPT
 
 MOST_SLOTS, MOST_SLOTS_PLAIN = 64, 8
-SHARE_OF_MEMORY = 0.25  # that the cache may take; pages are only taken as texts grow
+SHARE_OF_MEMORY = 1 / 8  # that the cache may take, of what is free
 SHORTEST_SHARED = 16  # tokens; copying fewer is not worth it
 
 
@@ -46,7 +46,7 @@ class Slots:
         self.model, self.decoder = model, decoder
         self.exact = isinstance(decoder, CompiledDecoder)
         self.chunk = 512 if model.device.type == "cuda" else 64  # prompt tokens in a pass, at most
-        count = most_slots(model, self.exact) if count is None else count
+        count = suitable_slots(model, self.exact, count)
         self.cache = KVCache(model.config, count, dtype=model.dtype, device=model.device)
         self.texts: list[list[int]] = [[] for _ in range(count)]  # the tokens in the cache
 
@@ -54,16 +54,17 @@ class Slots:
         return len(self.texts)
 
     @torch.inference_mode()
-    def read(self, spans: Sequence[Span]) -> list[Tensor]:
-        """Read on in some texts: for each span the logits after its wanted tokens.  -> [(W, V)]"""
+    def read(self, spans: Sequence[Span]) -> Tensor:
+        """Read on in some texts: the logits after the wanted tokens of each, one span's after
+        another's.  -> (W, V)"""
         read = self.read_at_once if isinstance(self.decoder, CompiledDecoder) else self.read_apart
-        found = read(spans)
+        logits = read(spans)
         for span in spans:
             self.texts[span.slot].extend(span.tokens)
-        return found
+        return logits
 
-    def read_at_once(self, spans: Sequence[Span]) -> list[Tensor]:
-        """All spans in one pass of the compiled step.  -> [(W, V)]"""
+    def read_at_once(self, spans: Sequence[Span]) -> Tensor:
+        """All spans in one pass of the compiled step.  -> (W, V)"""
         assert isinstance(self.decoder, CompiledDecoder)
         texts = [span.slot for span in spans for _ in span.tokens]
         tokens = torch.tensor([token for span in spans for token in span.tokens])  # (R,)
@@ -75,11 +76,10 @@ class Slots:
             for end, span in zip(ends, spans, strict=True)
             for row in range(end - span.wanted, end)
         ]
-        logits = self.decoder.logits(tokens, texts, places, wanted, self.cache)  # (W, V)
-        return list(logits.split([span.wanted for span in spans]))
+        return self.decoder.logits(tokens, texts, places, wanted, self.cache)
 
-    def read_apart(self, spans: Sequence[Span]) -> list[Tensor]:
-        """Single tokens in a pass of every slot, and longer spans each alone.  -> [(W, V)]"""
+    def read_apart(self, spans: Sequence[Span]) -> Tensor:
+        """Single tokens in a pass of every slot, and longer spans each alone.  -> (W, V)"""
         single = [span for span in spans if len(span.tokens) == 1]
         together = self.read_every_slot(single) if single else None  # (slots, 1, V)
         found = []
@@ -88,7 +88,7 @@ class Slots:
                 found.append(together[span.slot, 1 - span.wanted :])
             else:
                 found.append(self.read_alone(span))
-        return found
+        return torch.cat(found)
 
     def read_every_slot(self, spans: Sequence[Span]) -> Tensor:
         """A token of each span, and one that nobody asked for in every other slot, which comes to
@@ -126,6 +126,13 @@ class Slots:
                 array[:, slot, :shared] = array[:, source, :shared]
         self.texts[slot] = list(prompt[:shared])
 
+    def clear(self, slot: int) -> None:
+        """Forget a text and what was made of it, which may be no numbers: where a pass is of every
+        slot, even a place that nothing looks at must hold some."""
+        self.texts[slot] = []
+        for array in (self.cache.keys, self.cache.values):
+            array[:, slot] = 0
+
     def end(self, slot: int) -> None:
         """Leave a slot's text for others to begin with, short of the place that a pass of every
         slot may write to."""
@@ -139,11 +146,17 @@ def common(text: Sequence[int], prompt: Sequence[int]) -> int:
     return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), alike)
 
 
-def most_slots(model: GPT, exact: bool) -> int:
-    """How many slots suit a model on its device, and fit its memory."""
-    config = model.config
-    numbers = 2 * config.n_layer * config.context_length * config.kv_heads * config.head_size
-    size = numbers * torch.empty(0, dtype=model.dtype).element_size()
-    fit = int(SHARE_OF_MEMORY * devices.available_memory(model.device) / size)
-    suits = MOST_SLOTS if exact or model.device.type == "cuda" else MOST_SLOTS_PLAIN
-    return max(1, min(fit, suits))
+def suitable_slots(model: GPT, exact: bool, wanted: int | None = None) -> int:
+    """How many slots suit a model on its device and leave it memory, or those that are wanted;
+    ValueError where they do not fit."""
+    size = KVCache(model.config, 1, dtype=model.dtype, device="meta").size
+    free = devices.available_memory(model.device)
+    if wanted is None:
+        suits = MOST_SLOTS if exact or model.device.type == "cuda" else MOST_SLOTS_PLAIN
+        return max(1, min(suits, int(SHARE_OF_MEMORY * free / size)))
+    if wanted * size > free:
+        raise ValueError(
+            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free: take fewer"
+        )
+    return wanted

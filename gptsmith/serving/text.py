@@ -52,7 +52,8 @@ class Text:
     """One text as it is written; after the piece with `finish` nothing more belongs to it.
 
     Its characters come out when they are whole and cannot be a part of a stop string, a token with
-    the last of its characters. What ends a text, token or stop string, is no part of it.
+    the last of its characters. What ends a text, token or stop string, is no part of it; but the
+    token is told after those of the text where `with_end`.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Text:
         stop: Sequence[str] = (),
         echo: str = "",
         with_tokens: bool = False,
+        with_end: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.decoder, self.prompt_decoder = tokenizer.decoder(), tokenizer.decoder()
         self.stops = StopStrings(stop)
         self.echo = echo  # of the prompt, which comes first
-        self.with_tokens = with_tokens
+        self.with_tokens, self.with_end = with_tokens, with_end
         self.waiting: list[tuple[Told, int]] = []  # tokens, and where the text of each ends
         self.prompt_length = 0  # characters of the prompt whose tokens are scored
         self.length = len(echo)  # characters of the whole text, those held back too
@@ -84,10 +86,14 @@ class Text:
             text += self.stops.push(self.decoded(news.token))
         finish = news.finish
         if finish is not None and not self.stops.found:
-            text += self.stops.push(self.decoder.flush())
+            rest = self.decoder.flush()
+            self.length += len(rest)
+            text += self.stops.push(rest)
             text += self.stops.flush()
         if self.stops.found:
             finish = "stop"
+        elif news.token is not None and news.finish == "stop" and self.with_end:
+            self.wait(news.token, self.length, self.length)
         self.sent += len(text)
         return Piece(text, self.complete(ended=finish is not None), finish)
 

@@ -15,15 +15,16 @@ from .metrics import Metrics
 from .service import Stream
 from .text import Piece, Text, joined
 
-log = logging.getLogger("gptsmith.serving")
+LOG = logging.getLogger(__name__)
 
 
 class Writing:
     """One text while it is written."""
 
     def __init__(
-        self, stream: Stream, text: Text, metrics: Metrics | None, *, begun: float
+        self, stream: Stream, text: Text, metrics: Metrics | None = None, *, begun: float
     ) -> None:
+        """`begun` is when the request came, by time.monotonic."""
         self.stream, self.text, self.metrics = stream, text, metrics
         self.last = begun  # when the latest token came, or the request
         self.tokens = 0
@@ -59,7 +60,7 @@ def failure(news: News) -> ApiError:
             "server is less busy",
             headers={"x-should-retry": "false"},
         )
-    log.error("a text was given up: %s", news.reason)
+    LOG.error("a text was given up: %s", news.reason)
     return ApiError(500, "the model failed at this request: whoever runs the server can read why")
 
 
