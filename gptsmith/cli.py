@@ -69,6 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Carry out a command line; the exit status: 0, 2 for a mistake, 128 + N after signal N."""
     arguments = list(sys.argv[1:] if words is None else words)
     with_traceback = "--traceback" in arguments
+    open_closed()
     share_cores()
     arguments = [word for word in arguments if word != "--traceback"]
     try:
@@ -87,6 +88,15 @@ def main(words: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         tell(f"gptsmith: {one_line(error)}")
         return 2
+
+
+def open_closed() -> None:
+    """Open what we were started without, of standard output and error, lest a socket be taken for
+    it: a new file gets the lowest number that is free."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def dispatch(words: list[str]) -> int:

@@ -16,6 +16,7 @@ from .settings import SamplingSettings
 NEVER = float("-inf")
 BLOCK = 256  # tokens
 FEW = 256  # tokens, of which mostly the likeliest make up top_p
+LARGE = 1e30  # float32 can hold it, and so it can one divided by it
 ROUNDING = 1e-4  # more than a sum of probabilities can be off
 
 
@@ -51,7 +52,7 @@ def last_kept(ordered: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Of probabilities from the largest down, the last that is needed to reach p, and how many
     these are.  (B, K) -> (B, 1), (B, 1)"""
     before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones make up
-    count = (before < p).sum(dim=-1, keepdim=True)
+    count = (before < p).sum(dim=-1, keepdim=True).clamp(min=1)  # p may be 0 in float32
     return ordered.gather(-1, count - 1), count
 
 
@@ -69,8 +70,9 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     (B, V), (B, S) -> (B, V)
     """
     scores = logits.gather(-1, seen)
+    penalty = min(max(penalty, 1 / LARGE), LARGE)  # else 0 times it is NaN in float32
     scores = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return logits.scatter(-1, seen, scores)
+    return logits.scatter(-1, seen, scores.clamp(-LARGE, LARGE))
 
 
 def filtered(logits: Tensor, seen: Tensor, settings: SamplingSettings) -> Tensor:

@@ -3,10 +3,13 @@
 import contextlib
 import ipaddress
 import logging
+import os
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from queue import Full, Queue
+from threading import Thread
+from typing import Any, Literal, Self
 
 from ..flags import Parser, add_flags, given
 from ..recipe import convert, updated
@@ -16,6 +19,8 @@ from .use import COMPILE_HELP, open_folder
 from .words import MODEL_HELP, tell
 
 EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+MOST_LINES = 1000  # that wait to be read; what comes then is not said
+LAST_SECONDS = 1.0  # in which the last lines have to be read
 
 
 def add_serve(parser: Parser) -> None:
@@ -34,17 +39,17 @@ def serve(options: Namespace) -> None:
     from ..serving.listen import Server, listen, url
     from ..serving.server import make_app
 
-    key = settings.api_key or api_key()
-    with listen(settings.host, settings.port) as bound:
-        served = open_served(options, settings)
+    key = api_key() if settings.api_key is None else settings.api_key
+    with listen(settings.host, settings.port) as bound, Teller() as teller:
+        served = open_served(options, settings, teller)
         guarded = Guard(
             make_app(served, with_key=key is not None),
             api_key=key,
             most_bytes=settings.max_request_bytes,
-            seen=recorder(served.metrics, with_lines=settings.log_requests),
+            seen=recorder(served.metrics, teller if settings.log_requests else None),
         )
         if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-            tell("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
+            teller.say("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
         cache = served.service.engine.slots.cache
         room = (
             f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
@@ -53,8 +58,8 @@ def serve(options: Namespace) -> None:
         server = Server(
             guarded,
             drain=settings.drain,
-            ready=lambda: tell(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
-            ending=lambda: tell(
+            ready=lambda: teller.say(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
+            ending=lambda: teller.say(
                 f"finishing what is begun, in at most {settings.drain} s; Ctrl-C ends it at once"
             ),
         )
@@ -68,7 +73,41 @@ def check_extra() -> None:
         raise ImportError(f"serving needs {missing[0]}, an extra: pip install 'gptsmith[serve]'")
 
 
-def open_served(options: Namespace, settings: ServingSettings) -> Any:
+class Teller(logging.Handler):
+    """Tells lines, and what is logged, in a thread of its own: who does not read them, or cannot
+    be written to, holds nobody up."""
+
+    def __enter__(self) -> Self:
+        self.lines: Queue[str | None] = Queue(MOST_LINES)
+        self.thread = Thread(target=self.run, name="teller", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(Full):
+            self.lines.put(None, timeout=LAST_SECONDS)
+        self.thread.join(LAST_SECONDS)
+        if self.thread.is_alive() and kind is None:  # it holds what Python would wait for
+            os._exit(0)
+
+    def say(self, text: str) -> None:
+        """Tell a line, soon."""
+        with contextlib.suppress(Full):
+            self.lines.put_nowait(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell what is logged."""
+        self.say(self.format(record))
+
+    def run(self) -> None:
+        """Line after line, to the last."""
+        while (text := self.lines.get()) is not None:
+            with contextlib.suppress(OSError):
+                tell(text)
+
+
+def open_served(options: Namespace, settings: ServingSettings, teller: Teller) -> Any:
     """The model that the flags ask for, ready to be served."""
     use_huge_pages()
     folder, model, tokenizer = open_folder(options, options.model)
@@ -80,7 +119,7 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     from ..serving.served import Served
     from ..serving.service import Service
 
-    logging.basicConfig(format="%(message)s")  # of what goes wrong inside, to stderr
+    logging.basicConfig(format="%(message)s", handlers=[teller])  # of what goes wrong inside
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
     decoder = open_decoder(model, options.compile)
     service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
@@ -96,14 +135,13 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     )
 
 
-def recorder(metrics: Any, *, with_lines: bool) -> Any:
-    """What takes down each request: in the figures, and as a line."""
+def recorder(metrics: Any, teller: Teller | None) -> Any:
+    """What takes down each request: in the figures, and as a line where there is a teller."""
     from ..serving.guard import Access, line
 
     def seen(access: Access) -> None:
         metrics.finished(access.path, access.status, access.seconds)
-        if with_lines:
-            with contextlib.suppress(OSError):  # nobody may read our stderr any more
-                tell(line(access))
+        if teller is not None:
+            teller.say(line(access))
 
     return seen

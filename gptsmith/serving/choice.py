@@ -31,8 +31,7 @@ class Writer:
         bias = None
         if job.bias or job.presence_penalty or job.frequency_penalty:
             bias = torch.zeros(vocab_size)
-            for token, value in job.bias.items():
-                bias[token] = value
+            bias[list(job.bias)] = torch.tensor([*job.bias.values()], dtype=bias.dtype)
         return cls(job, torch.Generator().manual_seed(job.seed), bias)
 
     def take(self, token: int) -> None:
@@ -90,7 +89,8 @@ def scored(
     logprobs = logits.float().log_softmax(dim=-1)  # (T, V)
     ids = torch.tensor(tokens, device=logits.device).unsqueeze(-1)  # (T, 1)
     own = logprobs.gather(-1, ids).squeeze(-1).tolist()
-    values, likeliest = (found.tolist() for found in logprobs.topk(max(asked)))  # (T, most)
+    most = min(max(asked), logprobs.shape[-1])
+    values, likeliest = (found.tolist() for found in logprobs.topk(most))  # (T, most)
     return [
         Scored(token)
         if count is None

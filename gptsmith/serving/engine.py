@@ -108,9 +108,8 @@ class Engine:
     def admit(self) -> None:
         """Give every free slot to the job that has waited longest."""
         while self.free and self.waiting:
-            job = self.waiting.popleft()
-            writer = Writer.of(job, self.config.vocab_size)
-            self.turns.append(Turn(job, self.free.popleft(), writer))
+            writer = Writer.of(self.waiting[0], self.config.vocab_size)
+            self.turns.append(Turn(self.waiting.popleft(), self.free.popleft(), writer))
 
     def leave(self, turn: Turn) -> None:
         """Give a slot back."""

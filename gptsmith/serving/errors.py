@@ -63,6 +63,11 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def stopping() -> ApiError:
+    """The error of a request that the end of the server has cut short."""
+    return ApiError(503, "the server is stopping: ask again in a moment")
+
+
 def mistake(errors: Sequence[Any]) -> ApiError:
     """The first of the errors that pydantic found in a request."""
     error = errors[0]
@@ -87,6 +92,8 @@ def shown(value: Any) -> str:
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     if not isinstance(value, str):
-        return json.dumps(value)
+        text = json.dumps(value)
+        return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
     text = json.dumps(value[:MOST_SHOWN], ensure_ascii=False)[1:-1].replace('\\"', '"')
+    text = text.encode(errors="backslashreplace").decode()  # half of a pair is no character
     return f"'{text}'" if len(value) <= MOST_SHOWN else f"'{text}…'"

@@ -12,14 +12,19 @@ from ..config import suggestion
 from .errors import refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
+NOTES = ("title", "description", "default")  # what a schema says of a field beside its kind
+LONGEST_NAME = 40  # characters of a field's name that are looked at; it may be megabytes
 
 
 def nullable(schema: dict[str, Any]) -> None:
-    """Say in a schema that null is the same as leaving a field out."""
+    """Say in a schema that null is the same as leaving a field out, whatever it is called."""
+    null = {"type": "null"}
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
-            notes = {key: field.pop(key) for key in ("title", "description") if key in field}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
+            notes = {key: field.pop(key) for key in NOTES if key in field}
+            kinds = [kind for kind in field.get("anyOf", [field]) if kind != null]
+            schema["properties"][name] = {"anyOf": [*kinds, null], **notes}
+    schema["additionalProperties"] = null
 
 
 class Asked(BaseModel):
@@ -45,7 +50,7 @@ class Asked(BaseModel):
             if name in cls.unsupported:
                 raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
             if name not in cls.model_fields:
-                hint = suggestion(name, cls.model_fields)
+                hint = suggestion(name[:LONGEST_NAME], cls.model_fields)
                 raise refused(f"unknown field {shown(name)}{hint}", shown(name).strip("'"))
         return given
 

@@ -19,7 +19,7 @@ from ..generate import prompt_ids
 from ..tokenizers import Tokenizer
 from .answers import DONE, Answer, ChatAnswer, CompletionAnswer, event, usage
 from .chat import ChatTemplate
-from .errors import ApiError, refused, shown
+from .errors import ApiError, refused, shown, stopping
 from .job import Job
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, jobs, too_long
@@ -119,6 +119,7 @@ class Served:
         if size > self.longest_prompt:
             raise too_long(f"{size:,} characters", self.service.config.context_length)
         ids = await aside(lambda: template.ids(messages), size)
+        ids = ids or prompt_ids(self.tokenizer, "")  # a template may say nothing
         return self.answer(request, [ids], [""], ChatAnswer, deadline)
 
     def answer(
@@ -200,10 +201,12 @@ async def send_events(
                     events.append(event(answer.part(number, piece, first=number not in begun)))
                     begun.add(number)
                 await send_part(send, b"".join(events))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not begun:
                 raise
-            await send_part(send, event(failed(error).body), last=True)
+            # Who is not told by the server that ends has left, and hears nothing.
+            told = failed(error) if isinstance(error, Exception) else stopping()
+            await send_part(send, event(told.body), last=True)
             return
     end = event(answer.count(usage_of(writings, prompt_tokens))) if answer.counted else b""
     await send_part(send, end + DONE, last=True)

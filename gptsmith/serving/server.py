@@ -27,6 +27,18 @@ from .served import Served, failed
 from .wire import EVENTS
 
 PAGE = Path(__file__).with_name("page.html")
+FAILURES = {
+    400: "The request is not understood, or cannot be carried out as it is",
+    401: "A key is needed, and this is not it",
+    404: "There is no such model here",
+    413: "The body is too large",
+    429: "The queue is full: ask again after the seconds of Retry-After",
+    500: "The server or the model failed",
+    503: "The server is stopping",
+    504: "The time for a request is over",
+}
+
+Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes what it says of answers
 
 
 def make_app(served: Served, *, with_key: bool = False) -> FastAPI:
@@ -43,14 +55,16 @@ def make_app(served: Served, *, with_key: bool = False) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=running,
-        responses={"default": {"model": schema.Failure, "description": "What went wrong"}},
+        responses=failures(500),
     )
     add_api(app, served)
     add_rest(app, served)
     add_page(app)
     add_manual(app, with_key=with_key)
     add_errors(app)
+    leave_out_422(app)
     return app
 
 
@@ -64,31 +78,56 @@ def add_api(app: FastAPI, served: Served) -> None:
         context_length=served.service.config.context_length,
     )
 
-    @app.post("/v1/completions", responses=also_streamed(schema.Completion))
+    asked = failures(400, 401, 404, 413, 429, 503, 504)
+
+    @app.post("/v1/completions", responses=also_streamed(schema.Completion) | asked)
     async def completions(request: CompletionRequest) -> Response:
         """Continue texts."""
         return await served.complete(request)
 
-    @app.post("/v1/chat/completions", responses=also_streamed(schema.ChatCompletion))
+    @app.post("/v1/chat/completions", responses=also_streamed(schema.ChatCompletion) | asked)
     async def chat_completions(request: ChatRequest) -> Response:
         """Go on with a conversation, where the model has a chat template."""
         return await served.chat(request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=failures(401))
     async def models() -> schema.Models:
         """The model that is served."""
         return schema.Models(object="list", data=[model])
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=failures(401, 404))
     async def one_model(name: str) -> schema.Model:
         """The model, by its name."""
         served.check_name(name)
         return model
 
 
-def also_streamed(kind: type) -> dict[int | str, dict[str, Any]]:
+def failures(*statuses: int) -> Responses:
+    """What the description says of answers that are errors."""
+    return {each: {"model": schema.Failure, "description": FAILURES[each]} for each in statuses}
+
+
+def leave_out_422(app: FastAPI) -> None:
+    """Take out of the description what FastAPI would answer to a request that makes no sense."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        whole = describe()
+        for operations in whole["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            whole["components"]["schemas"].pop(name, None)
+        return whole
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def also_streamed(kind: type) -> Responses:
     """What the description says of an answer that is whole or a stream."""
-    stream = {EVENTS.partition(";")[0]: {"schema": {"type": "string"}}}
+    data = {"type": "string", "description": "JSON, or [DONE] in the end"}
+    one = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    stream = {EVENTS.partition(";")[0]: {"itemSchema": one}}
     return {200: {"model": kind, "content": stream, "description": "Whole, or as events"}}
 
 
@@ -162,7 +201,9 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failure(request: Request, error: Exception) -> Response:
-        return answer_of(failed(error))
+        answer = answer_of(failed(error))
+        answer.headers["connection"] = "close"  # as the error, which goes on, makes the server do
+        return answer
 
 
 def answer_of(error: ApiError) -> Response:

@@ -21,6 +21,7 @@ from .job import Job, News
 
 LOG = logging.getLogger(__name__)
 REMEMBERED = 64  # jobs that ended last, which tell how soon there is room for another
+LONGEST_PAUSE = 60  # seconds that a client is told to wait; what ended last may be long ago
 
 
 class QueueFull(Exception):
@@ -118,7 +119,7 @@ class Service:
         if len(self.ends) < 2:
             return 1
         each = (time.monotonic() - self.ends[0]) / len(self.ends)
-        return max(1, math.ceil(jobs * each))
+        return min(max(1, math.ceil(jobs * each)), LONGEST_PAUSE)
 
     def deliver(self, news: Sequence[News]) -> None:
         """Hand out what a step brought."""

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .answers import encoded
+from .errors import stopping
 
 EVENTS = "text/event-stream; charset=utf-8"
 
@@ -26,11 +27,22 @@ class Watched(Response):
         self.work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Work until there is an answer, or nobody to hear it."""
-        working = asyncio.ensure_future(self.work(send))
+        """Work until there is an answer, or nobody to hear it, or the server ends."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        working = asyncio.ensure_future(self.work(noted))
         leaving = asyncio.ensure_future(hung_up(receive))
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the time to finish what is begun is over
+            if begun:
+                raise
+            raise stopping() from None
         finally:
             working.cancel()
             leaving.cancel()

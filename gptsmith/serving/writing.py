@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from .errors import ApiError
+from .errors import ApiError, stopping
 from .job import News
 from .metrics import Metrics
 from .service import Stream
@@ -104,7 +104,7 @@ async def read(
             if piece.finish is not None:
                 writing.stream.cancel()  # a stop string is known here only
                 return
-        raise ApiError(503, "the server is stopping: ask again in a moment")
+        raise stopping()
     except Exception as error:
         arrived.put_nowait(error)
 
