@@ -35,7 +35,7 @@ test: .venv/test
 # lm-evaluation-harness asks the server; of what it asks for itself, only what that needs.
 	rm -rf .venv/lm-eval
 	$(BIN)/pip install -q --no-deps --no-compile --target .venv/lm-eval -c requirements.lock lm-eval \
-		aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty datasets dill frozenlist \
+		aiohappyeyeballs aiohttp aiosignal attrs chardet colorama DataProperty datasets dill frozenlist \
 		lxml mbstrdecoder multidict multiprocess pandas pathvalidate portalocker propcache \
 		pytablewriter sacrebleu tabledata tcolorpy tenacity typepy xxhash yarl
 	@touch $@
