@@ -2,7 +2,8 @@
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,27 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy tensors gain nothing from more, and wait for cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, so that the step is compiled once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def own_cache(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled goes there, and not to the cache of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
 
 
 def scrambled(config: GPTConfig, seed: int = 0) -> GPT:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from gptsmith.settings import GREEDY
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SIZES = TINY | {"context_length": 40, "n_embd": 24}
 # Lanes of 1, 17 and 136: fewer than a vector, and a rest after whole ones.
 PACKABLE: dict[str, dict[str, Any]] = {
@@ -44,20 +44,6 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 # In nats; measured: 1e-6 to 7e-6 on these models of large random weights, 3e-6 to 2e-5 of the
 # plain forward in bf16.
 MOST_KL = 1e-5
-
-
-@pytest.fixture(scope="session")
-def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests, so that the step is compiled once."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def opened(
@@ -159,11 +145,11 @@ def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     ("dtype", "bits"),
     [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | None) -> None:
     """To the bit: alone or beside others, token by token or in parts, by one thread or three."""
     _, decoder = opened("wide", dtype, bits)
     text = some_text(16, 13)
-    torch.set_num_threads(1)
     alone = torch.cat([read(decoder, row.unsqueeze(0), [1] * 13) for row in text])
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -8,9 +8,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from gptsmith.serving.slots import Slots, Span, common
 from gptsmith.settings import GREEDY
 from tests.conftest import TINY, scrambled
 
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 SIZES = TINY | {"context_length": 150, "n_embd": 24}
 LIMIT, V = SIZES["context_length"], SIZES["vocab_size"]
 SETTINGS = [
@@ -39,21 +39,6 @@ SETTINGS = [
 ]
 # How an engine reads: the compiled step, PyTorch alone, a step for one token of every slot.
 WAYS = ("compiled", "plain", "graph", "modern")
-
-
-@pytest.fixture(scope="session")
-def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests, so that the step is compiled once."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def engine_of(way: str, slots: int = 4) -> tuple[GPT, Engine]:

@@ -4,7 +4,7 @@ Alone is restated here as plainly as it can be: the whole text, cropped to the c
 model without a cache, one row at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from gptsmith.settings import GREEDY, SamplingSettings
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LIMIT = TINY["context_length"]
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -37,15 +38,6 @@ SAMPLINGS = {
 # Of prompts, against a context of 11: each crosses it at another step, or lies beyond it.
 LENGTHS = [(3, 1, 7), (10, 15, 1, 11, 2), (12, 30), (11, 4)]
 parametrize_forms = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy tensors gain nothing from more, and wait for cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(form: str) -> GPT:

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,8 @@ from gptsmith.serving.service import Counts, QueueFull, Service, Stream
 from gptsmith.settings import GREEDY
 from tests.conftest import TINY, scrambled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLED = SamplingSettings(temperature=1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def service_of(**options: Any) -> Service:
