@@ -202,7 +202,7 @@ class ServingSettings:
     slots: int | None = setting(None, "texts written at once (default: what suits the machine)")
     waiting: int = setting(512, "texts that may wait for a slot; more are refused for the moment")
     timeout: float = setting(600.0, "seconds that a request may take, waiting included")
-    max_request_bytes: int = setting(4 << 20, "bytes of the largest request")
+    max_request_bytes: int = setting(1 << 20, "bytes of the largest request")
     drain: int = setting(30, "seconds in which texts may be finished once the server is to end")
     log_requests: bool = setting(True, "a line for each request")
 
