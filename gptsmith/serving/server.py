@@ -64,7 +64,7 @@ def make_app(served: Served, *, with_key: bool = False) -> FastAPI:
     add_page(app)
     add_manual(app, with_key=with_key)
     add_errors(app)
-    leave_out_422(app)
+    describe_as_it_is(app)
     return app
 
 
@@ -107,15 +107,18 @@ def failures(*statuses: int) -> Responses:
     return {each: {"model": schema.Failure, "description": FAILURES[each]} for each in statuses}
 
 
-def leave_out_422(app: FastAPI) -> None:
-    """Take out of the description what FastAPI would answer to a request that makes no sense."""
+def describe_as_it_is(app: FastAPI) -> None:
+    """Take out of the description what FastAPI would answer to a request that makes no sense, and
+    name each route by what it does."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:
         whole = describe()
-        for operations in whole["paths"].values():
+        for path, operations in whole["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                operation["summary"] = operation.pop("description", operation["summary"])
+                operation["tags"] = ["OpenAI's API" if path.startswith("/v1/") else "The server"]
         for name in ("HTTPValidationError", "ValidationError"):
             whole["components"]["schemas"].pop(name, None)
         return whole
