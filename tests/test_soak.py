@@ -1,7 +1,5 @@
 """A server under load for a minute: no error, no leak, and nobody's text depends on the others."""
 
-import itertools
-import random
 import re
 import subprocess
 import sys
@@ -9,26 +7,20 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import psutil
 import pytest
 
-from gptsmith import GPT, GPTConfig, SamplingSettings, save
+from gptsmith import GPTConfig, save
 from gptsmith.client import Failure, Server, ask
-from gptsmith.commands.load import served
-from gptsmith.crowd import IDS, Crowd, measure
-from gptsmith.decode import open_decoder
-from gptsmith.serving.engine import Engine
-from gptsmith.serving.job import Job
+from gptsmith.crowd import Crowd
 from gptsmith.settings import LoadSettings
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
 CLIENTS, SECONDS, SETTLED = 64, 60.0, 15.0
-LEAST_SHARE = 0.8  # of the engine's own tokens per second
 MOST_GROWTH = 0.05  # of the resident memory, from when it has settled
 PROBES = [
     {"prompt": prompt, "seed": seed, "max_tokens": 40, "temperature": heat}
@@ -129,57 +121,3 @@ def test_clients_that_come_and_go_leave_nothing(server: tuple[int, str]) -> None
     sockets = [each for each in process.net_connections() if each.status == "ESTABLISHED"]
     assert len(sockets) < 5
     assert text_of(address, PROBES[0]) == quiet
-
-
-def tokens_per_second(engine: Engine, settings: LoadSettings) -> float:
-    """What the engine does for as many clients who need no server."""
-    random_ = random.Random(0)
-    jobs = (
-        Job(
-            prompt=random_.choices(range(IDS), k=settings.prompt_tokens),
-            max_tokens=settings.max_tokens if number >= settings.clients else number + 1,
-            sampling=SamplingSettings(temperature=1),
-            seed=number,
-        )
-        for number in itertools.count()
-    )
-    for job in itertools.islice(jobs, settings.clients):
-        engine.submit(job)
-    begun, written, ended = 0.0, 0, 0
-    while not begun or time.monotonic() < begun + settings.seconds:
-        for news in engine.step(0.0):
-            written += bool(begun) and news.token is not None
-            ended += news.finish is not None
-            if news.finish:
-                engine.submit(next(jobs))
-        if not begun and ended >= settings.clients // 2:  # they are no longer in step
-            begun = time.monotonic()
-    seconds = time.monotonic() - begun
-    engine.abandon("enough")
-    return written / seconds
-
-
-@pytest.mark.slow
-def test_serving_leaves_the_model_most_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against the engine by itself with the same requests, in turn: at least 0.8 of its tokens.
-
-    Other work on the machine can spoil a pair, so one of three has to be good.
-    """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    size = {"n_layer": 6, "n_head": 12, "n_embd": 768, "context_length": 96, "vocab_size": 257}
-    model = GPT(GPTConfig(**size)).eval()
-    save(model, byte_tokenizer(), tmp_path / "model")
-    engine = Engine(model, decoder=open_decoder(model, "yes"), slots=CLIENTS)
-    settings = LoadSettings(clients=CLIENTS, prompt_tokens=16, max_tokens=32, seconds=6.0)
-    words = [sys.executable, "-m", "gptsmith", "serve", str(tmp_path / "model")]
-    with served([*words, "--port", "0", "--slots", str(CLIENTS)]) as (address, _):
-        ratios = []
-        while not ratios or (max(ratios) < LEAST_SHARE and len(ratios) < 3):
-            found = measure(Server.at(address), settings)
-            assert not found["failed"]
-            ratios.append(
-                found["generated_tokens_per_second"] / tokens_per_second(engine, settings)
-            )
-    assert max(ratios) >= LEAST_SHARE, ratios
