@@ -18,6 +18,7 @@ BLOCK = 256  # tokens
 FEW = 256  # tokens, of which mostly the likeliest make up top_p
 LARGE = 1e30  # float32 can hold it, and so it can one divided by it
 ROUNDING = 1e-4  # more than a sum of probabilities can be off
+NOT_FINITE = "the model's logits are not finite: its weights have diverged"
 
 
 class NotFiniteError(ValueError):
@@ -118,7 +119,7 @@ def next_token(
 def check_finite(numbers: Tensor) -> None:
     """Raise NotFiniteError unless all are finite.  (B, ...)"""
     if not numbers.isfinite().all():
-        raise NotFiniteError("the model's logits are not finite: its weights have diverged")
+        raise NotFiniteError(NOT_FINITE)
 
 
 def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:

@@ -62,16 +62,17 @@ def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
 
 def draw(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
     """A token for each of some whose sampling is the same.  (N, V) -> N tokens"""
+    biased = logits
     if any(writer.bias is not None for writer in writers):
         none = torch.zeros_like(logits[0])
         biases = [none if writer.bias is None else writer.bias.to(none) for writer in writers]
-        logits = logits + torch.stack(biases)
+        biased = logits + torch.stack(biases)
     # Only one who is drawn for alone looks back at the tokens seen.
-    seen = torch.tensor([[*writers[0].job.prompt, *writers[0].new]] * len(writers))  # (N, S)
+    text = torch.tensor([*writers[0].job.prompt, *writers[0].new], device=logits.device)  # (S,)
     generators = [writer.generator for writer in writers]
     try:
         sampling = writers[0].job.sampling
-        return next_token(logits, seen.to(logits.device), sampling, generators).tolist()
+        return next_token(biased, text.expand(len(writers), -1), sampling, generators).tolist()
     except NotFiniteError:
         if len(writers) == 1:
             return [None]

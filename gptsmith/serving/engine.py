@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ..decode import Decoder
 from ..model import GPT
+from ..sampling import NOT_FINITE
 from .choice import Writer, choose, scored
 from .job import Finish, Job, News, Scored
 from .slots import Slots, Span
-
-NOT_FINITE = "the model's logits are not finite: its weights have diverged"
 
 
 @dataclass(eq=False)
