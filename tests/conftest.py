@@ -3,6 +3,7 @@
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", only_here)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Toy tensors gain nothing from more, and wait for cores that others use."""
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One for PyTorch: toy tensors gain nothing from more, and wait for cores that others use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.serving import listen
 from gptsmith.serving.chat import ChatTemplate
 from gptsmith.tokenizers import byte_tokenizer
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, single_thread
 from tests.serving import Running, serving
 
 TOKENIZER = byte_tokenizer()
@@ -34,10 +34,8 @@ def toy() -> GPT:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

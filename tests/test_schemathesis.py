@@ -7,7 +7,6 @@ from typing import Any
 import httpx2
 import pytest
 import schemathesis
-import torch
 from hypothesis import HealthCheck, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
@@ -19,7 +18,7 @@ from gptsmith.serving.served import Served
 from gptsmith.serving.server import make_app
 from gptsmith.serving.service import Service
 from gptsmith.tokenizers import byte_tokenizer
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, single_thread
 from tests.serving import Running, serving
 
 TOKENIZER = byte_tokenizer()
@@ -62,12 +61,10 @@ def toy() -> GPT:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    with serving(toy(), TOKENIZER, template=ChatTemplate(source, TOKENIZER, {})) as running:
+    template = ChatTemplate(source, TOKENIZER, {})
+    with single_thread(), serving(toy(), TOKENIZER, template=template) as running:
         yield running
-    torch.set_num_threads(threads)
 
 
 def described() -> Any:
