@@ -19,14 +19,14 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from gptsmith import checkpoint
-from gptsmith.accounting import weight_bytes
-from gptsmith.config import PRESETS, GPTConfig
+from gptsmith.checkpoint import saved
+from gptsmith.checkpoint.names import parts
+from gptsmith.checkpoint.tensors import Stored
+from gptsmith.config.cost import weight_bytes
+from gptsmith.config.model import PRESETS, GPTConfig
 from gptsmith.convert.formats import READABLE, WRITABLE
-from gptsmith.folder import written_whole
-from gptsmith.names import parts
+from gptsmith.machine.files import written_whole
 from gptsmith.tokenizers import gpt2_tokenizer
-from gptsmith.weights import Stored
 
 GB = 10**9
 # What a format needs of a model to say it exactly.
@@ -74,7 +74,7 @@ def main() -> None:
         model, there, back = (options.folder / part for part in ("model", "there", "back"))
         stored = Stored(config=config, fetch=random_fetch(config), tokenizer=gpt2_tokenizer())
         with written_whole(model) as temporary:
-            checkpoint.write(stored, temporary)
+            saved.write(stored, temporary)
         dtype = ["--dtype", options.dtype] if options.dtype else []
         commands = {f"to {name}": ["export", str(model), str(there), "--to", name, *dtype]}
         if name in READABLE:

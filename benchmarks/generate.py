@@ -26,14 +26,16 @@ from typing import get_args
 
 from peers import CTRANSLATE2_TYPES, LLAMA_TYPES, write_ctranslate2, write_ggufs
 
-from gptsmith import accounting, checkpoint, runtime
-from gptsmith.bench import fitting, varied_model
-from gptsmith.comparison import Spread, by_round, first_difference, paired_ratio, three_digits
-from gptsmith.config import PRESETS, GPTConfig
-from gptsmith.folder import write_json
-from gptsmith.settings import Dtype
+from gptsmith.checkpoint import saved
+from gptsmith.cli.comparison import Spread, by_round, first_difference, paired_ratio, three_digits
+from gptsmith.cli.timing import fitting, varied_model
+from gptsmith.cli.turns import Case, Figures, Measurement, System, in_turn, ourselves, somebody_else
+from gptsmith.config import cost
+from gptsmith.config.model import PRESETS, GPTConfig
+from gptsmith.config.settings import Dtype
+from gptsmith.machine import environment
+from gptsmith.machine.files import write_json
 from gptsmith.tokenizers import byte_tokenizer, gpt2_tokenizer
-from gptsmith.turns import Case, Figures, Measurement, System, in_turn, ourselves, somebody_else
 
 # n_embd is whole blocks of 32, as llama.cpp's numbers of few bits need it.
 TOY = GPTConfig(vocab_size=257, context_length=64, n_layer=2, n_head=4, n_embd=64)
@@ -56,7 +58,7 @@ def contestants(config: GPTConfig, scratch: Path, threads: int) -> dict[str, Sys
     """Every system by name, or what is missing for it; writes the files that they read."""
     model = scratch / "model"
     tokenizer = gpt2_tokenizer() if config.vocab_size >= 50257 else byte_tokenizer()
-    checkpoint.save(varied_model(config), tokenizer, model)
+    saved.save(varied_model(config), tokenizer, model)
     words = tuple(dtype for dtype in BYTES if dtype in get_args(Dtype))
     found: dict[str, System | str] = {}
     for name, compile in ((OURS, "yes"), ("gptsmith, plain", "no")):
@@ -66,7 +68,7 @@ def contestants(config: GPTConfig, scratch: Path, threads: int) -> dict[str, Sys
             if dtype not in words:
                 found[f"{name}, {dtype}"] = "not in this version"
     transformers = {"folder": str(model), "device": "cpu", "threads": threads}
-    program = ("-m", "gptsmith.peers")
+    program = ("-m", "gptsmith.cli.peers")
     rest = {"threads": threads, "scratch": str(scratch)}
     others = [
         somebody_else(
@@ -159,12 +161,12 @@ def report(
     config = CONFIGS[options.preset]
     rates = {name: Spread.of([each[name] for each in machines]) for name in machines[0]}
     memory = rates["gigabytes_per_second"].highest * 1e9
-    read = accounting.multiplied_parameters(config)
+    read = cost.multiplied_parameters(config)
     bounds = {dtype: memory / (read * bytes) for dtype, bytes in BYTES.items()}
     decode = cases[0]
     return "\n".join(
         [
-            f"{options.preset}, {accounting.parameter_count(config):,} parameters, random weights; "
+            f"{options.preset}, {cost.parameter_count(config):,} parameters, random weights; "
             f"prompt {decode.prompt_tokens}, {decode.max_tokens} new tokens, greedy; tokens/s; "
             f"{options.threads} threads; rounds: {options.rounds}, medians and ranges.",
             "",
@@ -245,7 +247,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=list(BYTES))
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="as the table calls them")
-    parser.add_argument("--threads", type=int, default=runtime.cores())
+    parser.add_argument("--threads", type=int, default=environment.cores())
     parser.add_argument("--summed", type=int, default=SUMMED, help="numbers of the memory test")
     run(parser.parse_args())
 

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 # A machine with a GPU may have the checkout and not the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gptsmith import accounting, devices, runtime
-from gptsmith.bench import RandomTokens
-from gptsmith.config import PRESETS, GPTConfig
-from gptsmith.loss import NOT_LEARNED
-from gptsmith.model import GPT
-from gptsmith.settings import MachineSettings, RunSettings, TrainingSettings
+from gptsmith.cli.timing import RandomTokens
+from gptsmith.config import cost
+from gptsmith.config.model import PRESETS, GPTConfig
+from gptsmith.config.settings import MachineSettings, RunSettings, TrainingSettings
+from gptsmith.machine import devices, environment
+from gptsmith.model.gpt import GPT
+from gptsmith.model.loss import NOT_LEARNED
 from gptsmith.training.start import make_trainer
 
 Row = dict[str, Any]
@@ -237,7 +238,7 @@ def time_step(scale: Scale, *, who: str, micro: int, compiles: str, **ours: str)
     step = plain_step(scale, micro, compiles) if plain else our_step(scale, micro, compiles, **ours)
     seconds, loss = median_seconds(step, scale.device, scale.warm_up, scale.steps)
     tokens = scale.batch_rows * scale.config.context_length
-    flops = accounting.flops_per_token(scale.config, training=True) * tokens
+    flops = cost.flops_per_token(scale.config, training=True) * tokens
     return {
         "tokens_per_second": tokens / seconds,
         "milliseconds": seconds * 1000,
@@ -557,7 +558,7 @@ def main() -> int:
         return 0
     if scale.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA GPU here: try --toy")
-    runtime.share_cores()
+    environment.share_cores()
     options.out.mkdir(parents=True, exist_ok=True)
     table = Table(scale, options.out, options.seconds)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptsmith import checkpoint, peers, profile, runtime
-from gptsmith.bench import WARM_UP_TOKENS, generation_figures, random_prompt
+from gptsmith.checkpoint import saved
+from gptsmith.cli import peers, profile
+from gptsmith.cli.timing import WARM_UP_TOKENS, generation_figures, random_prompt
+from gptsmith.cli.turns import Case, Figures
 from gptsmith.convert import gguf
-from gptsmith.folder import read_json, write_json
-from gptsmith.turns import Case, Figures
+from gptsmith.machine import environment
+from gptsmith.machine.files import read_json, write_json
 
 CTRANSLATE2_TYPES = ("float32", "int8")
 LLAMA_TYPES = {"float32": "float32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
@@ -44,7 +46,7 @@ def write_ctranslate2(model: Path, scratch: Path) -> None:
 
 def write_ggufs(model: Path, scratch: Path) -> None:
     """The model as llama.cpp reads it."""
-    stored = checkpoint.open_folder(model)
+    stored = saved.open_folder(model)
     for dtype in ("float32", "bf16", "q8_0"):
         gguf.write(stored, scratch / f"{dtype}.gguf", dtype)
     write_q4_0(scratch / "float32.gguf", scratch / "q4_0.gguf")
@@ -188,7 +190,7 @@ def answer(question: dict[str, Any]) -> None:
     else:
         scratch = Path(question.pop("scratch"))
         found = MEASURED[who](Case(**question), threads, scratch)
-        found.setdefault("peak_memory_megabytes", runtime.peak_memory() / 1e6)
+        found.setdefault("peak_memory_megabytes", environment.peak_memory() / 1e6)
     write_json(Path(out), found)
     os._exit(0)  # llama.cpp's server has threads that do not end
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from gptsmith.runtime import cores
+from gptsmith.machine.environment import cores
 from gptsmith.tokenizers import open_tokenizer
 
 END = 50256  # <|endoftext|>

@@ -8,26 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load, save
-    from .config import PRESETS, GPTConfig
-    from .generate import complete, generate_greedy, stream
-    from .model import GPT
-    from .settings import SamplingSettings
+    from .checkpoint.saved import load, save
+    from .config.model import PRESETS, GPTConfig
+    from .config.settings import SamplingSettings
+    from .generation.writing import complete, generate_greedy, stream
+    from .model.gpt import GPT
     from .tokenizers import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GPT": "model",
-    "GPTConfig": "config",
-    "PRESETS": "config",
-    "SamplingSettings": "settings",
+    "GPT": "model.gpt",
+    "GPTConfig": "config.model",
+    "PRESETS": "config.model",
+    "SamplingSettings": "config.settings",
     "Tokenizer": "tokenizers",
-    "complete": "generate",
-    "generate_greedy": "generate",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "stream": "generate",
+    "complete": "generation.writing",
+    "generate_greedy": "generation.writing",
+    "load": "checkpoint.saved",
+    "save": "checkpoint.saved",
+    "stream": "generation.writing",
 }
 
 __all__ = [

@@ -1,11 +1,17 @@
-"""The laws of the house: reading order, strangers, purity, docstrings."""
+"""The laws of the house: rooms in import order, strangers, purity, docstrings, proportions.
+
+Each file is read and parsed once; a law that is broken lists every place that breaks it.
+"""
 
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -13,238 +19,345 @@ import pytest
 import gptsmith
 
 PACKAGE = Path(gptsmith.__file__).parent
-DOCS = PACKAGE.parent / "docs"
-# Every import points to an earlier line.
-READING_ORDER = """
-    config accounting names quantized settings recipe runtime folder
-    tokenizers.tokenizer tokenizers.build tokenizers
-    data.shakespeare data.sources data.documents data.tokenfile data.shards data.encode
-    data.prepare data.batches data
-    cache attention loss model packed weights devices checkpoint sampling drafts graphs decode
-    rows generate evaluate quantize precision
-    convert.pickles convert.limits convert.huggingface convert.nanogpt convert.book convert.llmc
-    convert.gguf_header convert.gguf_tokenizer convert.gguf
-    convert.crc32c convert.bundle convert.tensorflow convert.hub convert.onnx
-    convert.formats convert.compare convert.report convert.carry convert
-    training.schedules training.muon training.optimizers training.loop training.plot
-    training.progress training.run training.plan training.start training
-    inspection.text inspection.describe inspection.trace inspection
-    serving.job serving.choice serving.slots serving.engine serving.service
-    serving.errors serving.fields serving.protocol serving.text serving.chat
-    serving.answers serving.schema serving.metrics serving.guard serving.manual
-    serving.writing serving.wire serving.served serving.server serving.listen serving
-    bench profile turns comparison peers client crowd flags
-    commands.words commands.text commands.train commands.use commands.look
-    commands.load commands.measure commands.convert commands.quantize commands.serve commands
-    cli __main__ __init__
-""".split()
-SIBLINGS = ("training", "convert", "inspection", "serving")
+ROOT = PACKAGE.parent
+# Every import points to an earlier room, or stays within its own.
+ROOMS = (
+    "config",
+    "machine",
+    "tokenizers",
+    "data",
+    "model",
+    "checkpoint",
+    "generation",
+    "evaluation",
+    "training",
+    "convert",
+    "serving",
+    "cli",
+)
+STRANGERS = ("convert", "serving", "training")
+BESIDE_THE_ROOMS = ("recipes", "__init__.py", "__main__.py", "py.typed")
+# What the mathematics is written in.
+PURE = {"torch", "math", "typing", "collections", "dataclasses"}
+# What answers quickly does without PyTorch.
 NO_TORCH = (
-    "config accounting names quantized settings recipe runtime folder tokenizers data.prepare "
-    "training.schedules inspection.describe flags cli"
-).split()
-MATHEMATICS = ("cache", "attention", "loss", "model", "packed")
-PURE = {"torch", "math", "typing"}
+    "config",
+    "machine.environment",
+    "machine.files",
+    "machine.terminal",
+    "tokenizers",
+    "data.prepare",
+    "checkpoint.folder",
+    "training.schedules",
+    "cli.main",
+)
 # Heavy or optional: imported where used.
 OPTIONAL = (
-    "pyarrow",
-    "torchao",
-    "onnx",
-    "transformers",
-    "torch.utils.tensorboard",
-    "wandb",
-    "matplotlib",
-    "resource",
-    "torch._inductor",
     "gguf",
     "huggingface_hub",
+    "matplotlib",
+    "onnx",
+    "pyarrow",
+    "resource",
+    "torch._inductor",
+    "torch.utils.tensorboard",
+    "torchao",
+    "transformers",
+    "wandb",
 )
+LONGEST_FILE, LONGEST_FUNCTION = 425, 70  # lines
+VERBS = ("load", "save", "stream")
 
 
-def module_names() -> list[str]:
-    names = []
+@dataclass
+class Module:
+    """A file of the package, read and parsed once."""
+
+    name: str  # "model.gpt"
+    path: Path
+    text: str
+    tree: ast.Module = field(repr=False)
+
+    @property
+    def room(self) -> str:
+        return self.name.partition(".")[0]
+
+    @cached_property
+    def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+        found = (ast.FunctionDef, ast.AsyncFunctionDef)
+        return [node for node in ast.walk(self.tree) if isinstance(node, found)]
+
+    @cached_property
+    def imports(self) -> list[tuple[str, str, bool]]:
+        """(module of the package or of others, what is taken from it, whether in a function)."""
+        inside = {id(node) for function in self.functions for node in ast.walk(function)}
+        here = self.name.split(".")
+        if self.path.name != "__init__.py":
+            here = here[:-1]
+        found = []
+        for node in ast.walk(self.tree):
+            deep = id(node) in inside
+            if isinstance(node, ast.Import):
+                found += [(alias.name, "", deep) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found += [(str(node.module), alias.name, deep) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = ["", *here[: len(here) - node.level + 1]]
+                module = ".".join(base + (node.module.split(".") if node.module else []))
+                found += [(module or ".", alias.name, deep) for alias in node.names]
+        return found
+
+    def own_imports(self) -> Iterator[tuple[str, bool]]:
+        """The modules of the package that this one imports, and whether in a function."""
+        for module, taken, deep in self.imports:
+            if not module.startswith("."):
+                continue
+            whole = f"{module}.{taken}".strip(".")
+            yield (whole if whole in MODULES else module.strip(".") or "__init__"), deep
+
+
+def read_all() -> dict[str, Module]:
+    modules = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        names.append(".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts))
-    return names
+        name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8")
+        modules[name] = Module(name, path, text, ast.parse(text))
+    return modules
 
 
-def path_of(name: str) -> Path:
-    path = PACKAGE.joinpath(*name.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+MODULES = read_all()
+IN_ROOMS = [module for module in MODULES.values() if module.room in ROOMS]
 
 
-def tree_of(name: str) -> ast.Module:
-    return ast.parse(path_of(name).read_text(encoding="utf-8"))
+def none_of(broken: list[str]) -> None:
+    """Fail with one line for each place that breaks a law."""
+    assert not broken, "\n" + "\n".join(broken)
 
 
-def resolve(name: str, node: ast.ImportFrom) -> Iterator[str]:
-    """The package's own modules that a relative import fetches."""
-    is_package = path_of(name).name == "__init__.py" and name != "__init__"
-    here = name.split(".") if is_package else name.split(".")[:-1]
-    base = here[: len(here) - (node.level - 1)]
-    module = [*base, *(node.module or "").split(".")] if node.module else base
-    for alias in node.names:
-        for candidate in ([*module, alias.name], module):
-            found = ".".join(candidate)
-            if found in READING_ORDER:
-                yield found
-                break
+# -- 1: import order
 
 
-def imports(name: str) -> Iterator[tuple[str, bool]]:
-    """What a module imports of the package, and whether it does so inside a function."""
-    tree = tree_of(name)
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
+def test_the_house_has_these_rooms_and_nothing_else() -> None:
+    there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert there == {*ROOMS, *BESIDE_THE_ROOMS}
+
+
+def test_the_readme_shows_the_rooms_that_there_are() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"^gptsmith/\n(?:[ ]+\S.*\n)+", text, flags=re.MULTILINE)
+    assert tree, "the README shows no tree of rooms"
+    shown = re.findall(r"^ +([\w.]+)/?(?:\s|$)", tree[0], flags=re.MULTILINE)
+    assert shown == [*ROOMS, *BESIDE_THE_ROOMS]
+
+
+def test_every_import_points_to_an_earlier_room() -> None:
+    none_of(
+        [
+            f"{module.name} imports {imported}, which is in a later room"
+            for module in IN_ROOMS
+            for imported, _ in module.own_imports()
+            if imported not in ("__init__",)
+            and ROOMS.index(imported.partition(".")[0]) > ROOMS.index(module.room)
+        ]
+    )
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    edges = {
+        module.name: {name for name, _ in module.own_imports() if name != module.name}
+        for module in MODULES.values()
+        if module.name not in ("__init__", "__main__")
     }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            for found in resolve(name, node):
-                yield found, id(node) in inside
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            pytest.fail(" -> ".join((*path[path.index(name) :], name)))
+        if name not in done:
+            for imported in sorted(edges.get(name, ())):
+                visit(imported, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
 
 
-def test_the_reading_order_names_every_module() -> None:
-    assert sorted(READING_ORDER) == module_names()
+def test_imports_in_functions_are_of_optional_packages_or_at_the_door() -> None:
+    none_of(
+        [
+            f"{module.name} imports {imported} in a function"
+            for module in IN_ROOMS
+            if module.room != "cli"
+            for imported, taken, deep in module.imports
+            if deep and not f"{imported}.{taken}".startswith(OPTIONAL)
+        ]
+    )
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_imports_point_to_earlier_modules(name: str) -> None:
-    for imported, _ in imports(name):
-        if imported == "__init__" or name == "__init__":
-            continue
-        assert READING_ORDER.index(imported) < READING_ORDER.index(name), imported
+# -- 2: strangers
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_imports_inside_functions_are_optional_or_the_doors(name: str) -> None:
-    tree = tree_of(name)
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef) or name.startswith("commands."):
-            continue
-        for node in ast.walk(function):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                modules = (
-                    [node.module]
-                    if isinstance(node, ast.ImportFrom)
-                    else [alias.name for alias in node.names]
-                )
-                for module in modules:
-                    assert str(module).startswith(OPTIONAL), f"{function.name} imports {module}"
+def test_strangers_do_not_import_one_another() -> None:
+    none_of(
+        [
+            f"{module.name} imports {imported}"
+            for module in IN_ROOMS
+            if module.room in STRANGERS
+            for imported, _ in module.own_imports()
+            if imported.partition(".")[0] in {*STRANGERS} - {module.room}
+        ]
+    )
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_siblings_are_strangers(name: str) -> None:
-    family = name.split(".")[0]
-    for imported, _ in imports(name):
-        other = imported.split(".")[0]
-        if family in SIBLINGS and other in SIBLINGS:
-            assert family == other
+@pytest.mark.parametrize("room", STRANGERS)
+def test_the_rest_works_without_a_stranger(room: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "gptsmith", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(tmp_path / "gptsmith" / room)
+    rest = [module.name for module in IN_ROOMS if module.room not in (room, "cli")]
+    code = (
+        f"import importlib, gptsmith; assert {str(tmp_path)!r} in gptsmith.__file__\n"
+        f"for name in {rest!r}: importlib.import_module('gptsmith.' + name)\n"
+        "from gptsmith.cli.main import main; assert main(['--help']) == 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: gptsmith" in done.stdout
+
+
+# -- 3: purity
 
 
 def test_the_model_is_only_mathematics() -> None:
-    found = {imported for imported, _ in imports("model")}
-    assert found == {"config", "cache", "attention", "loss"}
-    for name in MATHEMATICS:
-        for node in ast.walk(tree_of(name)):
-            if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= PURE
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                assert str(node.module).split(".")[0] in PURE
+    none_of(
+        [
+            f"{module.name} imports {imported}"
+            for module in IN_ROOMS
+            if module.room == "model"
+            for imported, _, _ in module.imports
+            if not imported.startswith((".config", ".model")) and imported.split(".")[0] not in PURE
+        ]
+    )
 
 
-@pytest.mark.parametrize("name", NO_TORCH)
-def test_no_torch_where_an_answer_should_be_quick(name: str) -> None:
-    code = f"import sys, gptsmith.{name}; assert 'torch' not in sys.modules"
+def test_no_torch_where_an_answer_should_be_quick() -> None:
+    quick = [m.name for m in IN_ROOMS if m.name in NO_TORCH or m.room in NO_TORCH]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {quick!r}:\n"
+        "    importlib.import_module('gptsmith.' + name)\n"
+        "    assert 'torch' not in sys.modules, name"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_only_the_door_and_progress_write_and_only_runtime_reads_the_environment(name: str) -> None:
-    text = path_of(name).read_text(encoding="utf-8")
-    if name != "training.progress" and not name.startswith(("cli", "commands.")):
-        assert not re.search(r"\bprint\(|sys\.stdout|sys\.stderr", text)
-    if name != "runtime":
-        assert not re.search(r"environ|getenv", text)
+# -- 5 and 6: state, the environment, the terminal
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_no_state_outside_functions_and_nothing_unsafe(name: str) -> None:
-    for node in ast.walk(tree_of(name)):
-        assert not isinstance(node, ast.Global)
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("exec", "eval", "pickle.load", "pickle.loads")
-            if called == "torch.load":
-                assert name == "convert.pickles"
-                assert "weights_only=True" in map(ast.unparse, node.keywords)
-        if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
-            methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-            assert (name, methods) == ("convert.pickles", ["find_class"])
+def test_only_the_environment_module_reads_the_environment() -> None:
+    readers = [m.name for m in MODULES.values() if re.search(r"\benviron\b|getenv", m.text)]
+    assert readers == ["machine.environment"]
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_everything_public_says_what_it_is(name: str) -> None:
-    tree = tree_of(name)
-    assert ast.get_docstring(tree), "the module has no docstring"
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            registers_flags = name.startswith("commands.") and node.name.startswith("add_")
-            assert registers_flags or ast.get_docstring(node), f"{node.name} has no docstring"
+def test_only_the_door_and_the_terminal_write_to_it() -> None:
+    writing = re.compile(r"(?<![\w.])print\(|sys\.stdout|sys\.stderr")
+    none_of(
+        [
+            f"{module.name} writes to the terminal"
+            for module in IN_ROOMS
+            if module.room != "cli" and module.name != "machine.terminal"
+            if writing.search(module.text)
+        ]
+    )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n
-        for n in READING_ORDER
-        if n
-        in (
-            *MATHEMATICS,
-            "training.muon",
-            "sampling",
-            "drafts",
-            "graphs",
-            "decode",
-            "rows",
-            "generate",
-        )
-    ],
-)
-def test_functions_of_tensors_give_their_shapes(name: str) -> None:
+def test_no_state_outside_functions_and_nothing_unsafe() -> None:
+    broken = []
+    for module in MODULES.values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Global):
+                broken.append(f"{module.name} reassigns {', '.join(node.names)} of its module")
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in ("exec", "eval", "pickle.load", "pickle.loads"):
+                    broken.append(f"{module.name} calls {called}")
+                safe = "weights_only=True" in map(ast.unparse, node.keywords)
+                if called == "torch.load" and not (module.name == "convert.pickles" and safe):
+                    broken.append(f"{module.name} calls torch.load")
+            if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(
+                ast.unparse, node.bases
+            ):
+                methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+                if (module.name, methods) != ("convert.pickles", ["find_class"]):
+                    broken.append(f"{module.name} has an unpickler with {methods}")
+    none_of(broken)
+
+
+# -- 7: docstrings
+
+
+def test_everything_public_says_what_it_is() -> None:
+    broken = [f"{m.name} has no docstring" for m in MODULES.values() if not docstring(m.tree)]
+    for module in MODULES.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                registers_flags = module.room == "cli" and node.name.startswith("add_")
+                if not (node.name.startswith("_") or registers_flags or docstring(node)):
+                    broken.append(f"{module.name}.{node.name} has no docstring")
+    none_of(broken)
+
+
+def docstring(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
+    return ast.get_docstring(node) or ""
+
+
+def test_functions_of_tensors_give_their_shapes() -> None:
     """A class's docstring may speak for its methods."""
-    for node in tree_of(name).body:
-        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
-            continue
-        signature = ast.unparse(node.args) + ast.unparse(node.returns or ast.Constant(None))
-        if "Tensor" in signature:
-            assert re.search(r"\([A-Z1](, [^)]+)?,?\)", ast.get_docstring(node) or ""), node.name
+    shape = re.compile(r"\((?:\.\.\.|[A-Z0-9])[^)]*\)|any shape|\(\)")
+    broken = []
+    for module in IN_ROOMS:
+        for node in module.tree.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            signature = ast.unparse(node.args) + ast.unparse(node.returns or ast.Constant(None))
+            if re.search(r"\bTensor\b", signature) and not shape.search(docstring(node)):
+                broken.append(f"{module.name}.{node.name} gives no shapes")
+    none_of(broken)
 
 
-@pytest.mark.parametrize("name", READING_ORDER)
-def test_proportions(name: str) -> None:
-    """Files of one sitting, functions of one look."""
-    lines = path_of(name).read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 420, len(lines)
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno <= 70, node.name
-
-
-def test_the_tour_walks_through_every_module_in_this_order() -> None:
-    tour = (DOCS / "tour.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\* `([\w./]+)\.py`", tour, flags=re.MULTILINE)
-    expected = [
-        name.replace(".", "/") for name in READING_ORDER if path_of(name).stem != "__init__"
-    ]
-    assert shown == [name for name in expected if name != "__main__"]
+# -- 9: verbs, and proportions
 
 
 def test_the_surface_is_what_it_says() -> None:
     for name in gptsmith.__all__:
         assert getattr(gptsmith, name) is not None
-        assert name not in READING_ORDER, "once imported, the module would stand in its place"
-    assert not inspect.ismodule(gptsmith.generate_greedy)
+        assert name not in MODULES, "once imported, the module would stand in its place"
+    assert {*VERBS} <= {*gptsmith.__all__}
+    for verb in VERBS:
+        assert inspect.isfunction(getattr(gptsmith, verb))
+
+
+def test_proportions() -> None:
+    """Files of one sitting, functions of one look."""
+    broken = []
+    for module in MODULES.values():
+        lines = len(module.text.splitlines())
+        if lines > LONGEST_FILE:
+            broken.append(f"{module.name} has {lines} lines")
+        for function in module.functions:
+            length = (function.end_lineno or 0) - function.lineno
+            if length > LONGEST_FUNCTION:
+                broken.append(f"{module.name}.{function.name} has {length} lines")
+    none_of(broken)
+
+
+def test_the_tour_lists_every_file_in_this_order() -> None:
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\* `(\w+)/(\w+)\.py`", tour, flags=re.MULTILINE)
+    there = {tuple(m.name.split(".")) for m in IN_ROOMS if m.path.name != "__init__.py"}
+    assert set(shown) == there
+    assert len(shown) == len(there)
+    rooms = [room for room, _ in shown]
+    assert rooms == sorted(rooms, key=ROOMS.index)

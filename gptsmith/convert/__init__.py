@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint
-from ..folder import find_model
-from ..model import GPT
+from ..checkpoint import saved
+from ..checkpoint.folder import find_model
+from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
 from .carry import carry, stored_at, without_padding
 from .formats import WRITABLE, Place, check_name, find_source
@@ -18,7 +18,7 @@ def read(path: str | Path, *, format: str | None = None) -> tuple[GPT, Tokenizer
     """The model and tokenizer of a file or folder in any readable format, in evaluation mode."""
     source = find_source(Path(path), format)
     stored, _ = without_padding(stored_at(source), source.path)
-    return checkpoint.build(stored), stored.tokenizer
+    return saved.build(stored), stored.tokenizer
 
 
 def import_model(
@@ -43,7 +43,7 @@ def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> Re
     """Carry a MODEL to a new file or folder of another format; `carry` has the choices."""
     target = Place(out, check_name(to, WRITABLE, "written"))
     source = Place(find_model(model), "huggingface")
-    stored = checkpoint.open_folder(source.path)
+    stored = saved.open_folder(source.path)
     if stored.packed is not None:
         warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
         stored = replace(stored, packed=None)

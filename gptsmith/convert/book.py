@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig
-from ..folder import read_json, write_json
-from ..names import CAUSAL, NoWeight, Row
-from ..weights import DTYPES, Stored, stored_state, to_theirs
+from ..checkpoint.names import CAUSAL, NoWeight, Row
+from ..checkpoint.tensors import Stored, stored_state, to_theirs
+from ..config.model import GPTConfig
+from ..machine.dtypes import DTYPES
+from ..machine.files import read_json, write_json
 from .limits import only_gpt2_block, only_usual_mlp
 from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
@@ -81,7 +82,7 @@ def weights_in(path: Path) -> Path:
 
 
 def state_of(found: Any) -> dict[str, Tensor]:
-    """The state dict, alone or where the book saves it beside the optimizer's."""
+    """The state dict (any shapes), alone or where the book saves it beside the optimizer's."""
     if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
         found = found["model_state_dict"]
     return found if isinstance(found, dict) else {}

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..folder import DamagedError
-from ..names import Shape
+from ..config.cost import Shape
+from ..machine.files import DamagedError
 from .crc32c import crc32c, unmasked
 
 FOOTER = 48  # bytes: where two blocks are, and the magic number

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..accounting import weight_bytes
-from ..config import PRESETS
-from ..folder import file_written_whole, written_whole
-from ..names import TIED
+from ..checkpoint.names import TIED
+from ..checkpoint.tensors import Stored, first_tokens, with_all
+from ..config.cost import weight_bytes
+from ..config.model import PRESETS
+from ..machine.files import file_written_whole, written_whole
 from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
-from ..weights import Stored, first_tokens, with_all
 from .compare import largest_difference, logits, rounding_of, some_tokens
 from .formats import Place
 from .limits import losses
@@ -164,7 +164,10 @@ def check_dtype(target: Place, wanted: str | None, stored: str) -> str:
 
 
 def read_back(written: Place, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
-    """The logits of what was written, and in words what became of the tokenizer."""
+    """The logits of what was written, and in words what became of the tokenizer.
+
+    (B, T) -> (B, T, V)
+    """
     module = written.format.module
     if written.format.can("read"):
         copy = module.read(written.path)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import without_weights
-from ..config import GPTConfig
-from ..weights import Fetch, Stored
+from ..checkpoint.saved import without_weights
+from ..checkpoint.tensors import Fetch, Stored
+from ..config.model import GPTConfig
 
 # Of the largest logit: ten times what float32 and another order of additions make of 48 layers.
 ROUNDING = 1e-3
@@ -54,7 +54,7 @@ def _empty(kinds: list[str], module: nn.Module, inputs: Any, output: Any) -> Non
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference between two sets of logits; infinite where one is not a number."""
+    """The largest difference between two sets of logits, (B, T, V); infinite beside a NaN."""
     difference = (one - other).abs()
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from ..config import suggestion
+from ..config.fields import suggestion
 from . import book, gguf, huggingface, llmc, nanogpt, onnx, tensorflow
 from .hub import PUBLISHED, fetch_published
 

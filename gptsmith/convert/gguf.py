@@ -16,10 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig
-from ..folder import DamagedError
-from ..names import Row, account
-from ..weights import VOCABULARY, Entry, Fetch, Stored, first_tokens, from_theirs, to_theirs
+from ..checkpoint.names import Row, account
+from ..checkpoint.tensors import (
+    VOCABULARY,
+    Entry,
+    Fetch,
+    Stored,
+    first_tokens,
+    from_theirs,
+    to_theirs,
+)
+from ..config.model import GPTConfig
+from ..machine.files import DamagedError
 from .gguf_header import MAGIC, Place, header, library
 from .gguf_tokenizer import add_tokenizer, check_tokenizer, read_tokenizer
 

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..folder import DamagedError
-from ..names import Shape
+from ..config.cost import Shape
+from ..machine.files import DamagedError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1, of 2023, had shorter lengths, before llama.cpp ran GPT-2

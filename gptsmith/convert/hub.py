@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runtime import decline_telemetry
+from ..machine.environment import decline_telemetry
 
 PUBLISHED = {  # the word for a model, which was also its repository's whole name once
     "gpt2": "openai-community/gpt2",

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..config import GPTConfig
-from ..folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config, read_json
+from ..checkpoint import saved
+from ..checkpoint.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config
+from ..checkpoint.tensors import Stored
+from ..config.model import GPTConfig
+from ..machine.files import read_json
 from ..tokenizers import Tokenizer, tokenizer_in
-from ..weights import Stored
 from .pickles import load_torch_file, tensors_of
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -36,7 +37,7 @@ def read(path: Path) -> Stored:
     ):
         stored = from_pickles(path)
     else:
-        stored = checkpoint.open_folder(path, with_tokenizer=False)
+        stored = saved.open_folder(path, with_tokenizer=False)
         if stored.packed is not None:
             raise ValueError(
                 f"{path} is a quantized model of gptsmith's own: nothing to import; export writes "
@@ -59,7 +60,7 @@ def from_pickles(folder: Path) -> Stored:
             raise FileNotFoundError(f"{folder / name} is missing, though the index lists it")
         tensors |= tensors_of(load_torch_file(folder / name), folder / name)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return checkpoint.stored_in(folder, config, shapes, tensors.__getitem__)
+    return saved.stored_in(folder, config, shapes, tensors.__getitem__)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
@@ -75,7 +76,7 @@ def nearest(config: GPTConfig) -> GPTConfig:
 
 def write(stored: Stored, out: Path, dtype: str, *, shard_bytes: int | None = None) -> None:
     """Write the folder, in files of at most `shard_bytes`."""
-    checkpoint.write(replace(stored, dtype=dtype), out, shard_bytes=shard_bytes)
+    saved.write(replace(stored, dtype=dtype), out, shard_bytes=shard_bytes)
 
 
 def run(path: Path, tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Knows nothing of any format in particular.
 """
 
-from ..config import GPTConfig
+from ..config.model import GPTConfig
 
 
 def only_gpt2_block(config: GPTConfig, whose: str) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig
-from ..folder import DamagedError
-from ..names import Account, Shape, parts
-from ..weights import DTYPES, Entry, Stored
+from ..checkpoint.names import Account, parts
+from ..checkpoint.tensors import Entry, Stored
+from ..config.cost import Shape
+from ..config.model import GPTConfig
+from ..machine.dtypes import DTYPES
+from ..machine.files import DamagedError
 from .limits import only_gpt2_block, only_usual_mlp
 
 MAGIC = 20240326

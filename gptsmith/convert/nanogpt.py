@@ -12,18 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import GPTConfig
-from ..names import GPT2, MASKS, PREFIX, full_name, parts
+from ..checkpoint.names import GPT2, MASKS, PREFIX, full_name, parts
+from ..checkpoint.tensors import Stored, stored_state, to_theirs
+from ..config.model import GPTConfig
+from ..machine.dtypes import DTYPES
 from ..tokenizers import Tokenizer, character_level
-from ..weights import DTYPES, Stored, stored_state, to_theirs
 from .limits import only_gpt2_block, only_usual_mlp
-from .pickles import (
-    is_torch_file,
-    load_plain_pickle,
-    load_torch_file,
-    save_torch_file,
-    tensors_of,
-)
+from .pickles import is_torch_file, load_plain_pickle, load_torch_file, save_torch_file, tensors_of
 
 CHECKPOINT, CHARACTERS = "ckpt.pt", "meta.pkl"
 NAMES = [row._replace(turned=False) for row in GPT2]  # GPT-2's names, our orientation

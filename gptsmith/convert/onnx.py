@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_description
-from ..config import GPTConfig
-from ..model import rotation_at
-from ..names import parts
-from ..weights import DTYPES, Entry, Stored
+from ..checkpoint.names import parts
+from ..checkpoint.saved import write_description
+from ..checkpoint.tensors import Entry, Stored
+from ..config.model import GPTConfig
+from ..machine.dtypes import DTYPES
+from ..model.gpt import rotation_at
 
 MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
 

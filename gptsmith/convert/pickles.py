@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..folder import DamagedError
+from ..machine.files import DamagedError
 
 # How torch.save's files began before they were zip archives: its magic number, pickled.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -78,7 +78,7 @@ def save_torch_file(value: Any, path: Path) -> None:
 
 
 def tensors_of(state: Any, place: Path) -> dict[str, Tensor]:
-    """A state dict, checked to be one; `torch.compile`'s prefix of every name is taken off."""
+    """A state dict (any shapes), checked to be one, without `torch.compile`'s prefix of names."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{place} holds {type(state).__name__}, where a state_dict is needed")
     for name, tensor in state.items():

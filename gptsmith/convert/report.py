@@ -11,9 +11,9 @@ from math import prod
 from textwrap import wrap
 from typing import Any
 
-from ..accounting import parameter_count
-from ..config import GPTConfig
-from ..names import Account
+from ..checkpoint.names import Account
+from ..config.cost import parameter_count
+from ..config.model import GPTConfig
 
 WIDTH, INDENT = 100, 13  # columns
 NO_BREAK = "\u00a0"

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig
-from ..folder import read_json
-from ..names import NoWeight, Row, Shape, account
+from ..checkpoint.names import NoWeight, Row, account
+from ..checkpoint.tensors import Stored, from_theirs
+from ..config.cost import Shape
+from ..config.model import GPTConfig
+from ..machine.files import read_json
 from ..tokenizers import Tokenizer
 from ..tokenizers.build import from_files
-from ..weights import Stored, from_theirs
 from .bundle import is_index, open_bundle
 
 HPARAMS = "hparams.json"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from ..config import suggestion
+from ..config.fields import suggestion
 from .sources import READ_BYTES, Source
 
 PARQUET_ROWS = 256  # at once

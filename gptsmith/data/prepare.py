@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..folder import write_json, written_whole
-from ..runtime import checked_threads
-from ..settings import PrepareSettings
+from ..config.settings import PrepareSettings
+from ..machine.environment import checked_threads
+from ..machine.files import write_json, written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
 from .documents import pieces, text_bytes
 from .encode import Part, encode_all

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..folder import DamagedError, read_json, sha256
+from ..machine.files import DamagedError, read_json, sha256
 from .tokenfile import chunks, layout
 
 INFO = "dataset.json"

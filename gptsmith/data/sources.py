@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ..config import suggestion
+from ..config.fields import suggestion
 from .shakespeare import plays
 
 READ_BYTES = 1 << 20  # at once

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..folder import DamagedError, flush_to_disk, sha256
+from ..machine.files import DamagedError, flush_to_disk, sha256
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from ..generation.job import Scored
+from ..generation.text import Piece, Told
 from ..tokenizers import Tokenizer
-from .job import Scored
-from .text import Piece, Told
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf; this is what OpenAI writes
 DONE = b"data: [DONE]\n\n"

@@ -16,7 +16,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from ..folder import read_json
+from ..machine.files import read_json
 from ..tokenizers import Tokenizer
 
 NONCHARACTERS = range(0xFDD0, 0xFDF0)  # Unicode keeps them from ever being characters

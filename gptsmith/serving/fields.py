@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
 
-from ..config import suggestion
+from ..config.fields import suggestion
 from .errors import refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one

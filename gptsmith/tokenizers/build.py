@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from ..runtime import tiktoken_cache_folders
+from ..machine.environment import tiktoken_cache_folders
 from .tokenizer import BYTES, END_OF_TEXT, SYMBOLS, Tokenizer, load_tokenizer, refuse_surrogates
 
 # Ships OpenAI's two files as they are (MIT); read as files, never imported.

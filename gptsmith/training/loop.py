@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.settings import TrainingSettings
 from ..data.batches import Batches
-from ..devices import autocast, seed_device, sum_over_processes
-from ..loss import NOT_LEARNED
-from ..model import GPT
-from ..settings import TrainingSettings
+from ..machine.devices import autocast, seed_device
+from ..machine.processes import sum_over_processes
+from ..model.gpt import GPT
+from ..model.loss import NOT_LEARNED
 from .optimizers import Optimizer
 from .schedules import learning_rate
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..model import GPT
-from ..settings import TrainingSettings
+from ..config.settings import TrainingSettings
+from ..model.gpt import GPT
 from .muon import Muon
 
 
@@ -95,7 +95,10 @@ def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
 
 
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state as named tensors on the CPU: "exp_avg.h.0.attn.c_attn.weight", ..."""
+    """The optimizers' state as named tensors on the CPU: "exp_avg.h.0.attn.c_attn.weight", ...
+
+    Each is of any shape, mostly its parameter's.
+    """
     return {
         f"{key}.{name}": value.detach().cpu().clone()
         for name, parameter in model.named_parameters()
@@ -108,7 +111,10 @@ def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tens
 def load_state_tensors(
     model: GPT, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give the optimizers the state that `state_tensors` took; ValueError where it does not fit."""
+    """Give the optimizers the state, of any shapes, that `state_tensors` took.
+
+    ValueError where it does not fit.
+    """
     parameters = dict(model.named_parameters())
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, tensor in tensors.items():

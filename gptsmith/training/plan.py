@@ -12,11 +12,13 @@ from functools import partial
 
 import torch
 
-from .. import accounting, devices
-from ..devices import number_bytes
-from ..runtime import world_size
+from ..config import cost
+from ..machine import devices
+from ..machine.dtypes import number_bytes
+from ..machine.environment import world_size
+from ..machine.processes import sum_of_numbers
+from ..machine.terminal import Display, duration, size
 from .loop import Trainer
-from .progress import Display, duration, size
 from .run import Run
 
 LEAST_TRIALS, MOST_TRIALS = 2, 8
@@ -47,10 +49,10 @@ def show_plan(run: Run, trial: Trial) -> None:
     tokens = training.steps * training.batch_tokens
     held_out = run.dataset.validation
     bytes_each = number_bytes(machine.dtype)
-    memory = accounting.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
+    memory = cost.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
     left = training.steps - run.done
     rows = {
-        "model": f"{accounting.parameter_count(config):,} parameters: {config.n_layer} layers, "
+        "model": f"{cost.parameter_count(config):,} parameters: {config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} channels, context {config.context_length}, "
         f"vocabulary {config.vocab_size:,}",
         "data": f"{len(run.dataset.train):,} tokens to learn from, "
@@ -93,7 +95,7 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
         optimizer.state.clear()
     trainer.forget_gradients()
     seconds = each * -(-mine // trainer.micro_batch), update
-    together = devices.sum_of_numbers(seconds, trainer.device)  # so that all decide alike
+    together = sum_of_numbers(seconds, trainer.device)  # so that all decide alike
     return Trial(*(total / world_size() for total in together))
 
 

@@ -14,20 +14,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import accounting, checkpoint
-from .. import folder as on_disk
+from ..checkpoint import folder as on_disk
+from ..checkpoint import saved
+from ..config import cost
+from ..config.settings import RunSettings
 from ..data.shards import Dataset
-from ..devices import any_process, autocast, peak_flops
-from ..evaluate import Evaluation, evaluate
-from ..generate import complete
-from ..runtime import rank, world_size
-from ..sampling import NotFiniteError
-from ..settings import RunSettings
+from ..evaluation.heldout import Evaluation, evaluate
+from ..generation.sampling import NotFiniteError
+from ..generation.writing import complete
+from ..machine.devices import autocast, peak_flops
+from ..machine.environment import rank, world_size
+from ..machine.files import write_text
+from ..machine.processes import any_process
+from ..machine.terminal import Display
 from ..tokenizers import Tokenizer
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
-from .plot import draw_curves
-from .progress import Display, Recorder, Watchers
+from .records import Recorder, Watchers, draw_curves
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -144,7 +147,7 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
     """The record of a step, without evaluation."""
     tokens_per_second = step.tokens / step.seconds
     peak = peak_flops(run.trainer.device)
-    flops = accounting.flops_per_token(run.settings.model, training=True) * tokens_per_second
+    flops = cost.flops_per_token(run.settings.model, training=True) * tokens_per_second
     record = {
         "step": step.step,
         "loss": step.loss,
@@ -273,7 +276,7 @@ def save(run: Run) -> None:
         "settings": asdict(run.settings),
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
-    checkpoint.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
+    saved.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
     point(run, name)
 
 
@@ -281,9 +284,9 @@ def point(run: Run, newest: str) -> None:
     """Let `last` and `best` name their checkpoints, then remove those no longer kept."""
     run.saved = int(newest.removeprefix("step-"))
     best = newest if run.best_step is None else checkpoint_name(run.best_step)
-    on_disk.write_text(run.path("last"), f"{newest}\n")
+    write_text(run.path("last"), f"{newest}\n")
     if (run.folder / "checkpoints" / best).is_dir():
-        on_disk.write_text(run.path("best"), f"{best}\n")
+        write_text(run.path("best"), f"{best}\n")
     for old in on_disk.checkpoints(run.folder)[run.settings.report.keep :]:
         if old.name != best:
             shutil.rmtree(old)

@@ -5,7 +5,7 @@ Pure arithmetic, without torch; knows nothing of optimizers.
 
 import math
 
-from ..settings import TrainingSettings
+from ..config.settings import TrainingSettings
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:

@@ -16,22 +16,28 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .. import accounting, checkpoint, devices
-from .. import folder as on_disk
-from ..config import GPTConfig
+from ..checkpoint import folder as on_disk
+from ..checkpoint import saved
+from ..config import cost
+from ..config.model import GPTConfig
+from ..config.recipe import read_toml, to_toml, with_overrides
+from ..config.settings import MachineSettings, RunSettings, TrainingSettings
 from ..data.batches import Batches
 from ..data.prepare import prepare
 from ..data.shards import Dataset, is_dataset
-from ..model import GPT
-from ..recipe import read_toml, to_toml, with_overrides
-from ..runtime import rank, world_size
-from ..settings import MachineSettings, RunSettings, TrainingSettings
+from ..machine import devices
+from ..machine.dtypes import number_bytes
+from ..machine.environment import rank, world_size
+from ..machine.files import DamagedError, write_text
+from ..machine.processes import join_processes, leave_processes, wait_for_processes
+from ..machine.terminal import Display
+from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from .float8 import prepare_model
 from .loop import Trainer
 from .optimizers import load_state_tensors, make_optimizers
 from .plan import compile_if_it_pays, show_plan, try_out
-from .plot import read_metrics
-from .progress import Display, Recorder, Watchers
+from .records import Recorder, Watchers, read_metrics
 from .run import CONFIG, METRICS, SAMPLES, Outcome, Run, follow, point, write_event
 
 CHANGEABLE = ("machine", "report")  # sections that may change in mid-run, as recorded events
@@ -44,11 +50,11 @@ MEMORY_SHARE = 0.8  # of what is free; the estimate is not exact, and others nee
 
 def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
     """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
-    devices.join_processes(devices.find_device(settings.machine.device))
+    join_processes(devices.find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     if rank() == 0:
         create(settings, folder)
-    devices.wait_for_processes()
+    wait_for_processes()
     try:
         return train(folder, display, {})
     except BaseException:
@@ -63,7 +69,7 @@ def resume(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcom
     """Go on with a run, from its newest whole checkpoint, or from its beginning."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not the folder of a run")
-    devices.join_processes(devices.find_device(read_toml(folder / CONFIG).machine.device))
+    join_processes(devices.find_device(read_toml(folder / CONFIG).machine.device))
     return train(folder, display, changes)
 
 
@@ -82,7 +88,7 @@ def create(settings: RunSettings, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
     folder.mkdir(parents=True)
-    on_disk.write_text(folder / CONFIG, to_toml(settings))
+    write_text(folder / CONFIG, to_toml(settings))
 
 
 def next_run_folder(name: str) -> Path:
@@ -106,7 +112,7 @@ def train(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome
                 run.recorder.close()
             if run.watchers is not None:
                 run.watchers.close()
-            devices.leave_processes()
+            leave_processes()
 
 
 @contextmanager
@@ -159,7 +165,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
         left = settings.training.steps - position.done
         trial = compile_if_it_pays(trainer, display, left, trial)
     if position.checkpoint is not None:
-        tensors, _ = checkpoint.load_training(position.checkpoint)
+        tensors, _ = saved.load_training(position.checkpoint)
         load_state_tensors(model, trainer.optimizers, tensors)
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(position.state["scaler"])
@@ -184,7 +190,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     show_plan(run, trial)
     if rank() == 0:
         open_records(run, changes)
-    devices.wait_for_processes()
+    wait_for_processes()
     return run
 
 
@@ -213,12 +219,10 @@ def find_position(folder: Path) -> Position:
         return Position(None, {})
     newest = on_disk.checkpoints(folder)[0].name
     path = on_disk.find_checkpoint(folder, newest, training=True)
-    state = checkpoint.load_training(path)[1]
+    state = saved.load_training(path)[1]
     whole = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
     if not whole or not isinstance(state.get("best"), dict):
-        raise on_disk.DamagedError(
-            f"{path / checkpoint.STATE} lacks what a run needs: was it edited?"
-        )
+        raise DamagedError(f"{path / saved.STATE} lacks what a run needs: was it edited?")
     return Position(path, state)
 
 
@@ -241,7 +245,7 @@ def open_data(
         for progress in prepare([named], kind or "byte", place, options=settings.prepare):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
-    devices.wait_for_processes()
+    wait_for_processes()
     return Dataset.open(place), load_tokenizer(place)
 
 
@@ -286,7 +290,7 @@ def open_model(
     """The model where the run stands: a checkpoint's, the one it starts from, or a fresh one."""
     source = position.checkpoint or settings.training.start_from
     if source is not None:
-        model = checkpoint.load_model(Path(source), device=device, dropout=settings.model.dropout)
+        model = saved.load_model(Path(source), device=device, dropout=settings.model.dropout)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
@@ -295,7 +299,7 @@ def open_model(
         return model
     vocab_size = settings.model.vocab_size if tokenizer is None else tokenizer.vocab_size
     config = replace(settings.model, vocab_size=vocab_size)
-    if accounting.weight_bytes(config) > devices.available_memory(torch.device("cpu")):
+    if cost.weight_bytes(config) > devices.available_memory(torch.device("cpu")):
         raise MemoryError
     torch.manual_seed(settings.training.seed)
     return GPT(config).to(device)
@@ -348,8 +352,8 @@ def with_micro_batch(
         room = MEMORY_SHARE * devices.available_memory(device)
         if device.type == "cpu":
             room /= world_size()
-        each = devices.number_bytes(machine.dtype)
-        while chosen > 1 and accounting.training_memory(config, chosen, dtype_bytes=each) > room:
+        each = number_bytes(machine.dtype)
+        while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=each) > room:
             chosen = -(-chosen // 2)
     return replace(machine, micro_batch=min(chosen, mine))
 
@@ -360,7 +364,7 @@ def make_trainer(
     """What the loop works on."""
     machine = settings.machine
     assert machine.micro_batch is not None
-    devices.prepare_model(model, machine)
+    prepare_model(model, machine)
     batches = Batches(
         dataset.train,
         model.config.context_length,
@@ -387,9 +391,9 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     folder, path = run.folder, run.path(METRICS)
     kept = [r for r in read_metrics(path) if r["step"] <= run.done] if path.exists() else []
     if path.exists():
-        on_disk.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         cut_samples(run.path(SAMPLES), run.done)
-    on_disk.write_text(folder / CONFIG, to_toml(run.settings))
+    write_text(folder / CONFIG, to_toml(run.settings))
     if run.done:
         point(run, f"step-{run.done:08}")
     report = run.settings.report
@@ -407,4 +411,4 @@ def cut_samples(path: Path, done: int) -> None:
         parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
         heads = [re.match(r"## step (\d+)$", part, re.MULTILINE) for part in parts]
         kept = [p for p, head in zip(parts, heads, strict=True) if not head or int(head[1]) <= done]
-        on_disk.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))

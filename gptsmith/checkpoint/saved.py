@@ -1,0 +1,316 @@
+"""A model is one folder: to disk and back, as the Hugging Face class of its kind keeps it.
+
+Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..config.cost import Shape
+from ..config.model import GPTConfig
+from ..config.quantization import packed_matrices
+from ..machine.dtypes import DTYPE_WORDS, DTYPES, dtype_of
+from ..machine.files import read_json, write_json, written_whole
+from ..model.gpt import GPT
+from ..model.quantized import packed_bits, put_packed
+from ..tokenizers import Tokenizer, load_tokenizer
+from . import folder as on_disk
+from .config_json import to_hugging_face
+from .names import PREFIX, full_name, hugging_face, parts
+from .packing import to_json
+from .tensors import (
+    Entry,
+    Fetch,
+    Packed,
+    Stored,
+    from_theirs,
+    packed_entries,
+    packing,
+    safetensors_reader,
+    stored_packed,
+    to_theirs,
+    with_all,
+    write_safetensors,
+)
+
+OPTIMIZER = "training/optimizer.safetensors"
+STATE = "training/state.json"
+
+
+# -- writing
+
+
+def save(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    optimizer: Mapping[str, Tensor] | None = None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write a model as a new Hugging Face folder (GPT-2's or NanoChat's), whole or not at all.
+
+    `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
+    """
+    stored = replace(stored_model(model), tokenizer=tokenizer)
+    check_pair(stored.config, tokenizer, "the model")
+    with written_whole(Path(folder)) as temporary:
+        write(stored, temporary)
+        if optimizer is not None:
+            (temporary / OPTIMIZER).parent.mkdir()
+            write_safetensors(temporary / OPTIMIZER, entries_of(optimizer))
+        if state is not None:
+            write_json(temporary / STATE, state)
+
+
+def stored_model(model: GPT) -> Stored:
+    """A model in memory as a stored one, without a tokenizer; a packed one stays packed."""
+    get = model.state_dict().__getitem__
+    if (bits := packed_bits(model)) is not None:
+        dtype = dtype_of(torch.empty(0, dtype=model.dtype))
+        return replace(stored_packed(model.config, bits, get), dtype=dtype)
+    return Stored(config=model.config, fetch=get, tokenizer=None)
+
+
+def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> None:
+    """Write a stored model into a folder that exists, in `stored.dtype`, one tensor at a time.
+
+    Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
+    """
+    if stored.packed is not None:
+        entries = packed_entries(stored, stored.packed)
+    else:
+        entries = hugging_face_entries(stored)
+    write_shards(entries, folder, shard_bytes)
+    ids = write_description(stored, folder, dtype=DTYPE_WORDS[stored.dtype])
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, int | None]:
+    """Write config.json, with `more` in it, and the tokenizer; return its special ids."""
+    config, tokenizer = stored.config, stored.tokenizer
+    end_of_text = None if tokenizer is None else tokenizer.end_of_text
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    theirs = to_hugging_face(config) if stored.bits is None else to_json(config, stored.bits)
+    write_json(folder / on_disk.CONFIG, {**theirs, **ids, **more})
+    if tokenizer is not None:
+        tokenizer.save(folder, model_max_length=config.context_length)
+    return ids
+
+
+def hugging_face_entries(stored: Stored) -> list[Entry]:
+    """A model's tensors with the names and orientation that its Hugging Face class saves.
+
+    GPT2LMHeadModel has every bias, so the ones that this model does without are written as zeros.
+    """
+    config, table = stored.config, hugging_face(stored.config)
+    wider = config if config.modern else replace(config, bias=True, qkv_bias=True)
+    fetch = with_all(config, stored.fetch, wider)
+    entries = to_theirs(table, wider, fetch, DTYPES[stored.dtype])
+    if config.modern:
+        return entries
+    return [entry._replace(name=full_name(entry.name)) for entry in entries]
+
+
+def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
+    """Write one safetensors file, or several of a limited size and the index that lists them."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        full = sum(other.bytes for other in shards[-1]) + entry.bytes
+        if shard_bytes is not None and shards[-1] and full > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_safetensors(folder / on_disk.WEIGHTS, entries)
+        return
+    place = dict[str, str]()
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard)
+        place |= {entry.name: name for entry in shard}
+    total = {"total_size": sum(entry.bytes for entry in entries)}
+    write_json(folder / on_disk.WEIGHTS_INDEX, {"metadata": total, "weight_map": place})
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Tensors in memory, of any shapes, as what is to be written."""
+    return [
+        Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+        for name, tensor in tensors.items()
+    ]
+
+
+# -- reading
+
+
+def load(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    unpacked: bool = False,
+) -> tuple[GPT, Tokenizer | None]:
+    """The model of a run, checkpoint or Hugging Face folder, in evaluation mode.
+
+    `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
+    quantized folder loads packed, unless it is to be `unpacked`. The tokenizer is None where the
+    folder has none. What a manifest lists is verified first.
+    """
+    folder = on_disk.find_model(name)
+    return load_folder(folder, device=device, dtype=dtype, bits=bits, unpacked=unpacked)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    unpacked: bool = False,
+) -> tuple[GPT, Tokenizer | None]:
+    """As `load`, of a folder that `find_model` found."""
+    stored = open_folder(folder)
+    if bits is not None:
+        stored = packing(stored, bits)
+    model = build(stored, device=device, dtype=dtype, unpacked=unpacked)
+    return model, stored.tokenizer
+
+
+def load_model(
+    folder: Path, *, device: torch.device | str = "cpu", dropout: float | None = None
+) -> GPT:
+    """The model in a folder, in float32 and evaluation mode.
+
+    `dropout` replaces the folder's, as fine-tuning may want. What is quantized is unpacked.
+    """
+    stored = open_folder(folder, with_tokenizer=False)
+    if stored.bits is not None:
+        warnings.warn(f"{folder} is quantized to {stored.bits} bits: unpacked", stacklevel=2)
+    if dropout is not None:
+        stored = replace(stored, config=replace(stored.config, dropout=dropout))
+    return build(stored, device=device, unpacked=True)
+
+
+def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
+    """What a model's folder holds; ValueError where its tensors are not those of its config.json.
+
+    No tensor is read but biases.
+    """
+    config = on_disk.read_config(folder)
+    found, get = safetensors_reader(on_disk.weight_files(folder))
+    tokenizer = None
+    if with_tokenizer and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    stored = stored_in(folder, config, found, get)
+    check_pair(stored.config, tokenizer, folder)
+    return replace(stored, tokenizer=tokenizer)
+
+
+def stored_in(folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch) -> Stored:
+    """A model in the tensors of its Hugging Face class, without the folder's tokenizer."""
+    account, bits = on_disk.check_tensors(folder, config, found), on_disk.read_bits(folder)
+    if bits is not None:
+        stored = stored_packed(config, bits, lambda name: get(full_name(name)))
+        return replace(stored, account=account)
+    exact = {name.removeprefix(PREFIX): name for name in found}
+    fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
+    if not config.modern:
+        config = with_biases_found(config, fetch, exact, folder)
+    dtype = dtype_of(fetch("wte.weight"))
+    return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=account)
+
+
+def build(
+    stored: Stored,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    unpacked: bool = False,
+) -> GPT:
+    """A stored model in memory, in evaluation mode; a packed one stays so unless `unpacked`."""
+    model = without_weights(stored.config).to(dtype)
+    packed = None if unpacked else stored.packed
+    if packed is not None:
+        put_all_packed(model, packed, torch.device(device))
+    weights = {}
+    for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        tied = name == "lm_head.weight" and stored.config.tie_weights
+        tensor = stored.fetch("wte.weight" if tied else name)
+        weights[name] = tensor.to(dtype).contiguous()
+    model.load_state_dict(weights, assign=True, strict=False)  # what is packed is there already
+    if packed is None:
+        model.tie_weights()
+    return model.to(device).eval()
+
+
+def put_all_packed(model: GPT, packed: Packed, device: torch.device) -> None:
+    """Give a model without weights its packed matrices, each on the device before the next."""
+    for name, bits in packed_matrices(model.config, packed.bits).items():
+        words, scales = (part.to(device) for part in packed.fetch(name))
+        put_packed(model, name, words, scales, bits)
+
+
+def without_weights(config: GPTConfig) -> GPT:
+    """A model whose weights are yet to be assigned, so that they take no memory and no time."""
+    with torch.device("meta"), _NothingDrawn():
+        return GPT(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Where this holds, torch.nn.init does nothing.
+
+    On the device "meta" it would draw no number either, but import PyTorch's compiler for it, which
+    takes longer than to read GPT-2.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, inputs: Any = (), options: Any = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return inputs[0] if inputs else options["tensor"]
+        return function(*inputs, **(options or {}))
+
+
+def with_biases_found(
+    config: GPTConfig, fetch: Fetch, found: Mapping[str, str], folder: Path
+) -> GPTConfig:
+    """The configuration with biases switched on where the tensors have them.
+
+    Tensors are the truth: a folder fine-tuned elsewhere may have learned the biases that were
+    written as zeros, and its "gptsmith" section still calls absent.
+    """
+    absent = [part.name for part in parts(config).values() if part.absent and part.name in found]
+    learned = [name for name in absent if fetch(name).any()]
+    qkv = any(name.endswith("attn.c_attn.bias") for name in learned)
+    rest = any(not name.endswith("attn.c_attn.bias") for name in learned)
+    if learned:
+        warnings.warn(
+            f"{folder} has biases that its config.json calls absent: they are used", stacklevel=3
+        )
+    return replace(config, bias=config.bias or rest, qkv_bias=config.has_qkv_bias or qkv)
+
+
+def check_pair(config: GPTConfig, tokenizer: Tokenizer | None, place: object) -> None:
+    """ValueError where a tokenizer has ids that the model does not."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"but the model's vocabulary only {config.vocab_size:,}: they are no pair"
+        )
+
+
+def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors (any shapes) and the training state, as `save` was given them."""
+    if not (folder / STATE).is_file() or not (folder / OPTIMIZER).is_file():
+        raise ValueError(f"{folder} holds a model but no training state: start from it with --from")
+    state = read_json(folder / STATE)
+    shapes, get = safetensors_reader([folder / OPTIMIZER])
+    return {name: get(name) for name in shapes}, state

@@ -1,0 +1,210 @@
+"""What a GPTConfig costs: its parameters, memory and arithmetic, component by component.
+
+Knows nothing of PyTorch, of a machine or of a run; tests hold it against the real model.
+
+Letters:  V vocabulary    P positions (context_length)    C channels    M channels inside the MLP
+          L blocks        H heads                         T tokens given, at most P
+          D channels per head                             G heads of keys and values
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from .model import GPTConfig
+
+FLOAT32 = 4  # bytes; weights, gradients and AdamW's state are always kept in it
+
+# What glibc's heap loses in holes between tensors of under 32 MiB, as a part of the activations:
+# measured, it is between 0.3 and 0.6.
+HEAP_SLACK = 1 / 2
+
+
+@dataclass(frozen=True)
+class Component:
+    """One weight or bias, named as in the model's state dict; matrices are (out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    formula: str  # the size, in the letters above: "3 * C * C"
+    tied: bool = False  # the same tensor as wte.weight, so nothing more to store
+    absent: bool = False  # what this configuration does without: biases, or norms' weights
+
+    @property
+    def count(self) -> int:
+        """Parameters that it adds to the model: none where it is tied or absent."""
+        return 0 if self.tied or self.absent else prod(self.shape)
+
+
+def sizes(config: GPTConfig) -> dict[str, int]:
+    """The letters of the formulas and their values: {"V": 50257, "P": 1024, ...}."""
+    return {
+        "V": config.vocab_size,
+        "P": config.context_length,
+        "L": config.n_layer,
+        "H": config.n_head,
+        "G": config.kv_heads,
+        "D": config.head_size,
+        "C": config.n_embd,
+        "M": config.mlp_size,
+    }
+
+
+# ---- Parameters ----------------------------------------------------------------------------------
+
+
+def block_components(config: GPTConfig) -> list[Component]:
+    """The weights and biases of one block, absent ones included; names as in `h.0`."""
+    C, M, rows = config.n_embd, config.mlp_size, sum(config.attention_rows)
+    no_gain, no_bias, no_qkv_bias = config.modern, not config.bias, not config.has_qkv_bias
+    qkv = "3 * C" if rows == 3 * C else "(C + 2 * G * D)"
+    return [
+        Component("ln_1.weight", (C,), "C", absent=no_gain),
+        Component("ln_1.bias", (C,), "C", absent=no_bias),
+        Component("attn.c_attn.weight", (rows, C), f"{qkv} * C"),
+        Component("attn.c_attn.bias", (rows,), qkv, absent=no_qkv_bias),
+        Component("attn.c_proj.weight", (C, C), "C * C"),
+        Component("attn.c_proj.bias", (C,), "C", absent=no_bias),
+        Component("ln_2.weight", (C,), "C", absent=no_gain),
+        Component("ln_2.bias", (C,), "C", absent=no_bias),
+        Component("mlp.c_fc.weight", (M, C), "M * C"),
+        Component("mlp.c_fc.bias", (M,), "M", absent=no_bias),
+        Component("mlp.c_proj.weight", (C, M), "C * M"),
+        Component("mlp.c_proj.bias", (C,), "C", absent=no_bias),
+    ]
+
+
+def components(config: GPTConfig) -> list[Component]:
+    """Every weight and bias of the model, in its own order, tied and absent ones included."""
+    V, P, C = config.vocab_size, config.context_length, config.n_embd
+    blocks = [
+        Component(f"h.{layer}.{part.name}", part.shape, part.formula, absent=part.absent)
+        for layer in range(config.n_layer)
+        for part in block_components(config)
+    ]
+    return [
+        Component("wte.weight", (V, C), "V * C"),
+        Component("wpe.weight", (P, C), "P * C", absent=config.modern),
+        *blocks,
+        Component("ln_f.weight", (C,), "C", absent=config.modern),
+        Component("ln_f.bias", (C,), "C", absent=not config.bias),
+        Component("lm_head.weight", (V, C), "V * C", tied=config.tie_weights),
+    ]
+
+
+def block_count(config: GPTConfig) -> int:
+    """How many numbers one block learns."""
+    return sum(part.count for part in block_components(config))
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """How many numbers the model learns; a head tied to the token embedding counts once."""
+    return sum(part.count for part in components(config))
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def weight_bytes(config: GPTConfig, dtype_bytes: int = FLOAT32) -> int:
+    """Bytes of the weights; the gradients are another such set."""
+    return parameter_count(config) * dtype_bytes
+
+
+def optimizer_bytes(config: GPTConfig) -> int:
+    """Bytes of AdamW's state: for each parameter a mean of its gradients, and of their squares."""
+    return 2 * weight_bytes(config)
+
+
+def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -> int:
+    """Bytes of the keys and values of that many tokens: 2 * L * G * D numbers for each."""
+    return 2 * config.n_layer * config.kv_heads * config.head_size * tokens * dtype_bytes
+
+
+def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
+    """Bytes of three float32 (B, T, V): the log-softmax, its gradient, and the logits' gradient."""
+    return 3 * FLOAT32 * micro_batch * config.context_length * config.vocab_size
+
+
+def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
+    """Bytes that one training micro-batch of full contexts holds when backward begins.
+
+    `dtype_bytes` is 2 under bfloat16 autocast: the residual stream and the loss stay in float32,
+    and each weight is copied. Counted is what PyTorch keeps for backward: in each block the
+    residual stream twice, two norms, query, key, value and attention's output (no T x T), the MLP
+    before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
+    attention weights three times, since the fused kernel there cannot drop. The modern block keeps
+    queries and keys as `_rotated_bytes` says. A test holds it within 10% of what PyTorch says it
+    allocates.
+    """
+    H, C, M, T = (sizes(config)[letter] for letter in "HCMP")
+    block = FLOAT32 * (2 * C + H + 4) + dtype_bytes * (6 * C + 2 * M)
+    head = (FLOAT32 + dtype_bytes) * C
+    bend = FLOAT32 * M  # what the last MLP needs to go back through its activation
+    if config.modern:
+        block += _rotated_bytes(config, dtype_bytes)
+        head += FLOAT32 * C  # before the norm that follows the embedding
+        bend = 3 * dtype_bytes * M
+    if config.dropout:
+        block += dtype_bytes * 2 * C + FLOAT32 * 3 * H * T + (FLOAT32 - dtype_bytes) * 3 * C
+        head += FLOAT32 * C
+    copies = 0 if dtype_bytes == FLOAT32 else weight_bytes(config, dtype_bytes)
+    # Backward's own peak is at the loss or, where the vocabulary is small, in the last MLP.
+    last = max(loss_bytes(config, micro_batch), micro_batch * T * bend)
+    return micro_batch * T * (config.n_layer * block + head) + last + copies
+
+
+def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
+    """Bytes per token and block that the modern attention keeps beyond GPT-2's.
+
+    Queries and keys after rotation (in float32) and once more after their norm, with a number per
+    head for it. Grouped keys and values are repeated for attention, and c_attn's output let go.
+    """
+    heads = config.n_head + config.kv_heads
+    turned = heads * config.head_size
+    repeated = -config.n_embd if config.kv_heads < config.n_head else 0
+    normed = 0 if config.dropout else dtype_bytes * turned  # dropping keeps a scaled copy instead
+    return FLOAT32 * (turned + heads) + normed + dtype_bytes * repeated
+
+
+def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
+    """Bytes that a training step needs: weights, gradients, AdamW's state and activations.
+
+    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast. An estimate for
+    choosing a micro-batch on a CPU: it adds half of the blocks' activations for holes in the heap,
+    and leaves out what PyTorch itself takes once loaded (about 0.3 GB). In eleven measurements of
+    0.05 to 3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it gave
+    0.91 to 1.05 times the peak of the process, so leave a fifth free.
+    """
+    activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
+    holes = int(HEAP_SLACK * (activations - loss_bytes(config, micro_batch)))
+    return 2 * weight_bytes(config) + optimizer_bytes(config) + activations + holes
+
+
+# ---- Arithmetic ----------------------------------------------------------------------------------
+
+
+def multiplied_parameters(config: GPTConfig) -> int:
+    """N of the FLOP formula: L * (4 * C * C + 2 * C * M) + V * C, what each token is multiplied by.
+
+    That is all matrices of the blocks and the head, tied or not; embeddings are only looked up,
+    and biases, norms and rotations cost next to nothing. With fewer heads of keys and values,
+    2 * C * G * D takes the place of 2 of the 4 * C * C.
+    """
+    V, L, C, M = (sizes(config)[letter] for letter in "VLCM")
+    attention = C * sum(config.attention_rows) + C * C
+    return L * (attention + 2 * C * M) + V * C
+
+
+def flops_per_token(config: GPTConfig, *, training: bool) -> float:
+    """Floating-point operations per token at the full context: 2 * N + 4 * L * C * T forward.
+
+    A multiplication and an addition for each of the N parameters; for each block and each earlier
+    token, C of both for the attention weight and again for the weighted value (counted over all T,
+    as is the custom; the causal half that a kernel may skip is not taken off). Backward costs
+    twice the forward, so training is 6 * N + 12 * L * C * T.
+    """
+    attention = 4 * config.n_layer * config.n_embd * config.context_length
+    forward = 2 * multiplied_parameters(config) + attention
+    return float(3 * forward if training else forward)
+
+
+Shape = tuple[int, ...]

@@ -1,0 +1,292 @@
+"""What a model consists of: one page of its tensors, shapes, memory and arithmetic.
+
+Knows nothing of weights or PyTorch, only of a GPTConfig; the figures are accounting's.
+
+Letters:  B batch       T tokens given    V vocabulary    P positions (context_length)
+          L blocks      H heads           D channels per head
+          C channels    M channels inside the MLP           G heads of keys and values
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import cost
+from .cost import Component
+from .model import GPTConfig
+from .tables import columns, human_bytes, human_flops, shape_text
+
+WIDTH = 88  # columns of the page
+BENDS = {"gelu_tanh": ("GELU", " (tanh)"), "gelu_erf": ("GELU", " (erf)"), "relu2": ("ReLU^2", "")}
+
+# The legend, as it stands at the top of the page.
+MEANING = (
+    {"V": "vocabulary", "C": "channels", "H": "heads", "L": "blocks"},
+    {"P": "positions", "M": "MLP channels", "D": "channels per head"},
+    {"G": "heads of keys and values"},  # where they are fewer than H
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the sum that gives the total: 12 blocks of 7,085,568 are 85,026,816."""
+
+    name: str
+    arithmetic: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a forward pass: who works, what it does, and the shape that comes out."""
+
+    name: str
+    does: str
+    shape: str  # in letters: "(B, H, T, D)"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything the page says; `str` is the page, `to_json` the same figures for a program."""
+
+    title: str
+    config: GPTConfig
+
+    def __str__(self) -> str:
+        sections = (_tensors, _sums, _forward, _memory, _flops)
+        parts = [_heading(self.title, self.config), *(section(self.config) for section in sections)]
+        return "\n\n".join("\n".join(part) for part in parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The page as plain values: counts in parameters, memory in bytes, FLOPs per token."""
+        config = self.config
+        return {
+            "title": self.title,
+            "config": asdict(config),
+            "sizes": cost.sizes(config),
+            "parameters": {
+                "components": [
+                    {**asdict(part), "count": part.count} for part in cost.components(config)
+                ],
+                "block": [asdict(term) for term in block_terms(config)],
+                "block_total": cost.block_count(config),
+                "terms": [asdict(term) for term in terms(config)],
+                "total": cost.parameter_count(config),
+            },
+            "forward": [asdict(stage) for stage in forward_stages(config)],
+            "memory": memory(config),
+            "flops_per_token": {
+                "multiplied_parameters": cost.multiplied_parameters(config),
+                "forward": cost.flops_per_token(config, training=False),
+                "training": cost.flops_per_token(config, training=True),
+            },
+        }
+
+
+def describe(config: GPTConfig, *, title: str) -> Description:
+    """The page about a model of this configuration, under this title."""
+    return Description(title, config)
+
+
+# ---- What the page says --------------------------------------------------------------------------
+
+
+def block_terms(config: GPTConfig) -> list[Term]:
+    """The sum of one block: attention, MLP and two norms."""
+    part = {part.name: part.count for part in cost.block_components(config)}
+
+    def linear(name: str) -> int:
+        return part[f"{name}.weight"] + part[f"{name}.bias"]
+
+    out, (rows, keys, _) = linear("attn.c_proj"), config.attention_rows
+    each = linear("attn.c_attn") * rows // (rows + 2 * keys)
+    few = linear("attn.c_attn") * keys // (rows + 2 * keys)
+    qkv = f"3 x {each:,} (q, k, v)" if few == each else f"{each:,} (q) + 2 x {few:,} (k, v)"
+    wide, narrow = linear("mlp.c_fc"), linear("mlp.c_proj")
+    norm = part["ln_1.weight"] + part["ln_1.bias"]
+    return [
+        Term("attention", f"{qkv} + {out:,} (out)", each + 2 * few + out),
+        Term("MLP", f"{wide:,} (in) + {narrow:,} (out)", wide + narrow),
+        Term("two norms", f"2 x {norm:,}" if norm else "no weights", 2 * norm),
+    ]
+
+
+def terms(config: GPTConfig) -> list[Term]:
+    """The sum of the whole model; its counts add up to the total."""
+    V, P, C, L = (cost.sizes(config)[letter] for letter in "VPCL")
+    block = cost.block_count(config)
+    norm = "no weights" if config.modern else f"{C:,} + {C:,}" if config.bias else f"{C:,}"
+    places = "none: rotations" if config.modern else f"{P:,} x {C:,}"
+    count = {part.name: part.count for part in cost.components(config)}
+    head = "tied to wte: no more" if config.tie_weights else f"{V:,} x {C:,}"
+    return [
+        Term("token embedding", f"{V:,} x {C:,}", V * C),
+        Term("position embedding", places, count["wpe.weight"]),
+        Term("1 block" if L == 1 else f"{L} blocks", f"{L} x {block:,}", L * block),
+        Term("final norm", norm, count["ln_f.weight"] + count["ln_f.bias"]),
+        Term("head", head, 0 if config.tie_weights else V * C),
+    ]
+
+
+def forward_stages(config: GPTConfig) -> list[Stage]:
+    """A forward pass from tokens to logits, with one block spelled out."""
+    name, kind = BENDS[config.activation]
+    norm = "mean square 1" if config.norm == "rms" else "mean 0, variance 1"
+    grouped = config.kv_heads < config.n_head
+    embedded = [Stage("wte + wpe", "the token's vector plus its position's", "(B, T, C)")]
+    turned = []
+    if config.modern:
+        embedded = [
+            Stage("wte", "the token's vector", "(B, T, C)"),
+            Stage("ln_0", f"to {norm}", "(B, T, C)"),
+        ]
+        heads = "(B, T, H+G, D)" if grouped else "(B, T, 2H, D)"
+        turned = [Stage("h.attn.qk_norm", f"q, k rotated, to {norm}", heads)]
+    return [
+        Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
+        *embedded,
+        Stage("h.ln_1", f"each vector to {norm}", "(B, T, C)"),
+        Stage(
+            "h.attn.c_attn",
+            "query, key and value, at once",
+            "(B, T, C+2GD)" if grouped else "(B, T, 3C)",
+        ),
+        *turned,
+        Stage("  q, k, v", "three, cut into heads", "(B, H, T, D)"),
+        Stage("  softmax", "of q k' / sqrt(D): who listens to whom", "(B, H, T, T)"),
+        Stage("  weights v", "what it hears", "(B, H, T, D)"),
+        Stage("h.attn.c_proj", "heads side by side again, mixed", "(B, T, C)"),
+        Stage("  + residual", "added to what came in", "(B, T, C)"),
+        Stage("h.ln_2", f"{norm} again", "(B, T, C)"),
+        Stage("h.mlp.c_fc", "each token alone, in other channels", "(B, T, M)"),
+        Stage(f"  {name}", f"the bend between two matrices{kind}", "(B, T, M)"),
+        Stage("h.mlp.c_proj", "and back", "(B, T, C)"),
+        Stage("  + residual", "added to what came in", "(B, T, C)"),
+        Stage("ln_f", "after the last block, once more", "(B, T, C)"),
+        Stage("lm_head", "a score for every possible next token", "(B, T, V)"),
+    ]
+
+
+def memory(config: GPTConfig) -> dict[str, int]:
+    """Bytes in float32 of what training and generation hold; activations of one full context."""
+    P = config.context_length
+    return {
+        "weights": cost.weight_bytes(config),
+        "gradients": cost.weight_bytes(config),
+        "optimizer": cost.optimizer_bytes(config),
+        "activations_per_context": cost.activation_bytes(config, 1),
+        "training": cost.training_memory(config, 1),
+        "kv_cache_per_token": cost.kv_cache_bytes(config, 1),
+        "kv_cache_per_context": cost.kv_cache_bytes(config, P),
+    }
+
+
+# ---- How it looks --------------------------------------------------------------------------------
+
+
+def _heading(title: str, config: GPTConfig) -> list[str]:
+    total = f"{cost.parameter_count(config):,} parameters"
+    sizes = cost.sizes(config)
+    shown = [line for line in MEANING if config.kv_heads < config.n_head or "G" not in line]
+    rows = [tuple(f"{x} {word} {sizes[x]:,}" for x, word in line.items()) for line in shown]
+    rows = [row + ("",) * (len(rows[0]) - len(row)) for row in rows]
+    return [_flush(title, total), "=" * WIDTH, *columns(rows, "<<<<", gap=4)]
+
+
+def _flush(line: str, figure: str) -> str:
+    """A line whose figure ends at the right edge of the page."""
+    return f"{line} {figure:>{max(0, WIDTH - len(line) - 1)}}"
+
+
+def _tensors(config: GPTConfig) -> list[str]:
+    """Every tensor, with one block standing for all."""
+    whole = [part for part in cost.components(config) if not part.name.startswith("h.")]
+    block = cost.block_components(config)
+    last = config.n_layer - 1
+    names = f"h.0 to h.{last}, each" if last else "h.0"
+    rows = [
+        *(("  " + part.name, shape_text(part.shape), part.formula) for part in whole[:2]),
+        (f"  {names}", "", ""),
+        *(("    " + part.name, shape_text(part.shape), part.formula) for part in block),
+        *(("  " + part.name, shape_text(part.shape), part.formula) for part in whole[2:]),
+    ]
+    figures = [*map(_count, whole[:2]), "", *map(_count, block), *map(_count, whole[2:])]
+    lines = columns(rows, "<<<", gap=4)
+    return [
+        "TENSORS  matrices are (out, in)",
+        *(_flush(*pair).rstrip() for pair in zip(lines, figures, strict=True)),
+    ]
+
+
+def _count(part: Component) -> str:
+    return "is wte.weight" if part.tied else "absent" if part.absent else f"{part.count:,}"
+
+
+def _sums(config: GPTConfig) -> list[str]:
+    """The arithmetic of one block, and of the whole model."""
+
+    def addition(parts: list[Term], name: str, total: int) -> list[str]:
+        lines = [_flush(f"  {part.name:<20}{part.arithmetic}", f"{part.count:,}") for part in parts]
+        assert sum(part.count for part in parts) == total, "a term is missing"
+        return [*lines, _flush("", "-" * len(f"{total:,}")), _flush(f"  {name}", f"{total:,}")]
+
+    return [
+        "PARAMETERS  how they add up",
+        *addition(block_terms(config), "one block", cost.block_count(config)),
+        "",
+        *addition(terms(config), "the model", cost.parameter_count(config)),
+    ]
+
+
+def _forward(config: GPTConfig) -> list[str]:
+    """The shapes of a forward pass, in letters and in this model's numbers."""
+    H, G, wide = config.n_head, config.kv_heads, sum(config.attention_rows)
+    sizes = cost.sizes(config)
+    sums = {"3C": wide, "C+2GD": wide, "2H": 2 * H, "H+G": H + G}
+
+    def numbers(shape: str) -> str:
+        values = {letter: str(size) for letter, size in {**sizes, **sums}.items()}
+        return f"({', '.join(values.get(axis, axis) for axis in shape[1:-1].split(', '))})"
+
+    rows = [(f"  {s.name}", s.does, s.shape, numbers(s.shape)) for s in forward_stages(config)]
+    return [
+        f"FORWARD  B texts of T tokens each, T up to {config.context_length:,}; "
+        f"h is repeated {config.n_layer} times",
+        *columns(rows, "<<<<"),
+    ]
+
+
+def _memory(config: GPTConfig) -> list[str]:
+    """What training and generation hold, in float32."""
+    held, context = memory(config), f"one context of {config.context_length:,} tokens"
+    dropped = "; dropout keeps (T, T) too" if config.dropout else ", kept for backward"
+    keys = config.kv_heads * config.head_size
+    cached = f"2 x {config.n_layer} x {keys} numbers per token"
+    rows = [
+        ("weights", "a number for each parameter", "weights"),
+        ("gradients", "a number for each parameter", "gradients"),
+        ("optimizer", "AdamW: the gradient's mean and mean square", "optimizer"),
+        ("activations", context + dropped, "activations_per_context"),
+        ("training", "all of these, plus holes in the heap: an estimate", "training"),
+        ("KV cache", cached, "kv_cache_per_token"),
+        ("", context, "kv_cache_per_context"),
+    ]
+    lines = [_flush(f"  {name:<20}{why}", human_bytes(held[key])) for name, why, key in rows]
+    return ["MEMORY  float32; --json has the bytes", *lines]
+
+
+def _flops(config: GPTConfig) -> list[str]:
+    """Arithmetic per token, from the formula to the figures."""
+    N = f"{cost.multiplied_parameters(config):,}"
+    attention = "4 C C" if config.kv_heads == config.n_head else "2 C C + 2 C G D"
+    rows = [
+        ("N", f"L ({attention} + 2 C M) + V C multiply each token", N),
+        *(
+            (name, formula, human_flops(cost.flops_per_token(config, training=training)))
+            for name, formula, training in (
+                ("forward", "2 N + 4 L C T", False),
+                ("training", "6 N + 12 L C T, as backward costs twice the forward", True),
+            )
+        ),
+    ]
+    lines = [_flush(f"  {name:<20}{formula}", figure) for name, formula, figure in rows]
+    return [f"ARITHMETIC  per token, with T = {config.context_length:,}", *lines]

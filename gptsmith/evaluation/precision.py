@@ -1,0 +1,130 @@
+"""Which precision to use a model in: on a CPU, the fastest that keeps its loss.
+
+Measured once for a model, on text that it writes itself, and remembered. Knows nothing of how
+numbers are packed.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoint import folder, saved
+from ..checkpoint.tensors import Stored, packing
+from ..config.settings import Dtype
+from ..machine import devices, environment
+from ..machine.dtypes import BITS, COMPUTE_DTYPES, dtype_of_bits
+from ..machine.files import MANIFEST, read_json, write_text
+from ..model.gpt import GPT
+from .quantization import compare_with, decode_speed, first_token, logits_of, own_text
+
+# Nats, of the mean Kullback-Leibler divergence from the float32 model. Losses are printed with
+# four decimals, and read with three: what adds less cannot be told apart.
+KEEPS_LOSS = 0.001
+TOKENS = 256  # measured on
+
+
+class Choice(NamedTuple):
+    """A precision, how far its predictions are from float32's, in nats, and its speed."""
+
+    dtype: Dtype
+    mean_kl: float
+    times_as_fast: float  # as float32, one row
+
+
+def fastest(place: Path, device: torch.device) -> Choice:
+    """The fastest precision in which the model of a folder keeps its loss.
+
+    On a GPU, what is fast there without measuring. A quantized folder has but its own.
+    """
+    if bits := folder.read_bits(place):
+        return Choice(dtype_of_bits(bits), 0.0, 1.0)
+    if device.type != "cpu":
+        return Choice(devices.find_dtype("auto", device), 0.0, 1.0)
+    candidates = candidates_on_cpu(place, device)
+    remembered = environment.cache_folder() / "dtype" / f"{key(place, candidates)}.json"
+    if (choice := read_choice(remembered)) is not None:
+        return choice
+    choice = measured(place, candidates)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_text(remembered, json.dumps(choice._asdict()))
+    except OSError as error:
+        warnings.warn(f"the choice of {choice.dtype} is not remembered: {error}", stacklevel=2)
+    return choice
+
+
+def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
+    """What may be faster than float32, the fastest first.
+
+    Packed weights are where the compiled step reads them; PyTorch would unpack them every time.
+    """
+    packed: list[Dtype] = ["int4", "int8"] if can_pack(place) and environment.compiler() else []
+    fast = devices.find_dtype("auto", device)
+    return packed if fast == "float32" else [*packed, fast]
+
+
+def can_pack(place: Path) -> bool:
+    """Whether a model can be quantized, and then has a compiled step."""
+    config = folder.read_config(place)
+    return config.n_embd % 8 == config.mlp_size % 8 == 0 and not config.modern
+
+
+def measured(place: Path, candidates: list[Dtype]) -> Choice:
+    """The fastest candidate that keeps the loss, or float32. One model is in memory at a time.
+
+    Which that is depends on the model: where the weights stay in the processor's own memory, fewer
+    bits gain nothing.
+    """
+    stored = saved.open_folder(place)
+    model = saved.build(stored)
+    rows = own_text(model, TOKENS, first=first_token(stored.tokenizer))
+    kept = list(logits_of(model, rows))
+    usual = decode_speed(model) or 1.0
+    del model
+    found = []
+    for dtype in candidates:
+        model = opened(stored, dtype)
+        kl = compare_with(kept, model, rows).mean_kl
+        if kl < KEEPS_LOSS:
+            found.append(Choice(dtype, kl, (decode_speed(model) or usual) / usual))
+        del model
+    return max([*found, Choice("float32", 0.0, 1.0)], key=lambda choice: choice.times_as_fast)
+
+
+def opened(stored: Stored, dtype: Dtype) -> GPT:
+    """A stored model in a precision, on the CPU."""
+    if bits := BITS.get(dtype):
+        activations = devices.weight_dtype(dtype, torch.device("cpu"))
+        return saved.build(packing(stored, bits), dtype=activations)
+    return saved.build(stored, dtype=COMPUTE_DTYPES[dtype])
+
+
+# -- what is remembered
+
+
+def key(place: Path, candidates: list[Dtype]) -> str:
+    """What a choice depends on, in hexadecimal: the weights, and what there is to choose from.
+
+    The weights are known by their sums in the manifest, or else by their files' sizes and times.
+    """
+    names = {path.name for path in folder.weight_files(place)} | {folder.CONFIG}
+    if (place / MANIFEST).is_file():
+        sums = read_json(place / MANIFEST)["files"]
+        known: list[Any] = [(name, sums.get(name)) for name in sorted(names)]
+    else:
+        stats = [(name, (place / name).stat()) for name in sorted(names)]
+        known = [(place.resolve(), name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    depends = (known, candidates, KEEPS_LOSS, TOKENS)
+    return hashlib.sha256(repr(depends).encode()).hexdigest()[:20]
+
+
+def read_choice(path: Path) -> Choice | None:
+    """What was remembered, unless the file is missing or damaged."""
+    try:
+        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

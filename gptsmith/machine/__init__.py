@@ -1,0 +1,1 @@
+"""What we run on: the environment, devices, processes, files, the terminal."""

@@ -1,0 +1,185 @@
+"""What computes: device, precision and threads.
+
+Every automatic choice is made here, once, and comes back as settings that can be recorded.
+"""
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..config.settings import Dtype, MachineSettings
+from . import environment
+from .dtypes import BITS, COMPUTE_DTYPES
+
+HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
+
+# Dense bf16 matrix products per second, from the makers' data sheets, for MFU; by the name that
+# torch.cuda.get_device_name gives. A device that is not listed has no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", environment.local_rank() % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device is '{name}': auto, cpu, cuda, cuda:N or mps is needed")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device is '{name}', but there are {torch.cuda.device_count()} GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps', but this PyTorch has none: try cpu")
+    return device
+
+
+def find_dtype(name: Dtype, device: torch.device) -> Dtype:
+    """The precision of a name; "auto" is bf16 where the processor multiplies it fast.
+
+    On CPUs that means AVX512-BF16 or AMX; GPUs before Ampere get fp16 with a scaler.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype is fp16, which needs CUDA: on {device.type} take bf16 or float32")
+    if name == "fp8" and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER
+    ):
+        raise ValueError("dtype is fp8, which needs a Hopper GPU or newer: take bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return "bf16"
+    return "float32"
+
+
+def choose(settings: MachineSettings) -> MachineSettings:
+    """The settings with the automatic choices made that need no model.
+
+    What needs one is left: the micro-batch, and whether to compile.
+    """
+    device = find_device(settings.device)
+    if settings.compile == "max-autotune" and device.type != "cuda":
+        raise ValueError(f"compile is max-autotune, which is for CUDA: on {device.type} take yes")
+    dtype = find_dtype(settings.dtype, device)
+    attention = settings.attention
+    if attention == "auto":
+        multiplied = find_dtype("auto", device) if dtype in BITS else dtype
+        attention = "blocks" if (device.type, multiplied) == ("cpu", "bf16") else "kernel"
+    return replace(
+        settings,
+        # Without the number: another rank, or a resumed run, may sit on another GPU.
+        device=device.type if settings.device == "auto" else settings.device,
+        dtype=dtype,
+        attention=attention,
+        threads=environment.checked_threads("threads", settings.threads),
+    )
+
+
+def choose_to_learn(settings: MachineSettings) -> MachineSettings:
+    """As `choose`, for training, which packed weights are not for."""
+    if settings.dtype in BITS:
+        raise ValueError(
+            f"dtype is {settings.dtype}, which is for using a model: train in another, then "
+            "`gptsmith quantize` the result"
+        )
+    return choose(settings)
+
+
+def prepare_machine(settings: MachineSettings) -> torch.device:
+    """Put the process-wide switches of PyTorch as the (chosen) settings say; return the device."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = find_device("auto" if settings.device == "cuda" else settings.device)
+    if device.type == "cpu":
+        environment.keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if settings.deterministic:
+        environment.allow_deterministic_cuda()
+    if settings.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(settings.deterministic)  # imports a second's worth
+    return device
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed what draws the device's random numbers; torch.manual_seed is slow, as it seeds all."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
+    """The context in which matrix products run in `dtype` ("float32": as they are)."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, COMPUTE_DTYPES[dtype])
+
+
+def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The type of a model's weights where nothing is learned, for this (chosen) precision.
+
+    Where they are packed, that of the activations: what is fast.
+    """
+    if dtype == "fp8":
+        raise ValueError("dtype is fp8, which is for training: take bf16")
+    if dtype in BITS:
+        return COMPUTE_DTYPES[find_dtype("auto", device)]
+    return COMPUTE_DTYPES[dtype]
+
+
+def loading(dtype: Dtype, device: torch.device) -> dict[str, Any]:
+    """How `checkpoint.load` gives a model in this (chosen) precision, on this device."""
+    bits = BITS.get(dtype)
+    how = {"dtype": weight_dtype(dtype, device), "bits": bits, "unpacked": bits is None}
+    return {"device": device, **how}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Bf16 FLOP/s of the device by its data sheet, or None where it is not listed."""
+    if device.type != "cuda":
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return environment.available_memory()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return environment.peak_memory()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,140 @@
+"""Files that are written whole or not at all, and read or refused as damaged.
+
+Knows nothing of what is in them, beyond JSON and SHA-256.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class DamagedError(ValueError):
+    """A folder is not what it was when it was written."""
+
+
+# -- writing: all or nothing
+
+
+@contextmanager
+def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name only once everything is on disk.
+
+    Any failure removes it; `folder` must not exist (an empty one may). The manifest is added here,
+    but for data, which has sums of its own.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} already exists: choose another name, or remove it first")
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier kill left
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if manifest:
+            write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            flush_to_disk(path)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        explain_full_disk(error, folder)
+        raise
+
+
+@contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name only once it is on disk.
+
+    Any failure removes it; `path` must not exist.
+    """
+    if path.exists():
+        raise ValueError(f"{path} already exists: choose another name, or remove it first")
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        explain_full_disk(error, path)
+        raise
+
+
+def explain_full_disk(error: BaseException, path: Path) -> None:
+    """Raise a plainer error where `error` says, in whatever words, that the disk is full."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        raise OSError(f"the disk is full: {path} was not written; free some space") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: written beside it, flushed, renamed over it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        explain_full_disk(error, path)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk itself."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and keeps names without being asked
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- the manifest
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in `folder` (and below) as `manifest.json`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": "gptsmith-manifest", "version": 1, "files": files})
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; DamagedError where it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value

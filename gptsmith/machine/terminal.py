@@ -1,0 +1,111 @@
+"""The terminal: lines for a person, tables, and a live bar where there is a terminal to move it.
+
+Decides nothing; with `cli/` the only place that writes to the terminal.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+def tell(text: str) -> None:
+    """A line to the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "8 s", "3 min", "2 h 10 min"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size(number: float) -> str:
+    """Bytes as a person says them: "1.5 GB"."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+class Display:
+    """The terminal of one run: a live bar where there is a terminal, else lines now and then."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        # `soft_wrap` leaves long lines to the terminal; `highlight` would colour every number.
+        self.console = Console(
+            file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True
+        )
+        self.bar: Progress | None = None
+        self.log_every, self.last_line = 10, time.monotonic()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line of its own, above the bar; the text is shown as it is."""
+        self.console.print(Text(text, style=style or ""))
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """A title, and two aligned columns under it."""
+        self.say(title, "bold")
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(value))
+
+    def open_bar(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a bar of `total` parts; closes the one before."""
+        self.close_bar()
+        if not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self.bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
+        self.bar.add_task(what, total=total, completed=done, detail="")
+        self.bar.start()
+
+    def move_bar(self, done: int, detail: str) -> None:
+        """Show how far the work is."""
+        if self.bar is not None:
+            self.bar.update(self.bar.tasks[0].id, completed=done, detail=detail)
+
+    def close_bar(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def step(self, record: Mapping[str, Any], steps: int) -> None:
+        """Show a step: in the bar, or as a line every `log_every` steps."""
+        evaluated = "validation_loss" in record
+        loss = record["loss"]
+        detail = (
+            f"step {record['step']:,}/{steps:,}  "
+            f"loss {'not finite' if loss is None else format(loss, '.4f')}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.move_bar(record["step"], detail)
+        if evaluated:
+            bits = record.get("bits_per_byte")
+            in_bits = "" if bits is None else f"  ({bits:.4f} bits per byte)"
+            self.say(f"{detail}  validation loss {record['validation_loss']:.4f}{in_bits}")
+        elif self.bar is None and record["step"] % self.log_every == 0:
+            self.say(detail)
+
+    def preparing(self, done: int, total: int, tokens: int) -> None:
+        """Show how far the preparation of text is: a bar, or a line every 10 seconds."""
+        if self.bar is None and self.console.is_terminal:
+            self.open_bar("preparing", max(1, total))
+        self.move_bar(done, f"{tokens:,} tokens")
+        if self.bar is None and time.monotonic() - self.last_line > 10:
+            self.last_line = time.monotonic()
+            self.say(f"preparing: {size(done)} of {size(total)}, {tokens:,} tokens")

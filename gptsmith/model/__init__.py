@@ -1,0 +1,1 @@
+"""Tokens to logits and loss: only mathematics."""

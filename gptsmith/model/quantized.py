@@ -1,0 +1,213 @@
+"""Matrices in 8 or 4 bits: packed, unpacked, and the modules that compute with them.
+
+A word holds k = 32 / bits numbers. Number i = (n k + j) W + w of a row lies in bits
+[bits j, bits (j + 1)) of word (n, w), as the unsigned field code + 2^(bits - 1); its value is code
+times the scale of lane w. So neighbouring numbers lie in neighbouring words, as vector registers
+want it. Knows nothing of files or of which device is fast.
+
+Shapes:  M rows (outputs)    C columns (inputs)    N words of a row in one lane    W lanes
+         G = N k numbers of a row that share a scale    R rows at once    B batch    T tokens
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.quantization import WORD_BITS, check_bits, lanes, packed_matrices
+from .gpt import GPT
+
+# Numbers packed at once: these stay in the cache, and are too few for PyTorch to divide among
+# threads, which would wait for one another wherever the machine has other work.
+NUMBERS_PACKED = 2**15
+NUMBERS_UNPACKED = 2**22  # at once
+# Near this number, float32 has no digits after the point: adding and subtracting it rounds. PyTorch
+# divides its own `round` among threads, however little there is.
+NO_FRACTION = 1.5 * 2**23
+# Of the scale at which a group's largest number is the last code; less cuts it off, for finer
+# steps. Of normal numbers in fours, more or closer ones lower the error by 0.2% at most.
+FACTORS = tuple(1.0 + step / 30 for step in range(-10, 6))
+
+
+# -- packing
+
+
+def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """A matrix as words and bfloat16 scales.  (M, C) -> (M, N, W), (M, W)
+
+    Only some rows at a time are in float32. ValueError for a number that is not finite.
+    """
+    check_bits(bits)
+    (M, C), W, k = matrix.shape, lanes(matrix.shape[1]), WORD_BITS // bits
+    words = torch.empty(M, C // (k * W), W, dtype=torch.int32, device=matrix.device)
+    scales = torch.empty(M, W, dtype=torch.bfloat16, device=matrix.device)
+    choose = _scale_of_8 if bits == 8 else _scale_of_4
+    for rows in _parts(M, C, NUMBERS_PACKED):
+        numbers = matrix[rows].detach().float().view(-1, C // W, W)
+        groups = numbers.transpose(1, 2).contiguous()  # (R, W, G): sums over the last axis are fast
+        scales[rows] = choose(groups)
+        codes = _codes(groups, scales[rows], bits)
+        words[rows] = _fields(codes.transpose(1, 2), bits)
+    if not scales.isfinite().all():
+        raise ValueError("the weights hold numbers that are not finite: they cannot be quantized")
+    return words, scales
+
+
+def _parts(rows: int, columns: int, numbers: int) -> list[slice]:
+    """The rows of a matrix in parts of at most about so many numbers."""
+    step = max(1, numbers // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """What numbers are divided by; 1 where the scale is 0, as all of its numbers are.
+
+    (R, W) -> (R, W, 1)
+    """
+    wide = scales.float().unsqueeze(2)
+    return torch.where(wide == 0, 1.0, wide)
+
+
+def _codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The nearest codes, in float32; 8 bits stay symmetric.  (R, W, G), (R, W) -> (R, W, G)"""
+    least = -127 if bits == 8 else -8
+    codes = (groups / _divisor(scales)).add_(NO_FRACTION).sub_(NO_FRACTION)
+    return codes.clamp_(least, 2 ** (bits - 1) - 1)
+
+
+def _scale_of_8(groups: Tensor) -> Tensor:
+    """The largest number becomes code 127 or -127.  (R, W, G) -> (R, W)"""
+    return groups.abs().amax(2).div_(127).bfloat16()
+
+
+def _scale_of_4(groups: Tensor) -> Tensor:
+    """Of the `FACTORS`, the scale with the least squared error.  (R, W, G) -> (R, W)
+
+    The number farthest from 0 comes near code -8, so that no code is wasted; hence the scale has
+    the other sign.
+    """
+    high, low = groups.amax(2), groups.amin(2)
+    extreme = torch.where(high > -low, high, low) / -8
+    units = groups / _divisor(extreme)  # whose squares neither vanish nor overflow
+    best, least = extreme.bfloat16(), torch.full_like(extreme, torch.inf)
+    for factor in FACTORS:
+        scale = (extreme * factor).bfloat16()
+        step = scale / extreme  # the scale, of the units
+        rest = _codes(units, step, 4).mul_(_divisor(step)).sub_(units)
+        error = torch.linalg.vector_norm(rest, dim=2)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(least, error)
+    return best
+
+
+def _fields(codes: Tensor, bits: int) -> Tensor:
+    """Codes, in float32, as the fields of words.  (R, G, W) -> (R, N, W)"""
+    fields = (codes + 2 ** (bits - 1)).int().unflatten(1, (-1, WORD_BITS // bits))  # (R, N, k, W)
+    words = fields[:, :, 0].clone()
+    for j in range(1, fields.shape[2]):
+        words |= fields[:, :, j] << (bits * j)  # the last one may set the sign, as it should
+    return words
+
+
+def unpack(words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix that was packed, rounded.  (M, N, W), (M, W) -> (M, C)
+
+    In float32 each value is exact; `dtype` rounds it once more.
+    """
+    (M, N, W), k = words.shape, WORD_BITS // bits
+    matrix = torch.empty(M, N, k, W, dtype=dtype, device=words.device)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+    for rows in _parts(M, N * k * W, NUMBERS_UNPACKED):
+        fields = words[rows].unsqueeze(2) >> shifts.unsqueeze(1)  # (R, N, k, W)
+        fields.bitwise_and_(2**bits - 1).sub_(2 ** (bits - 1))
+        matrix[rows] = fields * scales[rows].float()[:, None, None]
+    return matrix.view(M, N * k * W)
+
+
+# -- modules
+
+
+class _Packed(nn.Module):
+    """Words (M, N, W) and scales (M, W) that stand for a weight (M, C)."""
+
+    words: Tensor
+    scales: Tensor
+    bits: int
+
+    def __init__(self, words: Tensor, scales: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = check_bits(bits)
+        self.register_buffer("words", words)
+        self.register_buffer("scales", scales)
+
+    def _apply(self, *how: Any, **more: Any) -> "_Packed":
+        """As any module goes to another device; but a cast is of the activations, not of these."""
+        scales = self.scales
+        super()._apply(*how, **more)
+        self.scales = scales.to(self.scales.device)
+        return self
+
+
+class PackedLinear(_Packed):
+    """A linear layer whose weight is unpacked for each product.  (..., C) -> (..., M)"""
+
+    unpack = staticmethod(unpack)  # how it is done, not what: see decode.py
+
+    def __init__(
+        self, words: Tensor, scales: Tensor, bits: int, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(words, scales, bits)
+        self.out_features, N, W = words.shape
+        self.in_features = N * W * WORD_BITS // bits
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.unpack(self.words, self.scales, self.bits, x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+class PackedEmbedding(_Packed):
+    """A table of which only the rows needed are unpacked.  (B, T) -> (B, T, C) of `dtype`"""
+
+    like: Tensor
+
+    def __init__(self, words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> None:
+        super().__init__(words, scales, bits)
+        # Of no numbers, but it follows the model's casts.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        ids = tokens.flatten()
+        rows = unpack(self.words[ids], self.scales[ids], self.bits, self.like.dtype)
+        return rows.view(*tokens.shape, rows.shape[1])
+
+
+def packed_bits(model: GPT) -> int | None:
+    """The bits of a packed model's blocks; None where it is not packed."""
+    first = model.get_submodule("h.0.attn.c_attn")
+    return first.bits if isinstance(first, PackedLinear) else None
+
+
+def pack_model(model: GPT, bits: int) -> None:
+    """Replace a model's matrices by packed ones, in place, each freed before the next."""
+    for name, its_bits in packed_matrices(model.config, bits).items():
+        words, scales = pack(model.get_parameter(f"{name}.weight"), its_bits)
+        put_packed(model, name, words, scales, its_bits)
+
+
+def put_packed(model: GPT, name: str, words: Tensor, scales: Tensor, bits: int) -> None:
+    """Replace one module, and a head that is tied to it, by its packed form.
+
+    (M, N, W), (M, W)
+    """
+    parent, _, leaf = name.rpartition(".")
+    old = model.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        packed: nn.Module = PackedLinear(words, scales, bits, old.bias)
+    else:
+        dtype = model.get_parameter(f"{name}.weight").dtype
+        packed = PackedEmbedding(words, scales, bits, dtype)
+    setattr(model.get_submodule(parent), leaf, packed.train(old.training))
+    if name == "wte" and model.config.tie_weights:
+        model.add_module("lm_head", PackedLinear(words, scales, bits).train(old.training))

@@ -1,0 +1,177 @@
+"""What happens to tokens on their way to the logits: a real forward pass, watched shape by shape.
+
+Knows nothing of files or of trained weights: the model is fresh and its tokens are random.
+
+Shapes:  B batch        T tokens given         V vocabulary    M channels inside the MLP
+         C channels     H heads                D channels per head
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..config.cost import parameter_count
+from ..config.model import GPTConfig
+from ..config.tables import columns, shape_text
+from .gpt import GPT, Block
+
+# Above this, weights would take gigabytes: the pass then runs on PyTorch's "meta" device, which
+# executes the same code on shapes without numbers.
+MOST_PARAMETERS = 500_000_000
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TraceLine:
+    """One step of the pass: who worked, what it did, and the shapes that went in and came out."""
+
+    name: str  # the module's, or for mathematics inside one, the operation's, indented
+    does: str
+    inputs: tuple[Shape, ...]
+    output: Shape
+    spread: float | None = None  # the output's standard deviation; None where it has no numbers
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as plain values."""
+        return {**asdict(self), "name": self.name.strip()}
+
+
+def trace(config: GPTConfig, batch: int, tokens: int, *, seed: int = 0) -> Iterator[TraceLine]:
+    """Pass (batch, tokens) random tokens through a fresh model, and yield a line for each step.
+
+    The first block is shown in full, each other one as a line. Shapes are read from the modules as
+    they run. The caller's random state is left as it was.
+    """
+    device = "meta" if parameter_count(config) > MOST_PARAMETERS else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
+        torch.manual_seed(seed)
+        model = GPT(config).eval()
+        ids = torch.randint(config.vocab_size, (batch, tokens))  # (B, T)
+        watch = _Watch(model)
+        with watch:
+            model(ids)
+    yield from watch.lines
+
+
+class _Watch(TorchFunctionMode):
+    """Writes a line for each module as it finishes, and for attention, which is no module."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.lines: list[TraceLine] = []
+        block = model.h[0]
+        assert isinstance(block, Block)
+        self.entered: Shape = ()  # what came into the block
+        block.register_forward_pre_hook(self.enter)
+        self.after(model.wte, "wte", "a vector per token")
+        config = model.config
+        norm = "to mean square 1" if config.norm == "rms" else "to mean 0, variance 1"
+        if config.modern:
+            self.after(model.ln_0, "ln_0", norm)
+        else:
+            self.after(model.wpe, "wpe", "a vector per position")
+            model.drop.register_forward_hook(self.embedded)
+        self.after(block.ln_1, "h.0.ln_1", norm)
+        self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
+        if config.modern:
+            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, too")
+        block.attn.c_proj.register_forward_pre_hook(self.joined)
+        self.after(block.attn.c_proj, "h.0.attn.c_proj", "heads mixed")
+        block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
+        self.after(block.ln_2, "h.0.ln_2", norm)
+        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "each token alone: C to M")
+        self.after(block.mlp.activation, "h.0.mlp.activation", "the bend in between")
+        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "and back: M to C")
+        block.register_forward_hook(lambda module, inputs, output: self.added(output))
+        for layer, other in enumerate(model.h):
+            if layer > 0:
+                self.after(other, f"h.{layer}", "the same, other weights")
+        self.after(model.ln_f, "ln_f", norm)
+        self.after(model.lm_head, "lm_head", "a score per next token")
+
+    def after(self, module: nn.Module, name: str, does: str) -> None:
+        """Write a line whenever the module has finished."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.write(name, does, (inputs[0].shape,), output)
+
+        module.register_forward_hook(hook)
+
+    def write(self, name: str, does: str, inputs: Sequence[Sequence[int]], output: Tensor) -> None:
+        """Add a line; `output` is a tensor of any shape."""
+        spread = None if output.is_meta else output.std(correction=0).item()
+        shapes = tuple(tuple(shape) for shape in inputs)
+        self.lines.append(TraceLine(name, does, shapes, tuple(output.shape), spread))
+
+    def embedded(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """The two embeddings have been added: (B, T, C) + (T, C) -> (B, T, C)."""
+        token, position = self.lines[-2:]
+        self.write("  wte + wpe", "added, then dropout", (token.output, position.output), output)
+
+    def enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The residual stream comes into the block: (B, T, C)."""
+        self.entered = tuple(inputs[0].shape)
+
+    def added(self, stream: Tensor) -> None:
+        """A branch has been added to the residual stream: both (B, T, C)."""
+        branch = self.lines[-1].output
+        self.write("  + residual", "added to what came in", (self.entered, branch), stream)
+
+    def joined(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The heads stand side by side: (B, H, T, D) -> (B, T, C)."""
+        heads = self.lines[-1].output
+        self.write("  heads joined", "side by side again", (heads,), inputs[0])
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        """See attention's (B, H, T, D) queries, keys, values and result; the first block's only."""
+        result = function(*arguments, **(options or {}))
+        first = self.lines and self.lines[-1].name in ("h.0.attn.c_attn", "h.0.attn.qk_norm")
+        if function is F.scaled_dot_product_attention and first:
+            q, k, v = (tuple(part.shape) for part in arguments[:3])
+            scores = (*q[:-1], k[-2])
+            cut = TraceLine("  q, k, v", "three, cut into heads", (self.lines[-1].output,), q)
+            listen = TraceLine("  softmax", "of q k' / sqrt(D)", (q, k), scores)
+            self.lines += [cut, listen]
+            self.write("  weights v", "their sum, so weighted", (scores, v), result)
+        return result
+
+
+def render(lines: Sequence[TraceLine]) -> str:
+    """The lines as aligned text; the last column is the spread of the output, where measured."""
+    rows = [
+        (
+            f"  {line.name}",
+            line.does,
+            _inputs_text(line.inputs),
+            shape_text(line.output),
+            "" if line.spread is None else f"{line.spread:.2g}",
+        )
+        for line in lines
+    ]
+    (B, T), measured = lines[0].inputs[0], any(line.spread is not None for line in lines)
+    note = "std is the output's spread" if measured else "shapes only (it is large)"
+    heading = ("  ", "", "in", "out", "std" if measured else "")
+    return "\n".join(
+        [
+            f"TRACE  a fresh model reads {B} x {T} random tokens; {note}",
+            *columns([heading, *rows], "<<<<<"),
+        ]
+    )
+
+
+def _inputs_text(inputs: tuple[Shape, ...]) -> str:
+    if len(inputs) > 1 and len(set(inputs)) == 1:
+        return f"{len(inputs)} x {shape_text(inputs[0])}"
+    return ", ".join(map(shape_text, inputs))

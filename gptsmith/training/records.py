@@ -1,0 +1,185 @@
+"""What a run records: metrics.jsonl, TensorBoard and Weights & Biases, and the curves as one PNG.
+
+Knows nothing of models.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one per step; a torn last line (a kill) is left out."""
+    records = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not is_record(record):
+            raise ValueError(f"{path}, line {number} is no record of a step: it was edited")
+        records.append(record)
+    return records
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value is what a run records of a step."""
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        return False
+    losses = (value.get("loss"), value.get("validation_loss"))
+    return all(loss is None or isinstance(loss, int | float) for loss in losses)
+
+
+def smoothed(losses: Sequence[float], memory: float) -> list[float]:
+    """An exponential average over about `memory` values, unbiased from the first one on."""
+    average, weight, out = 0.0, 0.0, []
+    keep = 1 - 1 / max(1.0, memory)
+    for loss in losses:
+        average = keep * average + (1 - keep) * loss
+        weight = keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Draw training (thin) and validation (marked) loss against steps into a PNG.
+
+    ValueError where no run has a finished step.
+    """
+    from matplotlib.figure import Figure  # half a second to import; no window, no global state
+
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} for {path.name}: make it first")
+    every = [record for records in runs.values() for record in records]
+    if all(record.get("loss") is None for record in every):
+        raise ValueError("there is nothing to plot yet: no step has learned anything")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, records) in enumerate(runs.items()):
+        draw_run(axes, name if len(runs) > 1 else "", records, f"C{number}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    focus(axes, every)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> None:
+    """One run's curves; `name` is empty where it is the only one."""
+    label = f"{name}: " if name else ""
+    learned = [r for r in records if r.get("loss") is not None]
+    steps, losses = [r["step"] for r in learned], [r["loss"] for r in learned]
+    axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+    if not name:
+        average = smoothed(losses, len(losses) / 50)
+        axes.plot(steps, average, color=color, linewidth=1.2, label="training (smoothed)")
+    held_out = [r for r in records if r.get("validation_loss") is not None]
+    if not held_out:
+        return
+    best = min(held_out, key=lambda r: r["validation_loss"])
+    axes.plot(
+        [r["step"] for r in held_out],
+        [r["validation_loss"] for r in held_out],
+        color=color if name else "C1",
+        marker="o",
+        markersize=3.5,
+        linewidth=1.6,
+        label=f"{label}validation, best {best['validation_loss']:.4f} at step {best['step']:,}",
+    )
+
+
+def focus(axes: Any, records: Sequence[Record]) -> None:
+    """Leave the first steps' cliff outside the picture where it would flatten everything else."""
+    losses = sorted(
+        r[key] for r in records for key in ("loss", "validation_loss") if r.get(key) is not None
+    )
+    low, most = losses[0], losses[int(0.98 * (len(losses) - 1))]
+    margin = 0.05 * max(most - low, 0.1)
+    axes.set_ylim(low - margin, most + margin)
+
+
+class Recorder:
+    """metrics.jsonl: one record per step, each step once, whatever was killed in between."""
+
+    def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
+        self.path, self.records = path, records
+        self.file = path.open("a", encoding="utf-8")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record; numbers that are not finite, which JSON lacks, become null."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self.records.append(clean)
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+
+    def flush(self) -> None:
+        """Put every record on the disk itself."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+        self.flush()
+        self.file.close()
+
+
+class Watchers:
+    """TensorBoard and Weights & Biases, each only where it was asked for."""
+
+    def __init__(
+        self, folder: Path, *, tensorboard: bool, wandb: str | None, settings: Mapping[str, Any]
+    ) -> None:
+        self.writer: Any = None
+        self.wandb_run: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "--tensorboard needs an extra: pip install 'gptsmith[tensorboard]'"
+                ) from error
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        if wandb:
+            try:
+                import wandb as weights_and_biases
+            except ImportError as error:
+                raise ImportError(
+                    "--wandb needs an extra: pip install 'gptsmith[wandb]'"
+                ) from error
+            self.wandb_run = weights_and_biases.init(
+                project=wandb, name=folder.name, dir=str(folder), config=dict(settings)
+            )
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Send the numbers of a step."""
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, record["step"])
+        if self.wandb_run is not None:
+            self.wandb_run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()

@@ -1,0 +1,180 @@
+"""`gptsmith serve`: ready, asked, and ended by a signal."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from gptsmith import GPTConfig, save
+from gptsmith.cli import serve as command
+from gptsmith.cli.main import main
+from gptsmith.serving.http import listen, url
+from gptsmith.tokenizers import byte_tokenizer
+from tests.conftest import TINY, scrambled
+
+LIMIT = 6000  # tokens of context: seconds of writing
+FOREVER = {"prompt": "a", "max_tokens": LIMIT, "logit_bias": {"256": -100}, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "my-toy"
+    config = GPTConfig(**(TINY | {"vocab_size": 257, "context_length": LIMIT}))
+    save(scrambled(config), byte_tokenizer(), path)
+    return path
+
+
+@contextmanager
+def started(folder: Path, *flags: str) -> Iterator[tuple[Any, str]]:
+    """The command in a process of its own, once it is ready, and the line that says so."""
+    words = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--port", "0", *flags]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, process.stderr.readline()
+        finally:
+            process.kill()
+
+
+def test_it_says_where_it_is_and_finishes_what_is_begun(folder: Path) -> None:
+    with started(folder) as (process, ready):
+        found = re.fullmatch(
+            r"serving my-toy at (http://127\.0\.0\.1:\d+)  "
+            r"\(64 slots of 6,000 tokens: 0\.07 GB; page: /, docs: /docs; Ctrl-C ends\)\n",
+            ready,
+        )
+        assert found, ready
+        address = found[1]
+        assert httpx2.get(f"{address}/health").json()["model"] == "my-toy"
+        body = FOREVER | {"model": str(folder), "max_tokens": 2000}
+        with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            first = json.loads(next(lines).removeprefix("data: "))
+            assert first["choices"][0]["finish_reason"] is None
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(httpx2.ConnectError):  # nobody new comes in
+                httpx2.get(f"{address}/health")
+            *_, last, done = lines
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+        assert process.wait(10) == 0
+        said = process.stderr.read().splitlines()
+        assert '"GET /health" 200' in said[0]
+        assert said[1] == "finishing what is begun, in at most 30 s; Ctrl-C ends it at once"
+        assert '"POST /v1/completions" 200' in said[2]
+        assert len(said) == 3, said
+
+
+def test_it_ends_at_once_at_a_second_signal_and_gives_up_after_a_while(folder: Path) -> None:
+    for flags, signals, status in (
+        ((), [signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT),
+        (("--drain", "1", "--no-log-requests"), [signal.SIGINT], 0),
+    ):
+        with started(folder, *flags) as (process, ready):
+            address = re.search(r"http\S+", ready)[0]
+            body = FOREVER | {"model": "my-toy"}
+            with httpx2.stream("POST", f"{address}/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                begun = time.monotonic()
+                for number in signals:
+                    process.send_signal(number)
+                    time.sleep(0.3)
+                assert process.wait(10) == status
+                assert time.monotonic() - begun < 3  # the text would take much longer
+                if status:
+                    with pytest.raises(httpx2.RemoteProtocolError):
+                        list(lines)
+                else:
+                    assert "the server is stopping: ask again" in list(lines)[-2]
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(folder), "--port", str(port)]) == 2
+    assert capsys.readouterr().err == (
+        f"gptsmith: port {port} of 127.0.0.1 is taken: choose another --port, or 0 for a free one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "65536"], "port is 65536: 0 <= port < 65536 is needed"),
+        (["--slots", "0"], "slots is 0: at least 1 is needed"),
+        (["--timeout", "0"], "timeout is 0.0: seconds above 0 are needed"),
+        (["--name", ""], "name is empty: requests need something to call the model"),
+        (["--host", "256.1.1.1.1"], "no host '256.1.1.1.1': a name or address of this machine"),
+        (["--host", "192.0.2.1"], "192.0.2.1, port 8000, cannot be used: "),
+        (["--compile", "perhaps"], "compile is 'perhaps': one of auto, yes, no is needed"),
+        (["--api-key", "two words", "--port", "0"], "the API key is empty or has spaces"),
+        (["--api-key", "", "--port", "0"], "the API key is empty or has spaces"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["serve", str(folder), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gptsmith: {message}")
+    assert said.count("\n") == 1
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(scrambled(GPTConfig(**TINY)), None, tmp_path / "mute")
+    assert main(["serve", str(tmp_path / "mute"), "--port", "0"]) == 2
+    assert "mute has no tokenizer.json, so it cannot read or write" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        command, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name)
+    )
+    assert main(["serve", "anything"]) == 2
+    assert capsys.readouterr().err == (
+        "gptsmith: serving needs uvicorn, an extra: pip install 'gptsmith[serve]'\n"
+    )
+
+
+def test_an_address_is_written_as_a_browser_takes_it() -> None:
+    with listen("localhost", 0) as bound:
+        assert re.fullmatch(r"http://(127\.0\.0\.1|\[::1\]):\d+", url(bound))
+    with listen("::1", 0) as bound:
+        assert re.fullmatch(r"http://\[::1\]:\d+", url(bound))
+
+
+@pytest.mark.parametrize(("host", "key", "noted"), [("0.0.0.0", "", True), ("0.0.0.0", "k", False)])
+def test_a_model_that_anybody_may_use_is_noted(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    key: str,
+    noted: bool,
+) -> None:
+    from gptsmith.serving.http import Server
+
+    monkeypatch.setenv("GPTSMITH_API_KEY", key)
+    guards = []
+    monkeypatch.setattr(Server, "run", lambda self, sockets: guards.append(self.config.app))
+    assert main(["serve", str(folder), "--host", host, "--port", "0"]) == 0
+    assert ("may use the model: set GPTSMITH_API_KEY" in capsys.readouterr().err) is noted
+    assert guards[0].key == (key.encode() or None)

@@ -1,0 +1,225 @@
+"""The accounts against the published counts, the real model, and PyTorch's meters."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptsmith import GPT, GPTConfig
+from gptsmith.config import cost
+from gptsmith.config.model import PRESETS
+from gptsmith.model.cache import KVCache
+from tests.conftest import TINY
+
+BOOK = PRESETS["book"]
+BOOK_TIED = GPTConfig(qkv_bias=False)
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"qkv_bias": False, "tie_weights": False},
+    {"bias": False, "qkv_bias": True, "n_inner": 31},
+    {"n_layer": 1, "n_head": 1, "tie_weights": False, "n_inner": 5},
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (PRESETS["gpt2"], 124_439_808),
+        (PRESETS["gpt2-medium"], 354_823_168),
+        (PRESETS["gpt2-large"], 774_030_080),
+        (PRESETS["gpt2-xl"], 1_557_611_200),
+        (PRESETS["nanogpt"], 124_337_664),
+        (BOOK, 163_009_536),
+        (BOOK_TIED, 124_412_160),
+    ],
+)
+def test_published_parameter_counts(config: GPTConfig, expected: int) -> None:
+    assert cost.parameter_count(config) == expected
+
+
+def test_the_books_count_line_by_line() -> None:
+    count = {part.name: part.count for part in cost.components(BOOK)}
+    attention = [value for name, value in count.items() if name.startswith("h.7.attn.")]
+    mlp = [value for name, value in count.items() if name.startswith("h.7.mlp.")]
+    norms = [value for name, value in count.items() if name.startswith("h.7.ln_")]
+    assert count["wte.weight"] == 38_597_376
+    assert count["wpe.weight"] == 786_432
+    assert count["h.7.attn.c_attn.weight"] == 3 * 589_824
+    assert count["h.7.attn.c_attn.bias"] == 0
+    assert count["h.7.attn.c_proj.weight"] + count["h.7.attn.c_proj.bias"] == 590_592
+    assert sum(attention) == 2_360_064
+    assert count["h.7.mlp.c_fc.weight"] + count["h.7.mlp.c_fc.bias"] == 2_362_368
+    assert count["h.7.mlp.c_proj.weight"] + count["h.7.mlp.c_proj.bias"] == 2_360_064
+    assert sum(mlp) == 4_722_432
+    assert sum(norms) == 3_072
+    assert cost.block_count(BOOK) == sum(attention + mlp + norms) == 7_085_568
+    assert sum(value for name, value in count.items() if name.startswith("h.")) == 85_026_816
+    assert count["ln_f.weight"] + count["ln_f.bias"] == 1_536
+    assert count["lm_head.weight"] == 38_597_376
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_components_are_the_models_parameters(variant: dict[str, Any]) -> None:
+    config = GPTConfig(**{**TINY, **variant})
+    model = GPT(config)
+    real = [(name, tuple(p.shape)) for name, p in model.named_parameters(remove_duplicate=False)]
+    parts = cost.components(config)
+    assert [(part.name, part.shape) for part in parts if not part.absent] == real
+    assert cost.parameter_count(config) == sum(p.numel() for p in model.parameters())
+    assert any(part.tied for part in parts) == config.tie_weights
+    assert cost.weight_bytes(config) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_formula_gives_its_count(variant: dict[str, Any]) -> None:
+    config = GPTConfig(**{**TINY, **variant})
+    letters = cost.sizes(config)
+    for part in cost.components(config):
+        expected = 0 if part.tied or part.absent else eval(part.formula, {}, dict(letters))
+        assert part.count == expected, part
+
+
+def test_kv_cache_is_the_caches_size() -> None:
+    config = GPTConfig(**TINY)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(config, 1, capacity=7, dtype=dtype)
+        real = cache.keys.nbytes + cache.values.nbytes
+        assert cost.kv_cache_bytes(config, 7, dtype.itemsize) == real
+    assert cost.kv_cache_bytes(PRESETS["gpt2"], 1) == 72 * 1024
+
+
+def test_optimizer_is_adamws_state() -> None:
+    config = GPTConfig(**TINY)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    kept = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert cost.optimizer_bytes(config) == sum(tensor.nbytes for tensor in kept)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_are_those_that_pytorch_counts(variant: dict[str, Any]) -> None:
+    config = GPTConfig(**{**TINY, **variant})
+    model, T = GPT(config), config.context_length
+    tokens = torch.zeros(2, T, dtype=torch.long)
+    forward, training = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):  # the path whose matrix products the counter sees
+        with forward, torch.no_grad():
+            model(tokens)
+        with training:
+            model(tokens, tokens).loss.backward()
+    per_token = 1 / tokens.numel()
+    assert forward.get_total_flops() * per_token == cost.flops_per_token(config, training=False)
+    assert training.get_total_flops() * per_token == cost.flops_per_token(config, training=True)
+
+
+def test_flops_of_gpt2() -> None:
+    blocks, head, context = 12 * 12 * 768**2, 50257 * 768, 1024
+    expected = 6 * (blocks + head) + 12 * 12 * 768 * context
+    assert cost.flops_per_token(PRESETS["gpt2"], training=True) == expected
+
+
+def peak_allocation(step: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch held during a step, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    kineto = profiler.profiler
+    assert kineto is not None
+    assert kineto.kineto_results is not None
+    for event in kineto.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype_bytes"),
+    [
+        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}, 4),
+        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "dropout": 0.1}, 4),
+        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "n_inner": 200}, 4),
+        ({"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}, 4),
+        ({"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}, 2),
+        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}, 2),
+    ],
+)
+def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
+    check_activations(GPTConfig(**sizes, context_length=128), dtype_bytes)
+
+
+def check_activations(config: GPTConfig, dtype_bytes: int) -> None:
+    """The estimate for 7 rows against the peak of a forward and backward pass."""
+    model, tokens = GPT(config), torch.zeros(7, config.context_length, dtype=torch.long)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype_bytes == 2):
+            loss = model(tokens, tokens).loss
+        loss.backward()
+
+    step()  # gradients exist from here on
+    estimate = cost.activation_bytes(config, 7, dtype_bytes=dtype_bytes)
+    assert estimate == pytest.approx(peak_allocation(step), rel=0.1)
+
+
+STEP = """
+import json, sys, torch
+from gptsmith import GPT, GPTConfig
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+def steps(config, micro_batch):
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(config.vocab_size, (micro_batch, config.context_length))
+    for _ in range(3):
+        model(tokens, tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+steps(GPTConfig(vocab_size=11, context_length=8, n_layer=1, n_head=2, n_embd=16), 2)
+before = status("VmRSS")
+sizes, micro_batch = json.loads(sys.argv[1])
+steps(GPTConfig(**sizes), micro_batch)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize(
+    ("sizes", "micro_batch"),
+    [
+        ({"vocab_size": 65, "context_length": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}, 8),
+        ({"vocab_size": 50257, "context_length": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}, 4),
+        ({"vocab_size": 8000, "context_length": 512, "n_layer": 3, "n_head": 8, "n_embd": 512}, 4),
+    ],
+)
+def test_training_memory_is_near_the_peak_of_a_process(
+    sizes: dict[str, Any], micro_batch: int
+) -> None:
+    argument = json.dumps([sizes, micro_batch])
+    command = [sys.executable, "-c", STEP, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    estimate = cost.training_memory(GPTConfig(**sizes), micro_batch)
+    assert 0.7 < estimate / int(done.stdout) < 1.3
+
+
+def test_training_memory_grows_with_each_row() -> None:
+    config = PRESETS["gpt2"]
+    one, two, three = (cost.training_memory(config, rows) for rows in (1, 2, 3))
+    assert two - one == pytest.approx(three - two, abs=2)
+    assert one > 4 * cost.weight_bytes(config)
+    assert cost.activation_bytes(config, 2, dtype_bytes=2) < cost.activation_bytes(config, 2)

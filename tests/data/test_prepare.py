@@ -1,0 +1,472 @@
+"""Preparing: against encoding each document whole, by hand; whole or not there at all."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiktoken
+
+from gptsmith.config.settings import PrepareSettings
+from gptsmith.data import encode
+from gptsmith.data import prepare as prepare_module
+from gptsmith.data.documents import checked_encoding
+from gptsmith.data.encode import SAFE
+from gptsmith.data.prepare import Progress, is_held_out, prepare, texts
+from gptsmith.data.shards import Dataset, TokenStream
+from gptsmith.data.sources import find_sources
+from gptsmith.data.tokenfile import ShardWriter
+from gptsmith.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer
+
+
+def made(sources, tokenizer: Tokenizer | str, out: Path, **options) -> Dataset:
+    """The dataset that prepare makes of one source or several."""
+    sources = [str(each) for each in (sources if isinstance(sources, list) else [sources])]
+    *_, last = prepare(sources, tokenizer, out, options=PrepareSettings(**options))
+    dataset = Dataset.open(out)
+    assert isinstance(last, Progress)
+    assert last.bytes_done == last.bytes_total
+    assert last.tokens == len(dataset.train) + len(dataset.validation or [])
+    dataset.verify()
+    assert not list(out.parent.glob(".*.partial"))
+    return dataset
+
+
+def ids(stream: TokenStream | None) -> list[int]:
+    return [] if stream is None else stream.read(0, len(stream)).tolist()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def words(seed: int, count: int) -> str:
+    """Text with every kind of gap between words, some of them outside ASCII."""
+    choose = random.Random(seed)
+    gaps = [" ", " ", " ", "\n", "  ", "\n\n", " \n", "\u3000", "\x85 ", "\t", "\x1c "]
+    vocabulary = ["the", "sun's", "żółw", "日本語", "1234", "--", "I'll", "e\u0301", "🙂", "."]
+    return "".join(choose.choice(vocabulary) + choose.choice(gaps) for _ in range(count))
+
+
+# -- what is in the shards
+
+
+def test_one_text_is_split_as_nanogpt_does(tmp_path):
+    """It takes text[: int(n * 0.9)] and the rest, and numbers the characters in order."""
+    text = words(0, 300)
+    plain = "".join(character for character in text if character.isascii())
+    path = tmp_path / "input.txt"
+    path.write_text(plain, newline="")
+    dataset = made(path, "char", tmp_path / "out")
+    place = {character: i for i, character in enumerate(sorted(set(plain)))}
+    cut = int(len(plain) * 0.9)
+    assert ids(dataset.train) == [place[character] for character in plain[:cut]]
+    assert ids(dataset.validation) == [place[character] for character in plain[cut:]]
+    assert dataset.vocab_size == len(place)
+    assert dataset.info["split"]["rule"] == "tail"
+
+
+def test_a_text_of_tiny_shakespeares_size_has_nanogpts_counts(tmp_path):
+    """nanoGPT cuts its 1,115,394 ASCII characters at int(0.9 n); 65 of them are different."""
+    letters = [chr(code) for code in range(32, 97)]
+    path = tmp_path / "input.txt"
+    path.write_text("".join(letters[(7 * i + i // 65) % 65] for i in range(1_115_394)))
+    dataset = made(path, "char", tmp_path / "out")
+    counts = (dataset.vocab_size, len(dataset.train), len(dataset.validation))
+    assert counts == (65, 1_003_854, 111_540)
+
+
+def test_tail_begins_with_a_whole_character(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("日" * 10)  # 30 bytes; byte 27 - 2 is inside the ninth
+    dataset = made(path, byte_tokenizer(), tmp_path / "out", validation_fraction=0.15)
+    assert bytes(ids(dataset.train)).decode() == "日" * 9
+    assert ids(dataset.validation) == [*"日".encode(), 256]  # only the document's end is marked
+    counts = {key: dataset.info["train"][key] for key in ("tokens", "bytes", "documents")}
+    assert counts == {"tokens": 27, "bytes": 27, "documents": 1}
+    assert dataset.info["validation"]["documents"] == 1
+
+
+@pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])
+def test_documents_are_held_out_whole_and_evenly(tmp_path, kind):
+    documents = [words(seed, 3 + seed) for seed in range(23)]
+    if kind == "files":
+        source = tmp_path / "in"
+        source.mkdir()
+        for i, text in enumerate(documents):
+            (source / f"{i:02d}.txt").write_text(text, newline="")
+    elif kind == "jsonl":
+        source = tmp_path / "in.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    else:
+        source = tmp_path / "in.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), source)
+    dataset = made(source, byte_tokenizer(), tmp_path / "out", validation_fraction=0.2)
+    held_out = [i for i in range(23) if i % 5 == 2]  # where i * 0.2 + 0.5 passes a whole number
+    expected = {True: [], False: []}
+    for i, text in enumerate(documents):
+        expected[i in held_out] += [*text.encode(), 256]
+    assert ids(dataset.train) == expected[False]
+    assert ids(dataset.validation) == expected[True]
+    info = dataset.info
+    assert info["split"]["rule"] == "documents"
+    assert (info["train"]["documents"], info["validation"]["documents"]) == (18, 5)
+    sizes = [
+        sum(len(text.encode()) for i, text in enumerate(documents) if (i in held_out) == side)
+        for side in (False, True)
+    ]
+    assert [info["train"]["bytes"], info["validation"]["bytes"]] == sizes
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 1 / 3, 0.5, 0.9])
+def test_held_out_documents_are_the_fraction(fraction):
+    for count in (1, 7, 100, 1003):
+        found = sum(is_held_out(i, fraction) for i in range(count))
+        assert abs(found - count * fraction) <= 0.5 + 1e-9
+
+
+def test_nothing_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    dataset = made(tmp_path / "a.txt", byte_tokenizer(), tmp_path / "out", validation_fraction=0)
+    assert dataset.validation is None
+    assert dataset.info["validation"] is None
+    assert ids(dataset.train) == [*b"words", 256]
+    assert sorted(files(tmp_path / "out")) == [
+        "dataset.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train_000000.bin",
+    ]
+
+
+def test_dataset_json_says_what_it_was_made_of(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"some words " * 9)
+    dataset = made(path, "byte", tmp_path / "out", shard_tokens=40, workers=2)
+    info = dataset.info
+    assert (info["format"], info["version"]) == ("gptsmith-dataset", 1)
+    whole = path.read_bytes()
+    assert info["sources"] == [
+        {"path": str(path), "bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    ]
+    assert info["settings"] == {
+        "field": "text",
+        "encoding": "utf-8",
+        "unknown": "error",
+        "validation_fraction": 0.1,
+        "shard_tokens": 40,
+    }
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.fingerprint == info["tokenizer"]["fingerprint"] == dataset.fingerprint
+    assert [shard["tokens"] for shard in info["train"]["shards"]] == [40, 40, 8]
+    assert "moved forward" in info["split"]["text"]
+
+
+def test_other_encodings_and_unknown_characters(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("déjà vu".encode("utf-16"))
+    dataset = made(path, "byte", tmp_path / "out", encoding="utf-16", validation_fraction=0)
+    assert ids(dataset.train) == [*"déjà vu".encode(), 256]
+    (tmp_path / "b.txt").write_text("abc")
+    known = made(tmp_path / "b.txt", "char", tmp_path / "chars", validation_fraction=0)
+    assert known.vocab_size == 3
+    tokenizer = load_tokenizer(tmp_path / "chars")
+    (tmp_path / "c.txt").write_text("abxc")
+    with pytest.raises(ValueError, match=r"c\.txt: unknown character 'x'"):
+        made(tmp_path / "c.txt", tokenizer, tmp_path / "refused")
+    skipping = made(
+        tmp_path / "c.txt", tokenizer, tmp_path / "skip", unknown="skip", validation_fraction=0
+    )
+    assert ids(skipping.train) == [0, 1, 2]
+
+
+def test_texts_are_all_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    found = find_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a.txt")])
+    assert "".join(texts(found, PrepareSettings())) == "twothreeone"
+
+
+# -- cut, in parallel, and yet the same
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return gpt2_tokenizer()
+
+
+def test_cut_documents_have_the_ids_of_whole_ones(tmp_path, monkeypatch, gpt2):
+    """tiktoken, on the whole text at once, is the judge; stretches of 50 characters are ours."""
+    monkeypatch.setattr(encode, "STRETCH", 50)
+    text = words(3, 4000)
+    (tmp_path / "a.txt").write_text(text, newline="")
+    cut = []
+    monkeypatch.setattr(
+        encode,
+        "place_to_cut",
+        lambda *a, real=encode.place_to_cut: cut.append(real(*a)) or cut[-1],
+    )
+    dataset = made(tmp_path / "a.txt", gpt2, tmp_path / "out", validation_fraction=0, workers=3)
+    assert sum(map(bool, cut)) > 100
+    judge = tiktoken.Encoding(
+        "judge",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        mergeable_ranks={piece: id for id, piece in gpt2.pieces.items() if id not in gpt2.specials},
+        special_tokens={},
+    )
+    assert ids(dataset.train) == [*judge.encode_ordinary(text), 50256]
+
+
+def test_a_safe_place_is_never_beside_two_spaces_of_any_kind():
+    spaces = [
+        chr(code)
+        for code in range(0x110000)
+        if chr(code).isspace() or code in (0x180E, 0x200B, 0xFEFF)
+    ]
+    assert len(spaces) > 25
+    assert not [space for space in spaces if SAFE.search(f"{space} ") or SAFE.search(f"{space}\n")]
+    assert SAFE.search("a\n").end() == 1
+    assert not SAFE.search("ab\tc\u3000d")
+
+
+def test_text_without_spaces_is_cut_all_the_same(tmp_path, monkeypatch, gpt2):
+    monkeypatch.setattr(encode, "STRETCH", 100)
+    monkeypatch.setattr(encode, "LONGEST", 300)
+    (tmp_path / "a.txt").write_text("letters" * 500)
+    dataset = made(tmp_path / "a.txt", gpt2, tmp_path / "out", validation_fraction=0)
+    *found, end = ids(dataset.train)
+    assert gpt2.decode(found) == "letters" * 500
+    assert end == 50256
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
+def test_same_bytes_with_any_number_of_workers(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(encode, "STRETCH", 97)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(words(i, 20 * i * i + 1), newline="")
+    first = made(folder, tokenizer, tmp_path / "1", workers=1, shard_tokens=777)
+    assert len(first.train.paths) > 2
+    for workers in (2, 7):
+        made(folder, tokenizer, tmp_path / str(workers), workers=workers, shard_tokens=777)
+        assert files(tmp_path / str(workers)) == files(tmp_path / "1")
+
+
+# -- all or nothing
+
+
+def test_a_finished_folder_is_left_and_another_refused(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("some words " * 20)
+    made(path, "char", out)
+    before = {each: each.stat().st_mtime_ns for each in out.iterdir()}
+    made(path, "char", out, workers=1)
+    assert {each: each.stat().st_mtime_ns for each in out.iterdir()} == before
+    with pytest.raises(ValueError, match="prepared with other tokenizer: choose another --out"):
+        made(path, "byte", out)
+    with pytest.raises(ValueError, match="other split and settings"):
+        made(path, "char", out, validation_fraction=0.3)
+    path.write_text("same words " * 20)
+    with pytest.raises(ValueError, match=r"other (tokenizer and )?sources"):
+        made(path, "char", out)
+    assert {each: each.stat().st_mtime_ns for each in out.iterdir()} == before
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some words")
+    for occupied in (path, tmp_path):
+        with pytest.raises(ValueError, match="already exists"):
+            made(path, "byte", occupied)
+    with pytest.raises(OSError, match=r"Not a directory|exists"):
+        made(path, "byte", path / "below")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    (tmp_path / "empty").mkdir()
+    made(path, "byte", tmp_path / "empty")
+
+
+def test_folder_without_write_permission(tmp_path):
+    """In a process of its own that is nobody, where the tests run as root."""
+    (tmp_path / "a.txt").write_text("some words")
+    os.chmod(tmp_path, 0o555)
+    script = (
+        "import os, sys; from gptsmith.data.prepare import prepare\n"
+        "if os.geteuid() == 0: import gptsmith.machine.files as f; real = f.Path.mkdir; "
+        "f.Path.mkdir = lambda self, *a, **k: (_ for _ in ()).throw("
+        "PermissionError(13, 'Permission denied', str(self)))\n"
+        "try: list(prepare([sys.argv[1]], 'byte', sys.argv[2]))\n"
+        "except PermissionError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.txt", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    os.chmod(tmp_path, 0o755)
+    assert re.fullmatch(r"\[Errno 13\] Permission denied: '.*out.*'\n", done.stdout)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "there is no text"),
+        (b"\xef\xbb\xbf", "not enough text"),
+        (b"x", "not enough text"),
+        (b"fine \xff", "byte 0xff at position 5"),
+    ],
+)
+def test_bad_text_leaves_nothing(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        made(path, "byte", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_too_few_rows_to_hold_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' * 3)
+    with pytest.raises(ValueError, match=r"too few documents to hold out 0\.1"):
+        made(path, "byte", tmp_path / "out")
+    assert len(made(path, "byte", tmp_path / "out", validation_fraction=0.3).validation) == 4
+
+
+def test_a_disk_too_small_is_seen_first(tmp_path, monkeypatch, gpt2):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 5_000_000)
+    free = SimpleNamespace(free=7_000_000)
+    monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda place: free)
+    with pytest.raises(OSError, match=r"could need 0\.010 GB, but 0\.007 GB are free"):
+        made(path, "byte", tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    made(path, gpt2, tmp_path / "out")  # half of that is enough
+
+
+def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("some words " * 1000)
+    real = ShardWriter._begin
+
+    def full(self: ShardWriter) -> None:
+        if self.shards:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(ShardWriter, "_begin", full)
+    with pytest.raises(OSError, match=r"the disk is full: .*out was not written") as caught:
+        made(path, "byte", tmp_path / "out", shard_tokens=500)
+    assert "\n" not in str(caught.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_abandoned_or_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "STRETCH", 50)
+    monkeypatch.setattr(prepare_module, "REPORT_SECONDS", 0)
+    path = tmp_path / "a.txt"
+    path.write_text("some words " * 1000)
+    steps = prepare([str(path)], "byte", tmp_path / "out")
+    assert next(steps).bytes_done < path.stat().st_size + 1
+    assert [each.name for each in sorted(tmp_path.iterdir())] == [".out.partial", "a.txt"]
+    steps.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    steps = prepare([str(path)], "byte", tmp_path / "out")
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_and_run_again(tmp_path):
+    """kill -9 leaves no folder of that name, and a rerun makes the same bytes."""
+    path = tmp_path / "a.txt"
+    path.write_text(words(5, 400_000), newline="")
+    made(path, "byte", tmp_path / "whole", shard_tokens=100_000)
+    script = (
+        "import sys; from gptsmith.data.prepare import prepare\n"
+        "from gptsmith.config.settings import PrepareSettings\n"
+        "print('ready', flush=True)\n"
+        "list(prepare([sys.argv[1]], 'byte', sys.argv[2], "
+        "options=PrepareSettings(shard_tokens=100_000)))\n"
+    )
+    killed = 0
+    for attempt in range(8):
+        out = tmp_path / f"out{attempt}"
+        command = [sys.executable, "-c", script, str(path), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(random.Random(attempt).uniform(0, 0.08))
+            process.send_signal(signal.SIGKILL)
+        if out.exists():
+            assert files(out) == files(tmp_path / "whole")  # it was just finished
+        else:
+            killed += 1
+        made(path, "byte", out, shard_tokens=100_000)
+        assert files(out) == files(tmp_path / "whole")
+        shutil.rmtree(out)
+    assert killed >= 2
+
+
+# -- memory
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path):
+    """200 MB of text in a single line, under 350 MB of memory."""
+    path = tmp_path / "big.txt"
+    line = words(1, 100_000).replace("\n", " ")
+    times = 200_000_000 // len(line.encode()) + 1
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for _ in range(times):
+            file.write(line)
+    script = (
+        "import sys; from gptsmith.data.prepare import prepare\n"
+        "list(prepare([sys.argv[1]], 'gpt2', sys.argv[2]))\n"
+    )
+    peak = 0
+    with subprocess.Popen([sys.executable, "-c", script, path, tmp_path / "out"]) as process:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+            time.sleep(0.01)
+    assert process.returncode == 0
+    assert len(Dataset.open(tmp_path / "out").train) > 10_000_000
+    assert 20e6 < peak < 350e6
+
+
+def test_no_torch_is_imported():
+    script = (
+        "import sys, gptsmith.data.prepare; print({'torch', 'pyarrow'} & set(sys.modules) or '{}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{}\n"
+
+
+def test_names_of_encodings_are_pythons_own():
+    assert [checked_encoding(name) for name in ("UTF8", "latin1", "Windows-1252", "utf_16")] == [
+        "utf-8",
+        "iso8859-1",
+        "cp1252",
+        "utf-16",
+    ]

@@ -1,0 +1,121 @@
+"""Generation: cached equals uncached, batched equals alone, and text ends where it should."""
+
+import pytest
+import torch
+
+from gptsmith import GPT, GPTConfig, generate_greedy
+from gptsmith.config.settings import GREEDY, SamplingSettings
+from gptsmith.generation.writing import complete, generate, stream, until
+from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
+from tests.conftest import TINY, scrambled
+
+SAMPLED = SamplingSettings(temperature=1.0, top_k=20, top_p=0.95, repetition_penalty=1.2)
+
+
+def byte_model() -> GPT:
+    return scrambled(GPTConfig(**(TINY | {"vocab_size": 257, "context_length": 23})))
+
+
+def run(model: GPT, tokens: torch.Tensor, count: int, **options) -> list[list[int]]:
+    return torch.stack(list(generate(model, tokens, count, **options)), dim=1).tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("length", [1, 4, 10, 11, 15])
+def test_cached_equals_uncached_across_the_context_limit(
+    sampling: SamplingSettings, length: int
+) -> None:
+    model = scrambled(GPTConfig(**TINY))
+    tokens = torch.randint(37, (2, length), generator=torch.Generator().manual_seed(length))
+    cached = run(model, tokens, 14, sampling=sampling, seed=3)
+    assert cached == run(model, tokens, 14, sampling=sampling, seed=3, use_cache=False)
+
+
+def test_past_the_limit_the_last_context_is_seen() -> None:
+    """The rule of both systems, restated: crop to context_length, take the last logits."""
+    model = scrambled(GPTConfig(**TINY))
+    tokens = torch.randint(37, (1, 30), generator=torch.Generator().manual_seed(0))
+    expected = tokens
+    for _ in range(6):
+        logits = model(expected[:, -11:]).logits[:, -1]
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert generate_greedy(model, tokens, 6).tolist() == expected.tolist()
+
+
+def test_a_row_gives_what_it_gives_alone() -> None:
+    model = scrambled(GPTConfig(**TINY))
+    tokens = torch.randint(37, (3, 4), generator=torch.Generator().manual_seed(1))
+    together = run(model, tokens, 12, sampling=SAMPLED, seed=7)
+    alone = [run(model, tokens[i : i + 1], 12, sampling=SAMPLED, seed=7 + i)[0] for i in range(3)]
+    assert together == alone
+    assert len({tuple(row) for row in together}) == 3
+
+
+def test_nothing_to_generate() -> None:
+    model, tokens = scrambled(GPTConfig(**TINY)), torch.tensor([[1, 2]])
+    assert list(generate(model, tokens, 0)) == []
+    assert generate_greedy(model, tokens, 0).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampling", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), GREEDY, "with a token is needed"),
+        (torch.tensor([[37]]), GREEDY, "outside the vocabulary: 0 to 36"),
+        (torch.tensor([[-1]]), GREEDY, "outside the vocabulary"),
+        (torch.tensor([[1]]), SamplingSettings(top_k=38), "top_k is 38: at most the vocabulary"),
+    ],
+)
+def test_impossible_requests_are_refused(
+    tokens: torch.Tensor, sampling: SamplingSettings, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(generate(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
+
+
+def test_stream_and_complete_agree() -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    texts = complete(model, tokenizer, "ab", num_samples=3, max_tokens=40, seed=5)
+    for i, text in enumerate(texts):
+        assert "".join(stream(model, tokenizer, "ab", max_tokens=40, seed=5 + i)) == text
+    assert len(set(texts)) == 3
+
+
+def test_an_empty_prompt_begins_somewhere() -> None:
+    model = byte_model()
+    assert isinstance("".join(stream(model, byte_tokenizer(), max_tokens=5)), str)
+    letters = char_tokenizer("abc")  # no end of text and no newline to begin with
+    tiny = scrambled(GPTConfig(**(TINY | {"vocab_size": 3})))
+    assert set("".join(stream(tiny, letters, max_tokens=5))) <= set("abc")
+
+
+def test_end_of_text_ends_the_text() -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    with torch.no_grad():  # every token is followed by <|endoftext|>
+        model.lm_head.weight.zero_()
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[256] = 1.0
+    assert "".join(stream(model, tokenizer, "ab", max_tokens=9, temperature=0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["one two", " three"], ["two"], "one "),
+        (["one t", "w", "o three"], ["two"], "one "),
+        (["one tw", "ice"], ["two"], "one twice"),
+        (["aab"], ["ab", "aa"], ""),
+        (["abc", "abd"], ["cabd", "zz"], "ab"),
+        (["ab", "ab", "abc"], ["ababc"], "ab"),
+        (["xy"], [], "xy"),
+        (["ends with o"], ["one"], "ends with o"),
+    ],
+)
+def test_stop_strings_may_span_pieces(pieces: list[str], stop: list[str], expected: str) -> None:
+    assert "".join(until(pieces, stop)) == expected
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop string is empty"):
+        list(until(["a"], [""]))

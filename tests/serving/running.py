@@ -1,0 +1,76 @@
+"""A real server in a thread of the test: uvicorn on a free port of this machine."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gptsmith import GPT
+from gptsmith.serving.app import make_app
+from gptsmith.serving.guard import Access, Guard
+from gptsmith.serving.handler import Served
+from gptsmith.serving.http import Server, listen, url
+from gptsmith.serving.metrics import Metrics
+from gptsmith.serving.worker import Service
+from gptsmith.tokenizers import Tokenizer
+
+
+class Running:
+    """A server that runs, and what it has taken down."""
+
+    def __init__(self, address: str, served: Served, accesses: list[Access]) -> None:
+        self.url, self.served, self.accesses = address, served, accesses
+
+    def wait_until_idle(self) -> float:
+        """How many seconds it took until no text was being written or waiting; at most 10."""
+        begun = time.monotonic()
+        while any(self.served.service.counts()) or not self.served.service.engine.idle:
+            assert time.monotonic() < begun + 10, "somebody still writes"
+            time.sleep(0.002)
+        return time.monotonic() - begun
+
+
+@contextmanager
+def serving(
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 4,
+    waiting: int = 16,
+    step_seconds: float = 0.0,
+    key: str | None = None,
+    **how: Any,
+) -> Iterator[Running]:
+    """Serve a model as `gptsmith serve` does; each step takes `step_seconds` longer."""
+    service = Service(model, slots=slots, waiting=waiting)
+    if step_seconds:
+        slow_down(service, step_seconds)
+    metrics = Metrics(service.counts, slots=slots)
+    names: dict[str, Any] = {"name": "toy", "aliases": frozenset({"models/toy"})}
+    served = Served(service=service, tokenizer=tokenizer, metrics=metrics, **(names | how))
+    accesses: list[Access] = []
+    ready = threading.Event()
+    with listen("127.0.0.1", 0) as bound:
+        app = Guard(make_app(served), api_key=key, most_bytes=1 << 20, seen=accesses.append)
+        server = Server(app, drain=5, ready=ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            assert ready.wait(20), "the server did not start"
+            yield Running(url(bound), served, accesses)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+        assert not thread.is_alive()
+
+
+def slow_down(service: Service, seconds: float) -> None:
+    """Let each step of the engine take longer."""
+    step = service.engine.step
+
+    def slowly(now: float) -> Any:
+        time.sleep(seconds)
+        return step(now)
+
+    service.engine.step = slowly  # type: ignore[method-assign]

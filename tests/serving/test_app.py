@@ -1,0 +1,617 @@
+"""The server, asked by OpenAI's own client over real sockets."""
+
+import asyncio
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import httpx2
+import openai
+import pytest
+import torch
+
+from gptsmith import GPT, GPTConfig, complete
+from gptsmith.config.settings import SamplingSettings
+from gptsmith.serving import schema
+from gptsmith.serving.chat import ChatTemplate
+from gptsmith.tokenizers import Tokenizer, byte_tokenizer
+from tests.conftest import TINY, scrambled
+from tests.serving.running import Running, serving
+
+TOKENIZER = byte_tokenizer()
+END = 256
+LONG = 800  # tokens that take some seconds, where a step is slowed down
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+)
+
+
+def toy(context_length: int = 48) -> GPT:
+    return scrambled(GPTConfig(**(TINY | {"vocab_size": 259, "context_length": context_length})))
+
+
+MODEL = toy()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving(MODEL, TOKENIZER, ends=frozenset({END})) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Running]:
+    """Two slots, room for one more, and 5 ms for each step."""
+    with serving(toy(1024), TOKENIZER, slots=2, waiting=1, step_seconds=0.005) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def talker() -> Iterator[Running]:
+    template = ChatTemplate(TEMPLATE, TOKENIZER, {})
+    with serving(MODEL, TOKENIZER, ends=frozenset({END}), template=template) as running:
+        yield running
+
+
+def client_of(running: Running, key: str = "any") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0)
+
+
+def ours(prompt: str, count: int, seed: int, **choices: float) -> str:
+    """What the library writes, with the same settings."""
+    sampling = SamplingSettings(**({"temperature": 1.0} | choices))
+    return complete(MODEL, TOKENIZER, prompt, max_tokens=count, seed=seed, sampling=sampling)[0]
+
+
+def logits_after(ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return MODEL(torch.tensor([ids])).logits[0, -1]
+
+
+# -- completions
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
+def test_the_same_seed_gives_the_library_s_text(server: Running, temperature: float) -> None:
+    found = client_of(server).completions.create(
+        model="toy", prompt="To be", max_tokens=20, seed=5, temperature=temperature
+    )
+    assert found.choices[0].text == ours("To be", 20, 5, temperature=temperature)
+    assert found.model == "toy"
+    assert found.id.startswith("cmpl-")
+    assert abs(found.created - time.time()) < 60
+
+
+def test_extensions_are_the_library_s_settings(server: Running) -> None:
+    how = {"top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3}
+    found = client_of(server).completions.create(
+        model="toy", prompt="ab", max_tokens=20, seed=5, top_p=0.9, extra_body=how
+    )
+    assert found.choices[0].text == ours("ab", 20, 5, top_p=0.9, **how)
+
+
+def test_a_prompt_in_each_form_and_n_texts_of_each(server: Running) -> None:
+    create = client_of(server).completions.create
+    texts = ["ab", "", "xyz"]
+    found = create(model="toy", prompt=texts, n=2, max_tokens=9, seed=7, temperature=1)
+    assert [choice.index for choice in found.choices] == list(range(6))
+    expected = [ours(texts[i // 2], 9, 7 + i) for i in range(6)]
+    assert [choice.text for choice in found.choices] == expected
+    assert len(set(expected)) == 6
+    rows = [[*text.encode()] for text in ("ab", "xyz")]
+    found = create(model="toy", prompt=rows, max_tokens=9, seed=7)
+    assert [choice.text for choice in found.choices] == [ours("ab", 9, 7), ours("xyz", 9, 8)]
+    assert create(model="toy", prompt=rows[0], max_tokens=9, seed=7).choices[0].text == expected[0]
+
+
+def test_tokens_are_counted_once_for_a_prompt_and_for_every_text(server: Running) -> None:
+    create = client_of(server).completions.create
+    bias = {str(END): -100}
+    found = create(
+        model="toy", prompt=["abc", "de"], n=2, best_of=3, max_tokens=4, seed=1, logit_bias=bias
+    )
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == 5
+    assert found.usage.completion_tokens == 2 * 3 * 4
+    assert found.usage.total_tokens == 5 + 24
+
+
+def test_the_best_are_those_of_highest_mean_log_probability(server: Running) -> None:
+    create = client_of(server).completions.create
+    how = {"model": "toy", "prompt": ["ab", "c"], "max_tokens": 6, "seed": 3, "logprobs": 0}
+    every = create(n=4, **how).choices
+    means = [math.fsum(c.logprobs.token_logprobs) / 6 for c in every]
+    assert all(len(c.logprobs.tokens) == 6 for c in every)
+    expected = []
+    for group in (range(4), range(4, 8)):
+        best = sorted(group, key=lambda i: means[i], reverse=True)[:2]
+        expected += [every[i].text for i in best]
+    found = create(n=2, best_of=4, **how).choices
+    assert [choice.text for choice in found] == expected
+    assert [choice.index for choice in found] == [0, 1, 2, 3]
+
+
+def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:
+    create = client_of(server).completions.create
+    how = {"model": "toy", "prompt": ["ab", "é"], "n": 2, "max_tokens": 20, "seed": 11}
+    how |= {"logprobs": 2, "echo": True, "stop": ["q", "x"]}
+    whole = create(**how)
+    texts, tokens = ["", "", "", ""], [[], [], [], []]
+    finish: list[str | None] = [None] * 4
+    events = list(create(stream=True, stream_options={"include_usage": True}, **how))
+    assert len({event.id for event in events}) == 1
+    for event in events[:-1]:
+        (choice,) = event.choices
+        assert finish[choice.index] is None, "nothing comes after the end"
+        assert event.usage is None
+        texts[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.tokens
+        finish[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert finish == [choice.finish_reason for choice in whole.choices]
+    assert events[-1].choices == []
+    assert events[-1].usage == whole.usage
+
+
+def test_a_stream_is_events_and_ends_with_done(server: Running) -> None:
+    body = {"model": "toy", "prompt": "a", "max_tokens": 3, "stream": True}
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = "".join(answer.iter_text()).split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    for event in events[:-2]:
+        assert json.loads(event.removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_a_stop_string_ends_a_text_and_is_no_part_of_it(server: Running) -> None:
+    create = client_of(server).completions.create
+    text = ours("ab", 40, 2)
+    stop = text[6:8]
+    found = create(model="toy", prompt="ab", max_tokens=40, seed=2, stop=[stop, "never there"])
+    assert found.choices[0].text == text[: text.index(stop)]
+    assert found.choices[0].finish_reason == "stop"
+    assert found.usage is not None
+    assert found.usage.completion_tokens < 40
+
+
+def test_logit_bias_bans_a_token_and_forces_one(server: Running) -> None:
+    create = client_of(server).completions.create
+    likeliest = int(logits_after([*b"ab"]).argmax())
+    how = {"model": "toy", "prompt": "ab", "temperature": 0, "max_tokens": 1, "logprobs": 0}
+    free = create(**how).choices[0].logprobs.top_logprobs[0]
+    banned = create(logit_bias={str(likeliest): -100}, **how).choices[0]
+    assert banned.logprobs.top_logprobs[0].keys() != free.keys()
+    forced = create(logit_bias={"122": 100}, **(how | {"max_tokens": 5})).choices[0]
+    assert forced.text == "zzzzz"
+    assert set(forced.logprobs.tokens) == {"z"}
+    # What is told is what the model itself thinks.
+    expected = logits_after([*b"ab"]).log_softmax(0)[122].item()
+    assert forced.logprobs.token_logprobs[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_penalties_keep_tokens_from_coming_again(server: Running) -> None:
+    create = client_of(server).completions.create
+    bias = {"120": 50, "121": 49}  # x is likelier by 1 of logit, roughly, until it was written
+
+    def text(**penalties: float) -> str:
+        how = {"model": "toy", "prompt": "ab", "temperature": 0, "max_tokens": 6}
+        return create(logit_bias=bias, **how, **penalties).choices[0].text
+
+    ids, written = [*b"ab"], ""
+    for _ in range(6):  # the definition, restated
+        logits = logits_after(ids)
+        logits[120] += 50 - 1.5 * written.count("x") - 0.5 * ("x" in written)
+        logits[121] += 49 - 1.5 * written.count("y") - 0.5 * ("y" in written)
+        written += chr(int(logits.argmax()))
+        ids.append(ord(written[-1]))
+    assert {"x", "y"} <= set(written)
+    assert text(frequency_penalty=1.5, presence_penalty=0.5) == written != text()
+
+
+def test_echo_and_logprobs_score_a_prompt(server: Running) -> None:
+    create = client_of(server).completions.create
+    found = create(model="toy", prompt="aéb", max_tokens=0, echo=True, logprobs=3).choices[0]
+    ids = [*"aéb".encode()]
+    assert found.text == "aéb"
+    assert found.finish_reason == "length"
+    assert found.logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "b"]
+    assert found.logprobs.text_offset == [0, 1, 1, 2]
+    assert found.logprobs.token_logprobs[0] is None
+    for at in range(1, 4):
+        logprobs = logits_after(ids[:at]).log_softmax(0)
+        expected = logprobs[ids[at]].item()
+        assert found.logprobs.token_logprobs[at] == pytest.approx(expected, abs=1e-4)
+        best = logprobs.topk(3).values.tolist()
+        told = sorted(found.logprobs.top_logprobs[at].values(), reverse=True)
+        assert told[:3] == pytest.approx(best, abs=1e-4)
+    more = create(model="toy", prompt="aéb", max_tokens=4, seed=1, echo=True).choices[0]
+    assert more.text == "aéb" + ours("aéb", 4, 1)
+    assert more.logprobs is None
+
+
+def test_a_text_ends_at_the_context_limit(server: Running) -> None:
+    create = client_of(server).completions.create
+    how = {"model": "toy", "max_tokens": 1000, "logit_bias": {str(END): -100}}
+    found = create(prompt=[65] * 40, **how)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage is not None
+    assert 8 <= found.usage.completion_tokens <= 9
+    assert create(prompt=[65] * 48, **how).choices[0].finish_reason == "length"
+
+
+def test_the_end_of_text_ends_a_text(server: Running) -> None:
+    found = client_of(server).completions.create(
+        model="toy", prompt="ab", logit_bias={str(END): 100}, logprobs=1
+    )
+    assert (found.choices[0].text, found.choices[0].finish_reason) == ("", "stop")
+    assert found.choices[0].logprobs.tokens == ["<|endoftext|>"]
+
+
+def test_a_prompt_is_scored_also_where_the_text_ends_at_once(server: Running) -> None:
+    how = {"model": "toy", "prompt": "abc", "echo": True, "logprobs": 1, "temperature": 0}
+    create = client_of(server).completions.create
+    alone, ended = (
+        create(max_tokens=count, logit_bias={str(END): 100}, **how).choices[0].logprobs
+        for count in (0, 1)
+    )
+    assert ended.tokens == [*alone.tokens, "<|endoftext|>"]
+    assert ended.token_logprobs[:-1] == alone.token_logprobs
+    assert ended.text_offset == [0, 1, 2, 3]
+
+
+def test_many_clients_at_once_get_what_each_would_get_alone(server: Running) -> None:
+    async def everybody() -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="any", max_retries=0
+        ) as client:
+
+            async def one(seed: int) -> str:
+                if seed % 2:
+                    found = await client.completions.create(
+                        model="toy", prompt="ab", max_tokens=15, seed=seed
+                    )
+                    return found.choices[0].text
+                events = await client.completions.create(
+                    model="toy", prompt="ab", max_tokens=15, seed=seed, stream=True
+                )
+                return "".join([event.choices[0].text async for event in events])
+
+            return await asyncio.gather(*map(one, range(12)))
+
+    assert asyncio.run(everybody()) == [ours("ab", 15, seed) for seed in range(12)]
+
+
+# -- chat
+
+
+def test_a_chat_continues_what_the_template_makes(talker: Running) -> None:
+    create = client_of(talker).chat.completions.create
+    messages = [{"role": "user", "content": "hi"}]
+    how = {"model": "toy", "messages": messages, "seed": 4, "n": 2, "temperature": 1}
+    found = create(max_completion_tokens=12, logprobs=True, top_logprobs=2, **how)
+    prompt = "<user>hi<assistant>"
+    assert [c.message.content for c in found.choices] == [ours(prompt, 12, s) for s in (4, 5)]
+    assert found.choices[0].message.role == "assistant"
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == len(prompt)
+    content = found.choices[0].logprobs.content
+    assert bytes(b for token in content for b in token.bytes).decode(errors="replace") == (
+        found.choices[0].message.content
+    )
+    assert all(len(token.top_logprobs) == 2 for token in content)
+    texts, finish = ["", ""], [None, None]
+    for event in create(max_completion_tokens=12, stream=True, **how):
+        (choice,) = event.choices
+        if not texts[choice.index] and choice.delta.role is None:
+            assert finish[choice.index] is None
+        texts[choice.index] += choice.delta.content or ""
+        finish[choice.index] = choice.finish_reason
+    assert texts == [c.message.content for c in found.choices]
+    assert finish == ["length", "length"]
+
+
+def test_parts_of_a_message_and_our_own_answers_are_taken_back(talker: Running) -> None:
+    create = client_of(talker).chat.completions.create
+    first = create(model="toy", messages=[{"role": "user", "content": "a"}], max_tokens=3, seed=1)
+    answer = first.choices[0].message
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    talk = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": parts}]
+    found = create(model="toy", messages=talk, max_tokens=5, seed=1)
+    prompt = f"<user>a<assistant>{answer.content}<user>b\nc<assistant>"
+    assert found.choices[0].message.content == ours(prompt, 5, 1)
+
+
+def test_the_token_that_ends_a_message_is_not_told(talker: Running) -> None:
+    found = client_of(talker).chat.completions.create(
+        model="toy",
+        messages=[{"role": "user", "content": "hi"}],
+        logit_bias={str(END): 100},
+        logprobs=True,
+    )
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("", "stop")
+    assert found.choices[0].logprobs is not None
+    assert found.choices[0].logprobs.content == []
+
+
+def test_a_chat_goes_on_up_to_the_context_limit(talker: Running) -> None:
+    found = client_of(talker).chat.completions.create(
+        model="toy", messages=[{"role": "user", "content": "hi"}], logit_bias={str(END): -100}
+    )
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage is not None
+    assert 48 <= found.usage.total_tokens <= 49
+
+
+def test_what_the_template_refuses_is_said(talker: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="these messages: no system here"):
+        client_of(talker).chat.completions.create(
+            model="toy", messages=[{"role": "system", "content": "x"}]
+        )
+
+
+def test_a_model_without_a_template_points_to_completions(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="send a text to /v1/completions") as caught:
+        client_of(server).chat.completions.create(
+            model="toy", messages=[{"role": "user", "content": "x"}]
+        )
+    assert caught.value.code == "no_chat_template"
+
+
+# -- what else there is
+
+
+def test_the_models_are_one(server: Running) -> None:
+    client = client_of(server)
+    assert [model.id for model in client.models.list()] == ["toy"]
+    assert client.models.retrieve("toy").id == "toy"
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-5' is not served here: take 'toy'"):
+        client.models.retrieve("gpt-5")
+    assert client.completions.create(model="models/toy", prompt="a", max_tokens=1).model == "toy"
+
+
+def test_answers_are_as_they_are_described(server: Running, talker: Running) -> None:
+    body = {"model": "toy", "max_tokens": 3, "logprobs": 1, "echo": True}
+    found = httpx2.post(f"{server.url}/v1/completions", json=body)
+    schema.Completion.model_validate(found.json(), strict=True, extra="forbid")
+    chat = {"model": "toy", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+    chat |= {"logprobs": True, "top_logprobs": 1}
+    found = httpx2.post(f"{talker.url}/v1/chat/completions", json=chat)
+    schema.ChatCompletion.model_validate(found.json(), strict=True, extra="forbid")
+    found = httpx2.get(f"{server.url}/v1/none")
+    schema.Failure.model_validate(found.json(), strict=True, extra="forbid")
+    described = httpx2.get(f"{server.url}/openapi.json").json()
+    assert {"/v1/completions", "/v1/chat/completions", "/health"} <= described["paths"].keys()
+    for path in described["paths"].values():
+        for operation in path.values():
+            assert "422" not in operation["responses"]
+
+
+def test_the_page_may_run_its_own_script_only(server: Running) -> None:
+    found = httpx2.get(server.url)
+    assert found.headers["content-type"].startswith("text/html")
+    policy = found.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_health_and_metrics_count(slow: Running) -> None:
+    client = client_of(slow)
+    before = slow.served.metrics.text().decode()
+    stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=3, stream=True)
+    next(iter(stream))
+    health = httpx2.get(f"{slow.url}/health").json()
+    assert health == {"status": "ok", "model": "toy", "running": 2, "waiting": 1, "slots": 2}
+    stream.close()
+    slow.wait_until_idle()
+    text = httpx2.get(f"{slow.url}/metrics").text
+    assert 'gptsmith_tokens_total{kind="prompt"} ' in text
+    assert text != before
+
+
+# -- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "message"),
+    [
+        ({"model": "x"}, openai.NotFoundError, "model 'x' is not served here: take 'toy'"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature is 3: at most 2.0 is needed"),
+        ({"prompt": [259]}, openai.BadRequestError, "outside the vocabulary: 0 to 258 are needed"),
+        ({"prompt": "a" * 49}, openai.BadRequestError, "has 49 tokens, and the model's context_le"),
+        (
+            {"prompt": "a" * 100_000},
+            openai.BadRequestError,
+            "has 100,000 characters, and the model's context_length is 48: shorten it",
+        ),
+        ({"prompt": ["a"] * 21}, openai.BadRequestError, "21 texts are asked for at once: at most"),
+        ({"extra_body": {"top_q": 1}}, openai.BadRequestError, "'top_q', did you mean 'top_"),
+        ({"suffix": "x"}, openai.BadRequestError, "suffix is not supported"),
+        ({"prompt": "x" * (1 << 20)}, openai.APIStatusError, "larger than 1,048,576 bytes"),
+    ],
+)
+def test_errors_are_those_that_openai_s_client_knows(server, said, kind, message) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        client_of(server).completions.create(**({"model": "toy", "prompt": "a"} | said))
+    assert "\n" not in caught.value.message
+    assert caught.value.body.keys() == {"message", "type", "param", "code"}
+
+
+def test_the_length_error_has_the_code_that_programs_look_for(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client_of(server).completions.create(model="toy", prompt=[1] * 49)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "message"),
+    [
+        ("POST", "/v1/completions", b"{", 400, "the body is not JSON: "),
+        ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is not JSON: "),
+        ("POST", "/v1/completions", b"\xff", 400, "the body is not JSON: "),
+        ("POST", "/v1/completions", b"", 400, "the body is missing: a JSON object is needed"),
+        ("GET", "/v1/completions", b"", 405, "GET is not for '/v1/completions': use POST"),
+        ("GET", "/v1/none", b"", 404, "there is nothing at '/v1/none': see /docs"),
+    ],
+)
+def test_what_is_no_request_is_refused(
+    server: Running, method: str, path: str, content: bytes, status: int, message: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    found = httpx2.request(method, server.url + path, content=content, headers=headers)
+    assert found.status_code == status
+    assert found.json()["error"]["message"].startswith(message)
+
+
+def test_a_body_that_does_not_say_json_is_refused(server: Running) -> None:
+    body = b'{"model": "toy"}'
+    found = httpx2.post(
+        f"{server.url}/v1/completions", content=body, headers={"content-type": "text/plain"}
+    )
+    assert found.status_code == 400
+    assert "send it with Content-Type: application/json" in found.json()["error"]["message"]
+
+
+def test_a_key_is_needed_where_there_is_one() -> None:
+    with serving(MODEL, TOKENIZER, key="secret") as running:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client_of(running, "wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
+        assert client_of(running, "secret").models.list().data[0].id == "toy"
+
+
+def test_a_full_queue_says_when_to_ask_again(slow: Running) -> None:
+    client = client_of(slow)
+    stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=3, stream=True)
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError, match="its queue is full: ask again in") as caught:
+        client.completions.create(model="toy", prompt="a")
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    stream.close()
+    slow.wait_until_idle()
+    assert client.completions.create(model="toy", prompt="a", max_tokens=1).choices[0].finish_reason
+
+
+def test_who_hangs_up_frees_the_slots_at_once(slow: Running) -> None:
+    """In the middle of a stream, and while waiting for a whole answer."""
+    client = client_of(slow)
+    stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=2, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert slow.wait_until_idle() < 1  # the texts would take four
+
+    body = json.dumps({"model": "toy", "max_tokens": LONG, "n": 3}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", int(slow.url.rpartition(":")[2]))) as raw:
+        raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        while sum(slow.served.service.counts()) < 3:
+            time.sleep(0.002)
+    assert slow.wait_until_idle() < 1
+    assert [access.status for access in slow.accesses[-2:]] == [499, 499]
+
+
+def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) -> None:
+    create = client_of(slow).completions.create
+    how = {"model": "toy", "prompt": ["a", "b"], "seed": 1}
+    first, second = (choice.text for choice in create(max_tokens=40, **how).choices)
+    stop = next(letter for letter in first if letter not in second)
+    stream = create(max_tokens=LONG, stop=stop, stream=True, **how)
+    for event in stream:
+        if event.choices[0].finish_reason == "stop":
+            break
+    begun = time.monotonic()
+    while slow.served.service.counts().running > 1:
+        assert time.monotonic() < begun + 1
+        time.sleep(0.002)
+    assert slow.served.service.counts().running == 1, "the other one goes on"
+    stream.close()
+    slow.wait_until_idle()
+
+
+def test_a_request_has_its_time() -> None:
+    with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=0.3) as running:
+        client = client_of(running)
+        begun = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match="the time for a request") as caught:
+            client.completions.create(model="toy", prompt="a", max_tokens=LONG)
+        assert caught.value.status_code == 504
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        assert 0.25 < time.monotonic() - begun < 2
+        events = iter(
+            client.completions.create(model="toy", prompt="a", max_tokens=LONG, stream=True)
+        )
+        for _ in range(4):
+            next(events)  # what comes before stays
+        with pytest.raises(openai.APIError, match="the time for a request is over"):
+            list(events)
+        running.wait_until_idle()
+
+
+def test_a_failure_inside_tells_the_client_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(MODEL, TOKENIZER) as running:
+
+        def broken(jobs: object) -> None:
+            raise KeyError("secret place")
+
+        monkeypatch.setattr(running.served.service, "submit", broken)
+        found = httpx2.post(f"{running.url}/v1/completions", json={"model": "toy"})
+    assert found.status_code == 500
+    assert found.json()["error"]["type"] == "server_error"
+    assert "secret" not in found.text
+    assert any(
+        record.name == "gptsmith.serving.handler" and record.exc_info for record in caplog.records
+    ), "the log has the traceback"
+
+
+def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
+    with serving(MODEL, TOKENIZER) as running:
+        engine, client = running.served.service.engine, client_of(running)
+        step = engine.step
+
+        def broken(now: float) -> None:
+            engine.step = step
+            raise KeyError("secret place")
+
+        engine.step = broken
+        with pytest.raises(openai.InternalServerError, match="the model failed at this") as caught:
+            client.completions.create(model="toy", prompt="ab")
+        assert "secret" not in caught.value.message
+        found = client.completions.create(model="toy", prompt="ab", max_tokens=9, seed=1)
+        assert found.choices[0].text == ours("ab", 9, 1)
+
+
+def test_a_long_text_is_read_aside_while_others_go_on() -> None:
+    """A tokenizer that takes its time stalls nobody's stream."""
+
+    class Slow(Tokenizer):
+        def encode(self, text: str, **how: object) -> list[int]:
+            if len(text) > 10_000:
+                time.sleep(0.5)
+            return super().encode(text[:5], **how)  # type: ignore[arg-type]
+
+    tokenizer = Slow(byte_tokenizer().backend)
+    with serving(toy(1024), tokenizer, step_seconds=0.002) as running:
+        running.served.__dict__["longest_prompt"] = 1 << 20
+
+        async def both() -> list[float]:
+            times = []
+            async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x") as client:
+                stream = await client.completions.create(
+                    model="toy", prompt="a", max_tokens=300, stream=True
+                )
+                long = asyncio.create_task(
+                    client.completions.create(model="toy", prompt="a" * 30_000, max_tokens=1)
+                )
+                async for _ in stream:
+                    times.append(time.monotonic())
+                await long
+            return times
+
+        times = asyncio.run(both())
+    assert max(b - a for a, b in pairwise(times)) < 0.3
