@@ -6,7 +6,7 @@ Knows nothing of files or tensors.
 from dataclasses import replace
 from typing import Any
 
-from ..config.model import MODERN, GPTConfig
+from ..config.model import GPTConfig
 
 # Our word for an activation, and the one a Hugging Face config.json uses for the same function.
 HUGGING_FACE_ACTIVATIONS = {
@@ -99,7 +99,7 @@ def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
         tie_weights=theirs.get("tie_word_embeddings", False),
         dropout=theirs.get("attention_dropout", 0.0),
         norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        **MODERN,
+        block="modern",
     )
     if theirs.get("head_dim", config.head_size) != config.head_size:
         raise ValueError(

@@ -45,12 +45,13 @@ def open_folder(options: Namespace, name: str) -> Any:
         found = aside.submit(find_model, name)
         from ..checkpoint.saved import load_folder
         from ..machine import devices
+        from ..model.attention import WAYS
 
         folder = found.result()
     machine = choose_to_use(options, folder)
     device = devices.prepare_machine(machine)
     model, tokenizer = load_folder(folder, **devices.loading(machine.dtype, device))
-    model.attend_in_blocks(machine.attention == "blocks")
+    model.attend_by(WAYS[machine.attention])
     return folder, model, tokenizer
 
 

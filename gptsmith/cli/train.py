@@ -1,12 +1,12 @@
 """The command that trains: a fresh run, or one continued."""
 
-from argparse import Namespace
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.fields import suggestion
-from ..config.model import GPTConfig
+from ..config.model import FORMER_SWITCHES, GPTConfig
 from ..config.recipe import read_toml, recipes, with_overrides
 from ..config.settings import (
     DataSettings,
@@ -35,10 +35,19 @@ def add_train(parser: Parser) -> None:
     group = parser.add_argument_group
     add_flags(group("the data"), DataSettings)
     add_flags(group("the model"), GPTConfig, without=("vocab_size",))
+    add_former_switches(parser)
     add_flags(group("the training"), TrainingSettings)
     add_flags(group("the machine"), MachineSettings)
     add_flags(group("what is shown and kept"), ReportSettings)
     add_flags(group("the text"), PrepareSettings)
+
+
+def add_former_switches(parser: Parser) -> None:
+    """Flags that `--block` took the place of: understood, though help does not show them."""
+    for name in FORMER_SWITCHES:
+        kind: dict[str, Any] = {"action": BooleanOptionalAction} if name == "qk_norm" else {}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=name, default=SUPPRESS, help=SUPPRESS, **kind)
 
 
 def train(options: Namespace) -> int:
@@ -48,6 +57,7 @@ def train(options: Namespace) -> int:
         *(GPTConfig, DataSettings, PrepareSettings),
         *(TrainingSettings, MachineSettings, ReportSettings),
     )
+    flags |= {name: value for name, value in vars(options).items() if name in FORMER_SWITCHES}
     if options.resume:
         if options.what or options.out:
             raise UsageError("--resume names the run: leave out the recipe, the data and --out")

@@ -130,7 +130,7 @@ def terms(config: GPTConfig) -> list[Term]:
 def forward_stages(config: GPTConfig) -> list[Stage]:
     """A forward pass from tokens to logits, with one block spelled out."""
     name, kind = BENDS[config.activation]
-    norm = "mean square 1" if config.norm == "rms" else "mean 0, variance 1"
+    norm = "mean square 1" if config.modern else "mean 0, variance 1"
     grouped = config.kv_heads < config.n_head
     embedded = [Stage("wte + wpe", "the token's vector plus its position's", "(B, T, C)")]
     turned = []

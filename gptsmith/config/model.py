@@ -4,101 +4,133 @@ Knows nothing of tensors, files or training, and imports only the standard libra
 question about a model (`gptsmith describe`) never waits for PyTorch.
 """
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .fields import setting, suggestion
 
 Activation = Literal["gelu_tanh", "gelu_erf", "relu2"]
-Position = Literal["learned", "rotary"]
-Norm = Literal["layer", "rms"]
+Block = Literal["gpt2", "modern"]
+Init = Literal["gpt2", "book"]
+
+SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "n_kv_head")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The whole description of one model; the defaults are OpenAI's GPT-2 of 124M parameters."""
+    """The whole description of one model; the defaults are OpenAI's GPT-2 of 124M parameters.
+
+    Two that differ in `init` alone are equal: it says how fresh weights are drawn, and is no part
+    of the architecture.
+    """
 
     vocab_size: int = setting(50257, "number of different tokens")
-    context_length: int = setting(1024, "most tokens that the model can look at, at once")
+    context_length: int = setting(1024, "most tokens that the model can attend to at once")
     n_layer: int = setting(12, "number of Transformer blocks")
     n_head: int = setting(12, "attention heads in each block; must divide n_embd")
-    n_embd: int = setting(768, "channels of the residual stream")
+    n_embd: int = setting(768, "channels of the residual stream; a multiple of n_head")
     n_inner: int | None = setting(None, "channels inside the MLP (default: 4 * n_embd)")
+    block: Block = setting(
+        "gpt2",
+        "GPT-2's Transformer block, or NanoChat's: rotary positions, RMSNorm without weights, "
+        "normalized queries and keys, squared ReLU, no biases",
+    )
+    # None stands for the block's own, and is replaced by it when the configuration is made.
     activation: Activation = setting(
-        "gelu_tanh", "of the MLP: GPT-2's, nanoGPT's or the modern one"
+        None, "activation function of the MLP (default: gelu_tanh, or relu2 in the modern block)"
     )
-    position: Position = setting(
-        "learned", "how tokens know their place: a table, or rotated heads"
-    )
-    norm: Norm = setting("layer", "LayerNorm, or RMS norm without weights")
-    qk_norm: bool = setting(False, "norm of queries and keys, once rotated")
     n_kv_head: int | None = setting(
-        None, "heads of keys and values; must divide n_head (default: n_head)"
+        None, "key and value heads of the modern block; must divide n_head (default: n_head)"
     )
-    bias: bool = setting(True, "biases in linear layers and norms (nanoGPT trains without)")
+    bias: bool = setting(
+        None, "biases in linear layers and norms (default: yes, but not in the modern block)"
+    )
     qkv_bias: bool | None = setting(None, "bias of query, key and value (default: as bias)")
     tie_weights: bool = setting(True, "use the token embedding as the output head too")
     dropout: float = setting(
-        0.0, "probability of dropping, 0 to 1: embeddings, attention, residuals"
+        0.0, "dropout probability, 0 to 1, of embeddings, attention weights and residual branches"
     )
     norm_eps: float = setting(1e-5, "added to the variance inside norms")
+    init: Init = field(
+        default="gpt2",
+        compare=False,
+        metadata={
+            "help": "initialization of fresh weights: GPT-2's, or PyTorch's defaults in the order "
+            "of the book's code"
+        },
+    )
 
     def __post_init__(self) -> None:
-        may_be_none = ("n_inner", "n_kv_head")
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", *may_be_none):
-            value = getattr(self, name)
-            if value is None and name in may_be_none:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for name in SIZES:
+            value, optional = getattr(self, name), name in ("n_inner", "n_kv_head")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and not (value is None and optional):
                 raise ValueError(f"{name} is {value!r}: a whole number of at least 1 is needed")
+        for name, choice in {"block": Block, "activation": Activation, "init": Init}.items():
+            value = getattr(self, name)
+            if value not in get_args(choice) and not (name == "activation" and value is None):
+                known = ", ".join(get_args(choice))
+                raise ValueError(f"{name} is {value!r}: one of {known} is needed")
+        for name in ("dropout", "norm_eps"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a number is needed")
+        for name in ("bias", "qkv_bias", "tie_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name != "tie_weights"):
+                raise ValueError(f"{name} is {value!r}: true or false is needed")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: 0 <= dropout < 1 is needed")
+        if not 0 < self.norm_eps < float("inf"):
+            raise ValueError(f"norm_eps is {self.norm_eps}: a positive number is needed")
+        self._check_heads()
+        self._complete_block()
+
+    def _check_heads(self) -> None:
+        """Raise ValueError for heads that do not divide the channels, or one another."""
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
                 f"try n_embd {-(-self.n_embd // self.n_head) * self.n_head}"
             )
-        choices = {"activation": Activation, "position": Position, "norm": Norm}
-        for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                known, got = ", ".join(get_args(choice)), getattr(self, name)
-                raise ValueError(f"{name} is {got!r}: one of {known} is needed")
-        for name in ("dropout", "norm_eps"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: a number is needed")
-        for name in ("bias", "qkv_bias", "tie_weights", "qk_norm"):
-            if not isinstance(getattr(self, name), bool) and getattr(self, name, None) is not None:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: true or false is needed")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: 0 <= dropout < 1 is needed")
-        if not 0 < self.norm_eps < float("inf"):
-            raise ValueError(f"norm_eps is {self.norm_eps}: a positive number is needed")
-        self._check_block()
-
-    def _check_block(self) -> None:
-        """Raise ValueError for a block that is neither GPT-2's nor, in full, the modern one."""
         if self.n_head % self.kv_heads:
-            raise ValueError(f"n_kv_head is {self.n_kv_head}: a divisor of n_head {self.n_head}")
-        has = {name: getattr(self, name) == value for name, value in MODERN.items()}
-        # Either block may do without biases; fewer keys and values are the modern one's alone.
-        chosen = [name for name, yes in has.items() if yes and name != "bias"]
-        chosen += ["n_kv_head"] if self.kv_heads < self.n_head else []
-        has["qkv_bias"] = not self.qkv_bias
-        if chosen and not all(has.values()):
-            wanted = MODERN | {"qkv_bias": False}
-            missing = [f"{name} {wanted[name]}".lower() for name, yes in has.items() if not yes]
-            raise ValueError(
-                f"{', '.join(chosen)} as in NanoChat, but not all of it: "
-                f"add {', '.join(missing)}, or leave it GPT-2's"
-            )
+            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         if self.modern and self.head_size % 2:
             raise ValueError(
-                f"n_embd {self.n_embd} over n_head {self.n_head} is {self.head_size} channels per "
-                "head: rotary positions turn them in pairs, so an even number is needed"
+                f"n_embd {self.n_embd} / n_head {self.n_head} gives {self.head_size} channels per "
+                "head: rotary positions rotate them in pairs, so an even number is needed"
+            )
+
+    def _complete_block(self) -> None:
+        """Fill in what the block decides; ValueError for what it cannot have."""
+        own: dict[str, Any] = (
+            {"activation": "relu2", "bias": False}
+            if self.modern
+            else {"activation": "gelu_tanh", "bias": True}
+        )
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.modern:
+            if self.activation != "relu2":
+                raise ValueError(f"activation is {self.activation}: the modern block has relu2")
+            if self.bias or self.qkv_bias:
+                raise ValueError("the modern block has no biases: bias and qkv_bias must be false")
+            if self.init == "book":
+                raise ValueError("init is book, which is for block gpt2: leave it out")
+        elif self.activation == "relu2":
+            raise ValueError("activation is relu2, which is the modern block's: add block modern")
+        elif self.kv_heads < self.n_head:
+            raise ValueError(
+                f"n_kv_head {self.n_kv_head} is below n_head {self.n_head}, which only the modern "
+                "block can have: add block modern"
             )
 
     @property
     def modern(self) -> bool:
         """Whether the block is NanoChat's rather than GPT-2's."""
-        return self.position == "rotary"
+        return self.block == "modern"
 
     @property
     def kv_heads(self) -> int:
@@ -140,7 +172,7 @@ class GPTConfig:
         if missing := [key for key in BOOK if key not in book]:
             raise ValueError(f"the book's configuration lacks {', '.join(missing)}")
         ours = {BOOK[key]: value for key, value in book.items()}
-        return cls(**ours, activation="gelu_tanh", bias=True, tie_weights=False)
+        return cls(**ours, activation="gelu_tanh", bias=True, tie_weights=False, init="book")
 
     def to_book(self) -> dict[str, Any]:
         """The configuration dictionary of the GPTModel with these sizes."""
@@ -159,13 +191,14 @@ BOOK = {
     "qkv_bias": "qkv_bias",
 }
 
-# What makes the modern block, all of it: NanoChat's, which transformers 5 reads.
-MODERN: dict[str, Any] = {
-    "position": "rotary",
-    "norm": "rms",
-    "activation": "relu2",
-    "qk_norm": True,
-    "bias": False,
+# What the modern block is, also for `dataclasses.replace` on a GPT-2's configuration.
+MODERN: dict[str, Any] = {"block": "modern", "activation": "relu2", "bias": False}
+
+# Switches that `block` took the place of: the value that GPT-2's block has, and the modern one's.
+FORMER_SWITCHES = {
+    "position": ("learned", "rotary"),
+    "norm": ("layer", "rms"),
+    "qk_norm": (False, True),
 }
 
 PRESETS: dict[str, GPTConfig] = {
@@ -174,8 +207,8 @@ PRESETS: dict[str, GPTConfig] = {
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
     "nanogpt": GPTConfig(bias=False, activation="gelu_erf"),
-    "book": GPTConfig(qkv_bias=False, tie_weights=False, dropout=0.1),
-    "modern": GPTConfig(**MODERN),
+    "book": GPTConfig(qkv_bias=False, tie_weights=False, dropout=0.1, init="book"),
+    "modern": GPTConfig(block="modern"),
 }
 
 
@@ -185,3 +218,26 @@ def preset(name: str) -> GPTConfig:
         known = ", ".join(PRESETS)
         raise ValueError(f"no preset '{name}'{suggestion(name, PRESETS)} (known: {known})")
     return PRESETS[name]
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model by today's names, where some are from before there was `block`.
+
+    A warning names the new setting. ValueError for a block that is neither of the two.
+    """
+    former = {name: values[name] for name in FORMER_SWITCHES if name in values}
+    if not former:
+        return dict(values)
+    for name, value in former.items():
+        if value not in FORMER_SWITCHES[name] or type(value) is not type(FORMER_SWITCHES[name][0]):
+            known = ", ".join(map(str, FORMER_SWITCHES[name])).lower()
+            raise ValueError(f"{name} is {value!r}: one of {known} is needed")
+    modern = [name for name, value in former.items() if value == FORMER_SWITCHES[name][1]]
+    if modern and len(modern) < len(FORMER_SWITCHES):
+        raise ValueError(
+            "the modern block needs all of: position rotary, norm rms, qk_norm, activation relu2, "
+            "no biases (use block modern, or preset modern)"
+        )
+    block = "modern" if modern else "gpt2"
+    warnings.warn(f"{', '.join(former)}: now one setting, block {block}", stacklevel=2)
+    return {"block": block} | {n: v for n, v in values.items() if n not in former}

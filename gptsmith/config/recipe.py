@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .fields import suggestion
-from .model import preset
+from .model import GPTConfig, current_names, preset
 from .settings import RunSettings
 
 LARGEST = 1 << 63
@@ -67,12 +67,15 @@ def number_of(value: Any, kind: type) -> int | float | None:
 def updated(settings: Any, values: Mapping[str, Any], where: str) -> Any:
     """A settings dataclass with values replaced; unknown names are errors with a suggestion."""
     hints = get_type_hints(type(settings))
+    if isinstance(settings, GPTConfig):
+        values = current_names(values)
     for name in values:
         if name not in hints:
             raise ValueError(f"{where} has no setting '{name}'{suggestion(name, hints)}")
-    return replace(
-        settings, **{name: convert(name, value, hints[name]) for name, value in values.items()}
-    )
+    new = {name: convert(name, value, hints[name]) for name, value in values.items()}
+    if "block" in new and new["block"] != settings.block:
+        new = {"activation": None, "bias": None, "qkv_bias": None} | new  # the other block's own
+    return replace(settings, **new)
 
 
 def sections() -> dict[str, type]:
@@ -82,6 +85,7 @@ def sections() -> dict[str, type]:
 
 def with_overrides(settings: RunSettings, flat: Mapping[str, Any]) -> RunSettings:
     """Settings with some replaced by name alone (no two sections share one)."""
+    flat = current_names(flat)
     for section, kind in sections().items():
         names = {f.name for f in fields(kind)}
         values = {name: value for name, value in flat.items() if name in names}

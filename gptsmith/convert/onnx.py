@@ -27,7 +27,7 @@ from ..checkpoint.saved import write_description
 from ..checkpoint.tensors import Entry, Stored
 from ..config.model import GPTConfig
 from ..machine.dtypes import DTYPES
-from ..model.gpt import rotation_at
+from ..model.modern import rotation_at
 
 MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
 
@@ -126,7 +126,7 @@ def linear(g: Graph, x: str, to: str) -> str:
 
 def norm(g: Graph, config: GPTConfig, x: str, to: str) -> str:
     """LayerNorm, or RMS norm without weights, over the last axis."""
-    if config.norm == "layer":
+    if not config.modern:
         return g.affine("LayerNormalization", x, to, epsilon=float(config.norm_eps))
     n = g.inside(to)
     mean = n.node("ReduceMean", n.node("Mul", x, x), n.number([-1]))
@@ -182,7 +182,7 @@ def attention(g: Graph, config: GPTConfig, x: str, layer: int, shared: Shared) -
 def mlp(g: Graph, config: GPTConfig, x: str) -> str:
     """Each token thinks on its own.  (B T, C) -> (B T, C)"""
     x = linear(g, x, "c_fc")
-    if config.activation == "relu2":
+    if config.modern:
         x = g.node("Relu", x)
         x = g.node("Mul", x, x, to="squared")
     else:
@@ -209,7 +209,7 @@ def gpt(config: GPTConfig, weights: Mapping[str, Entry], cached: bool) -> Graph:
     shape = g.node("Shape", "input_ids")  # of two numbers: B, T
     positions, shared = places(g, config, shape, cached)
     x = g.node("Gather", g.weight("wte.weight"), "input_ids", to="wte")  # (B, T, C)
-    if config.position == "learned":
+    if not config.modern:
         x = g.node("Add", x, g.node("Gather", g.weight("wpe.weight"), positions, to="wpe"))
     else:
         x = norm(g, config, x, "ln_0")
@@ -241,7 +241,7 @@ def places(g: Graph, config: GPTConfig, shape: str, cached: bool) -> tuple[str, 
     sizes = g.number((-1, config.head_size))
     by_head = g.node("Concat", shape, sizes, to="by_head", axis=0)
     turns: list[str] = []
-    if config.position == "rotary":
+    if config.modern:
         turned = g.node("Gather", ROTATION, positions, to="turns", axis=1)  # (2, T, 1, D / 2)
         turns = g.split(turned, ("cos", "sin"), (1, 1), axis=0)
     return positions, Shared(mask, by_head, turns, cached)
@@ -282,7 +282,7 @@ def entries(stored: Stored, dtype: str) -> list[Entry]:
         for part in parts(config).values()
         if not part.absent and not part.tied
     ]
-    if config.position == "rotary":
+    if config.modern:
         P, D = config.context_length, config.head_size
         table = partial(rotation_at, torch.arange(P), D)
         found.append(Entry(ROTATION, (2, P, 1, D // 2), torch.float32, table))

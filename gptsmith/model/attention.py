@@ -1,15 +1,15 @@
-"""Causal attention: each token gathers from itself and those before it.
+"""Causal attention by faster ways than its formula, which stands in `gpt.py`.
 
-Two ways of computing the same. PyTorch's kernel serves every case; on CPUs in bfloat16, which that
-kernel is slow at, plain products over blocks of queries are up to four times as fast. A block meets
-only the keys up to its end, so a long context costs little more than the triangle that causality
-leaves. Knows nothing of weights or caches.
+PyTorch's kernel serves every case; on CPUs in bfloat16, which that kernel is slow at, plain
+products over blocks of queries are up to four times as fast. A block meets only the keys up to its
+end, so a long context costs little more than the triangle that causality leaves. Knows nothing of
+weights or caches.
 
 Shapes:  B batch    H heads    T queries    S positions so far    D channels per head
-         G heads of keys and values, each for H / G of the queries'
          R queries in a block    E keys up to the block's end
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,26 +20,16 @@ from torch.autograd.function import once_differentiable
 BLOCK = 128  # queries; the fastest of 64 to 1,024, at contexts of 256 and 1,024
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout: float = 0.0,
-    *,
-    positions: Tensor | None = None,
-    in_blocks: bool = False,
+def by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention.  (B, H, T, D), (B, G, S, D), (B, G, S, D) -> (B, H, T, D)
+    """Attention by PyTorch's kernel.  (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
 
     The T queries are the last of the S positions, or in rows of different lengths at `positions`
-    (B, T), and see no key beyond their own. `dropout` is the probability with which an attention
-    weight is dropped; `in_blocks` computes a whole text (T = S) by plain products.
+    (B, T); none sees a later key. `dropout` is the probability with which an attention weight is
+    dropped.
     """
-    H, T, G, S = *q.shape[1:3], *k.shape[1:3]
-    if G < H:
-        k, v = (part.repeat_interleave(H // G, dim=1) for part in (k, v))  # (B, H, S, D)
-    if in_blocks and positions is None and 1 < T == S:
-        return _Blocks.apply(q, k, v, dropout)
+    T, S = q.shape[2], k.shape[2]
     # One query sees all; a square is plainly causal; between the two (a chunk of a prefill) the
     # triangle hangs from the lower right.
     mask = None
@@ -49,6 +39,23 @@ def attend(
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     causal = mask is None and 1 < T == S
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+
+def by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
+) -> Tensor:
+    """The same of whole texts (T = S) by products over blocks of queries; else by the kernel.
+
+    (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
+    """
+    if positions is None and 1 < q.shape[2] == k.shape[2]:
+        return _Blocks.apply(q, k, v, dropout)
+    return by_kernel(q, k, v, dropout, positions)
+
+
+# What computes attention: (q, k, v, dropout, positions) -> (B, H, T, D).
+Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+WAYS: dict[str, Attention] = {"kernel": by_kernel, "blocks": by_blocks}
 
 
 class _Blocks(torch.autograd.Function):

@@ -6,19 +6,17 @@ Shapes:  B batch        T tokens given         V vocabulary    M channels inside
          C channels     H heads                D channels per head
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..config.cost import parameter_count
 from ..config.model import GPTConfig
 from ..config.tables import columns, shape_text
-from .gpt import GPT, Block
+from .gpt import GPT, attention
 
 # Above this, weights would take gigabytes: the pass then runs on PyTorch's "meta" device, which
 # executes the same code on shapes without numbers.
@@ -54,26 +52,23 @@ def trace(config: GPTConfig, batch: int, tokens: int, *, seed: int = 0) -> Itera
         model = GPT(config).eval()
         ids = torch.randint(config.vocab_size, (batch, tokens))  # (B, T)
         watch = _Watch(model)
-        with watch:
-            model(ids)
+        model(ids)
     yield from watch.lines
 
 
-class _Watch(TorchFunctionMode):
+class _Watch:
     """Writes a line for each module as it finishes, and for attention, which is no module."""
 
     def __init__(self, model: GPT) -> None:
-        super().__init__()
         self.lines: list[TraceLine] = []
-        block = model.h[0]
-        assert isinstance(block, Block)
+        block: Any = model.h[0]
         self.entered: Shape = ()  # what came into the block
         block.register_forward_pre_hook(self.enter)
         self.after(model.wte, "wte", "a vector per token")
         config = model.config
-        norm = "to mean square 1" if config.norm == "rms" else "to mean 0, variance 1"
+        norm = "to mean square 1" if config.modern else "to mean 0, variance 1"
         if config.modern:
-            self.after(model.ln_0, "ln_0", norm)
+            self.after(model.get_submodule("ln_0"), "ln_0", norm)
         else:
             self.after(model.wpe, "wpe", "a vector per position")
             model.drop.register_forward_hook(self.embedded)
@@ -81,6 +76,7 @@ class _Watch(TorchFunctionMode):
         self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
         if config.modern:
             self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, too")
+        block.attn.attend = self.attend
         block.attn.c_proj.register_forward_pre_hook(self.joined)
         self.after(block.attn.c_proj, "h.0.attn.c_proj", "heads mixed")
         block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
@@ -128,23 +124,16 @@ class _Watch(TorchFunctionMode):
         heads = self.lines[-1].output
         self.write("  heads joined", "side by side again", (heads,), inputs[0])
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        arguments: tuple[Any, ...] = (),
-        options: dict[str, Any] | None = None,
-    ) -> Any:
-        """See attention's (B, H, T, D) queries, keys, values and result; the first block's only."""
-        result = function(*arguments, **(options or {}))
-        first = self.lines and self.lines[-1].name in ("h.0.attn.c_attn", "h.0.attn.qk_norm")
-        if function is F.scaled_dot_product_attention and first:
-            q, k, v = (tuple(part.shape) for part in arguments[:3])
-            scores = (*q[:-1], k[-2])
-            cut = TraceLine("  q, k, v", "three, cut into heads", (self.lines[-1].output,), q)
-            listen = TraceLine("  softmax", "of q k' / sqrt(D)", (q, k), scores)
-            self.lines += [cut, listen]
-            self.write("  weights v", "their sum, so weighted", (scores, v), result)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float, positions: Tensor | None
+    ) -> Tensor:
+        """Attention by its formula, which is no module: (B, H, T, D) three times -> (B, H, T, D)"""
+        result = attention(q, k, v, dropout, positions)
+        scores = (*q.shape[:-1], k.shape[-2])
+        cut = TraceLine("  q, k, v", "three, cut into heads", (self.lines[-1].output,), (*q.shape,))
+        listen = TraceLine("  softmax", "of q k' / sqrt(D)", ((*q.shape,), (*k.shape,)), scores)
+        self.lines += [cut, listen]
+        self.write("  weights v", "their sum, so weighted", (scores, v.shape), result)
         return result
 
 

@@ -6,6 +6,7 @@ Knows nothing of optimizers or loops.
 from torch import nn
 
 from ..config.settings import MachineSettings
+from ..model.attention import WAYS
 from ..model.gpt import GPT
 
 
@@ -26,6 +27,6 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
 
 def prepare_model(model: GPT, settings: MachineSettings) -> None:
     """Let a model compute as the (chosen) settings say; its weights stay."""
-    model.attend_in_blocks(settings.attention == "blocks")
+    model.attend_by(WAYS[settings.attention])
     if settings.dtype == "fp8":
         multiply_in_float8(model)

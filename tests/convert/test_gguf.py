@@ -399,9 +399,7 @@ def test_what_the_format_cannot_say() -> None:
     assert nearest(odd) == GPTConfig(**SIZES)
     assert nearest(GPTConfig(**SIZES, norm_eps=1.23456789e-5)).norm_eps == 1.2345679e-05
     with pytest.raises(ValueError, match=r"llama\.cpp has no model with the modern block"):
-        nearest(
-            GPTConfig(position="rotary", norm="rms", activation="relu2", qk_norm=True, bias=False)
-        )
+        nearest(GPTConfig(block="modern"))
     with pytest.raises(ValueError, match=r"llama\.cpp fails with one channel per head"):
         nearest(GPTConfig(n_embd=12))
 

@@ -1,6 +1,4 @@
-"""Attention in blocks is PyTorch's attention: values, gradients, dropout, and in bfloat16."""
-
-from typing import Any
+"""The kernel and blocks of products are the formula: values, gradients, dropout, bfloat16."""
 
 import pytest
 import torch
@@ -8,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith import GPT, GPTConfig
-from gptsmith.model.attention import attend
+from gptsmith.model.attention import WAYS, Attention, by_blocks
+from gptsmith.model.gpt import attention
 from tests.conftest import TINY, scrambled
 
 
@@ -18,19 +17,34 @@ def heads(T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(2, T, 3, 8).to(dtype).transpose(1, 2) for _ in range(4)]
 
 
-def with_gradients(inputs: list[Tensor], **how: Any) -> list[Tensor]:
+def with_gradients(inputs: list[Tensor], attend: Attention = attention) -> list[Tensor]:
     """What attention gives, and the gradients of query, key and value."""
     q, k, v = (part.clone().requires_grad_() for part in inputs[:3])
-    y = attend(q, k, v, **how)
+    y = attend(q, k, v, 0.0, None)
     return [y, *torch.autograd.grad(y, (q, k, v), inputs[3])]
 
 
 @pytest.mark.parametrize("T", [2, 7, 127, 128, 129, 300])
-def test_blocks_are_the_kernel_to_the_last_digits(T: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_formula_to_the_last_digits(way: str, T: int) -> None:
     inputs = heads(T)
-    found, expected = with_gradients(inputs, in_blocks=True), with_gradients(inputs)
+    found, expected = with_gradients(inputs, WAYS[way]), with_gradients(inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", [attention, *WAYS.values()])
+def test_it_is_what_pytorchs_own_function_computes(way: Attention) -> None:
+    q, k, v, _ = heads(9)
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(way(q, k, v, 0.0, None), whole)
+    # A chunk of a prefill hangs from the lower right; one token sees everything.
+    torch.testing.assert_close(way(q[:, :, 5:], k, v, 0.0, None), whole[:, :, 5:])
+    torch.testing.assert_close(way(q[:, :, 8:], k, v, 0.0, None), whole[:, :, 8:])
+    # Rows of different lengths: each sees the keys up to its own position.
+    positions = torch.tensor([[3], [8]])
+    rows = way(torch.stack((q[0, :, 3:4], q[1, :, 8:9])), k, v, 0.0, positions)
+    torch.testing.assert_close(rows, torch.stack((whole[0, :, 3:4], whole[1, :, 8:9])))
 
 
 @pytest.mark.parametrize("T", [5, 130])
@@ -39,7 +53,7 @@ def test_dropout_drops_weights_and_the_gradient_knows(T: int) -> None:
     q, k, v, dy = heads(T)
     inputs = [part.clone().requires_grad_() for part in (q, k, v)]
     torch.manual_seed(3)
-    y = attend(*inputs, 0.4, in_blocks=True)
+    y = by_blocks(*inputs, 0.4)
     found = torch.autograd.grad(y, inputs, dy)
     torch.manual_seed(3)
     rows = []
@@ -54,36 +68,32 @@ def test_dropout_drops_weights_and_the_gradient_knows(T: int) -> None:
     torch.testing.assert_close(y, plain)
     for one, other in zip(found, torch.autograd.grad(plain, inputs, dy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(y, attend(q, k, v, in_blocks=True))
+    assert not torch.allclose(y, by_blocks(q, k, v))
 
 
 def test_bfloat16_stays_within_its_rounding() -> None:
     exact = with_gradients(heads(200))
-    rounded = with_gradients(heads(200, torch.bfloat16), in_blocks=True)
+    rounded = with_gradients(heads(200, torch.bfloat16), by_blocks)
     for one, other in zip(rounded, exact, strict=True):
         error = (one.double() - other).norm() / other.norm()
         assert error < 0.01  # eps is 0.008; the kernel itself is at 0.004 to 0.006
 
 
-def test_the_model_says_the_same_either_way_and_only_for_whole_texts() -> None:
+def test_the_model_says_the_same_every_way() -> None:
     config = GPTConfig(**TINY)
     model = scrambled(config)
     tokens = torch.randint(37, (2, 11))
     expected = model(tokens).logits
-    model.attend_in_blocks(True)
-    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(tokens[:, :1]).logits, expected[:, :1], rtol=1e-4, atol=1e-4)
-
-
-def test_a_chunk_of_a_prefill_hangs_from_the_lower_right() -> None:
-    q, k, v, _ = heads(9)
-    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attend(q[:, :, 5:], k, v, in_blocks=True), whole[:, :, 5:])
+    for way in (attention, by_blocks):
+        model.attend_by(way)
+        found, first = model(tokens).logits, model(tokens[:, :1]).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first, expected[:, :1], rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_of_the_model_reaches_the_blocks() -> None:
     model = GPT(GPTConfig(**TINY, dropout=0.3)).train()
-    model.attend_in_blocks(True)
+    model.attend_by(by_blocks)
     tokens = torch.randint(37, (2, 11))
     torch.manual_seed(0)
     one = model(tokens).logits

@@ -1,11 +1,13 @@
 """The model against the two published systems, against itself cached, and at the edges."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gptsmith import GPT, PRESETS, GPTConfig, generate_greedy
+from gptsmith.checkpoint.config_json import to_hugging_face
 from gptsmith.model.cache import KVCache
 from tests.conftest import TINY, scrambled, some_tokens
 from tests.references import BookModel, nanogpt_forward
@@ -44,14 +46,32 @@ def test_forward_is_the_books(qkv_bias: bool) -> None:
 
 @pytest.mark.slow
 def test_the_books_first_text() -> None:
-    """The untrained model of chapter 4 continues "Hello, I am" with six known tokens."""
-    torch.manual_seed(123)
-    reference = BookModel(BOOK)
-    model = GPT(GPTConfig.from_book(BOOK)).eval()
-    model.load_state_dict(reference.weights_in_our_names())
+    """The untrained model of chapter 4 continues "Hello, I am" with six known tokens: the three
+    lines that a reader types."""
     prompt = torch.tensor([[15496, 11, 314, 716]])  # "Hello, I am"
+    torch.manual_seed(123)
+    model = GPT(GPTConfig.from_book(BOOK)).eval()
     tokens = generate_greedy(model, prompt, max_new_tokens=6)
     assert tokens.tolist() == [[15496, 11, 314, 716, 27018, 24086, 47843, 30961, 42348, 7267]]
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_fresh_weights_are_the_books_to_the_bit(qkv_bias: bool) -> None:
+    settings = {**BOOK, "vocab_size": 37, "context_length": 11, "emb_dim": 12, "n_heads": 3}
+    settings |= {"n_layers": 2, "qkv_bias": qkv_bias}
+    torch.manual_seed(5)
+    expected = BookModel(settings).weights_in_our_names()
+    torch.manual_seed(5)
+    found = GPT(GPTConfig.from_book(settings)).state_dict()
+    assert {*found} == {*expected}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_how_weights_are_drawn_is_no_part_of_the_architecture() -> None:
+    config = GPTConfig.from_book(BOOK)
+    assert (config.init, PRESETS["book"].init, GPTConfig().init) == ("book", "book", "gpt2")
+    assert replace(config, init="gpt2") == config == PRESETS["book"]
+    assert "init" not in to_hugging_face(config)
 
 
 def test_loss_is_a_mean_over_counted_targets() -> None:
@@ -133,7 +153,7 @@ def test_fresh_weights_are_gpt2s() -> None:
 def test_fresh_model_predicts_uniformly() -> None:
     """Also for the book's configuration: its loss starts near log V, not at that of N(0, 1)."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**TINY, tie_weights=False, qkv_bias=False))
+    model = GPT(GPTConfig(**TINY, tie_weights=False, qkv_bias=False, init="gpt2"))
     loss = model(some_tokens(8, 11), some_tokens(8, 11)).loss
     assert loss.item() == pytest.approx(math.log(37), abs=0.1)
 

@@ -25,11 +25,12 @@ from gptsmith.cli.main import main
 from gptsmith.config import cost
 from gptsmith.config.describe import block_terms, describe, forward_stages, terms
 from gptsmith.config.model import MODERN
-from gptsmith.config.recipe import read_toml, recipes
+from gptsmith.config.recipe import read_toml, recipes, updated
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.data.shards import Dataset
+from gptsmith.model.attention import WAYS
 from gptsmith.model.cache import KVCache
-from gptsmith.model.gpt import rotate, rotation_at
+from gptsmith.model.modern import rotate, rotation_at
 from gptsmith.model.trace import render, trace
 from gptsmith.tokenizers import char_tokenizer
 from gptsmith.training.muon import Muon
@@ -56,7 +57,7 @@ FORMS: dict[str, dict[str, Any]] = {
 TEXT = "the quick brown fox jumps over lazy dogs; " * 40
 WORDS = (
     "--tokenizer char --n-layer 2 --n-head 4 --n-kv-head 2 --n-embd 16 --context-length 8 "
-    "--position rotary --norm rms --activation relu2 --qk-norm --no-bias --dropout 0.1 "
+    "--block modern --dropout 0.1 "
     "--batch-tokens 48 --warmup-steps 2 --evaluate-every 4 --sample-tokens 5 --threads 1 "
     "--dtype float32 --keep 2 --steps 8"
 ).split()
@@ -136,7 +137,7 @@ def test_saving_and_loading_changes_nothing(form: str, tmp_path: Path) -> None:
         ({"hidden_act": "silu"}, "hidden_act 'silu'"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"head_dim": 5}, "head_dim 5"),
-        ({"num_key_value_heads": 4}, "n_kv_head is 4: a divisor of n_head 6"),
+        ({"num_key_value_heads": 4}, "n_kv_head 4 must divide n_head 6"),
         ({"num_hidden_layers": 3}, "has 2 layers, but config.json calls for 3"),
         ({"vocab_size": 36}, r"embed_tokens.weight is \(37, 24\), but .* \(36, 24\)"),
         ({"num_key_value_heads": 3}, r"k_proj.weight is \(8, 24\), but .* \(12, 24\)"),
@@ -186,17 +187,15 @@ def test_missing_and_unknown_tensors_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "layer"}, "add norm rms, or leave"),
-        ({"position": "learned", "qk_norm": False}, "add position rotary, qk_norm true, or leave"),
-        ({"activation": "gelu_tanh"}, "add activation relu2, or leave"),
-        ({"bias": True}, "add bias false, or leave"),
-        ({"qkv_bias": True}, "add qkv_bias false, or leave"),
+        ({"block": "gpt2"}, "activation is relu2, which is the modern block's: add block modern"),
+        ({"activation": "gelu_tanh"}, "activation is gelu_tanh: the modern block has relu2"),
+        ({"bias": True}, "the modern block has no biases"),
+        ({"qkv_bias": True}, "the modern block has no biases"),
+        ({"init": "book"}, "init is book, which is for block gpt2"),
+        ({"block": "modem"}, "block is 'modem': one of gpt2, modern is needed"),
         ({"n_embd": 30}, "5 channels per head"),
-        ({"n_kv_head": 4}, "n_kv_head is 4: a divisor of n_head 6"),
+        ({"n_kv_head": 4}, "n_kv_head 4 must divide n_head 6"),
         ({"n_kv_head": 0}, "n_kv_head is 0: a whole number"),
-        ({"norm": "none"}, "one of layer, rms is needed"),
-        ({"position": "alibi"}, "one of learned, rotary is needed"),
-        ({"qk_norm": 1}, "true or false is needed"),
     ],
 )
 def test_a_mixture_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -206,7 +205,8 @@ def test_a_mixture_is_refused_in_one_line(changes: dict[str, Any], message: str)
 
 
 def test_fewer_keys_are_of_the_modern_block() -> None:
-    with pytest.raises(ValueError, match="n_kv_head as in NanoChat, but not all of it"):
+    message = "n_kv_head 3 is below n_head 12, which only the modern block can have"
+    with pytest.raises(ValueError, match=message):
         GPTConfig(n_kv_head=3)
     assert GPTConfig(n_kv_head=12).kv_heads == 12
 
@@ -216,6 +216,48 @@ def test_the_preset_is_gpt2_with_another_block() -> None:
     assert replace(PRESETS["gpt2"], **MODERN) == modern
     # GPT-2's 124,337,664 without biases, less positions and 25 norms.
     assert cost.parameter_count(modern) == 124_337_664 - 1024 * 768 - 25 * 768
+
+
+FORMER = {"position": "rotary", "norm": "rms", "qk_norm": True}
+
+
+def test_former_switches_are_understood_and_todays_setting_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "old.toml"
+    path.write_text(
+        '[model]\nposition = "rotary"\nnorm = "rms"\nqk_norm = true\nactivation = "relu2"\n'
+        "bias = false\nn_layer = 3\n",
+        encoding="utf-8",
+    )
+    with pytest.warns(UserWarning, match="position, norm, qk_norm: now one setting, block modern"):
+        assert read_toml(path).model == GPTConfig(block="modern", n_layer=3)
+    path.write_text('[model]\nposition = "learned"\nnorm = "layer"\nqk_norm = false\n')
+    with pytest.warns(UserWarning, match="now one setting, block gpt2"):
+        assert read_toml(path).model == GPTConfig()
+    with pytest.warns(UserWarning, match="block modern"):
+        assert updated(PRESETS["nanogpt"], FORMER, "model") == PRESETS["modern"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (FORMER | {"norm": "layer"}, "the modern block needs all of: position rotary, norm rms"),
+        ({"qk_norm": True}, "the modern block needs all of"),
+        (FORMER | {"norm": "none"}, "norm is 'none': one of layer, rms is needed"),
+        (FORMER | {"position": "alibi"}, "one of learned, rotary is needed"),
+        (FORMER | {"qk_norm": 1}, "qk_norm is 1: one of false, true is needed"),
+        (FORMER | {"activation": "gelu_erf"}, "the modern block has relu2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*now one setting")
+def test_former_switches_that_do_not_fit_are_refused(words: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        updated(GPTConfig(), words, "model")
+
+
+def test_another_block_brings_its_own_activation_and_biases() -> None:
+    assert updated(PRESETS["nanogpt"], {"block": "modern"}, "model") == PRESETS["modern"]
+    assert updated(PRESETS["nanogpt"], {"block": "gpt2"}, "model") == PRESETS["nanogpt"]
+    assert updated(PRESETS["modern"], {"block": "gpt2"}, "model") == GPTConfig()
 
 
 # -- the mathematics
@@ -251,9 +293,9 @@ def test_any_way_through_the_cache_agrees(form: str, chunks: tuple[int, ...]) ->
 @parametrize_forms
 def test_blocks_of_queries_agree_with_the_kernel(form: str) -> None:
     gradients = []
-    for in_blocks in (True, False):
+    for way in WAYS.values():
         model = scrambled(config_of(form))
-        model.attend_in_blocks(in_blocks)
+        model.attend_by(way)
         model(some_tokens(), some_tokens().roll(1, 1)).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):

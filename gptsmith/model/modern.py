@@ -1,0 +1,138 @@
+"""The modern block, NanoChat's: the residual stream of `gpt.py` with other parts in it.
+
+Rotary positions instead of a table, RMSNorm without weights, normalized queries and keys, heads of
+keys and values that several queries share, squared ReLU, no biases. Knows nothing of what comes
+before the residual stream or after it.
+
+Shapes:  B batch        T tokens given         S tokens seen so far      C channels
+         H heads        G heads of keys and values                       D channels per head
+         M channels inside the MLP
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.model import GPTConfig
+from .attention import Attention, by_kernel
+from .cache import KVCache
+
+THETA = 10000.0  # the slowest pair of channels turns once in about 2 pi THETA tokens
+
+
+def rotation_at(positions: Tensor, head_size: int) -> Tensor:
+    """Cosine and sine of the angle of each pair of channels.  (T,) -> (2, T, 1, D / 2)
+
+    (B, T) -> (2, B, T, 1, D / 2), where rows are at different positions.
+    """
+    pairs = torch.arange(0, head_size, 2, device=positions.device) / head_size
+    angles = positions[..., None, None] / THETA**pairs
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Turn channel i with channel i + D / 2: products then depend on distances alone.
+
+    (B, T, H, D) -> (B, T, H, D)
+    """
+    cos, sin = rotation
+    one, other = heads.chunk(2, dim=-1)
+    return torch.cat((one * cos + other * sin, other * cos - one * sin), dim=-1)
+
+
+def rms_norm(config: GPTConfig, channels: int) -> nn.RMSNorm:
+    """The norm of this block, which has no weights."""
+    return nn.RMSNorm(channels, config.norm_eps, elementwise_affine=False)
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0) squared.  (B, T, M) -> (B, T, M)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class GroupedAttention(nn.Module):
+    """Causal self-attention; H / G queries share a key and a value.  (B, T, C) -> (B, T, C)"""
+
+    attend: Attention = staticmethod(by_kernel)
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C, self.dropout = config.n_embd, config.dropout
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
+        self.c_attn = nn.Linear(C, sum(config.attention_rows), bias=False)
+        self.qk_norm = rms_norm(config, config.head_size)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        (B, T, C), H, G = x.shape, self.n_head, self.kv_heads
+        heads = self.c_attn(x).view(B, T, H + 2 * G, C // H)
+        qk, v = heads.split((H + G, G), dim=2)
+        # Rotation leaves lengths as they are, so that the norm may follow it, as in NanoChat.
+        q, k = self.qk_norm(rotate(qk, rotation)).to(v.dtype).split((H, G), dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), twice (B, G, T, D)
+        positions = None
+        if cache is not None:
+            positions = cache.row_positions(T)
+            k, v = cache.extend(layer, k, v)  # (B, G, S, D)
+        if G < H:
+            k, v = (part.repeat_interleave(H // G, dim=1) for part in (k, v))  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, positions)
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Each token thinks on its own.  (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_size, bias=False)
+        self.activation = SquaredReLU()
+        self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=False)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.c_proj(self.activation(self.c_fc(x))))  # C -> M -> C
+
+
+class Block(nn.Module):
+    """Communicate, then compute; both added to the residual stream.  (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = rms_norm(config, config.n_embd)
+        self.attn = GroupedAttention(config)
+        self.ln_2 = rms_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+def add_parts(model: nn.Module, config: GPTConfig) -> None:
+    """Give a model the parts between its token embedding and its head."""
+    model.ln_0 = rms_norm(config, config.n_embd)
+    model.drop = nn.Dropout(config.dropout)
+    model.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+    model.ln_f = rms_norm(config, config.n_embd)
+
+
+def residual_stream(
+    model: Any, tokens: Tensor, positions: Tensor, cache: KVCache | None = None
+) -> Tensor:
+    """What the blocks make of tokens at their positions.  (B, T), (T,) or (B, T) -> (B, T, C)"""
+    x = model.ln_0(model.wte(tokens))
+    rotation = rotation_at(positions, model.config.head_size).to(x.dtype)
+    x = model.drop(x)
+    for layer, block in enumerate(model.h):
+        x = block(x, rotation, cache, layer)
+    return x
