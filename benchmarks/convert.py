@@ -50,7 +50,7 @@ def random_fetch(config: GPTConfig) -> Callable[[str], Tensor]:
 def convert(words: list[str]) -> tuple[float, int]:
     """Seconds and largest resident bytes of a gptsmith command."""
     code = (
-        "import resource, sys; from gptsmith.cli import main; status = main(sys.argv[1:]); "
+        "import resource, sys; from gptsmith.cli.main import main; status = main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )
     begin = time.perf_counter()

@@ -146,7 +146,7 @@ def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
     """Under half a second, start of Python and all; the best of three, as others work here too."""
     words = words if words == ["describe", "gpt2"] else [*words, "--help"]
     code = (
-        "import sys; from gptsmith.cli import main; status = main(sys.argv[1:]); "
+        "import sys; from gptsmith.cli.main import main; status = main(sys.argv[1:]); "
         "sys.exit(status or 'torch' in sys.modules)"
     )
     seconds = []

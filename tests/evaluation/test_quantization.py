@@ -387,13 +387,14 @@ def test_killed_in_mid_write_it_leaves_no_model(model: Path) -> None:
     """It is killed as the tensors are being written, then run again."""
     out = model.parent / "out"
     code = (
-        "import os, signal, sys; from gptsmith import weights, cli\n"
+        "import os, signal, sys; from gptsmith.cli.main import main\n"
+        "from gptsmith.checkpoint import tensors as weights\n"
         "pack, calls = weights.pack, []\n"
         "def deadly(*given):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return pack(*given)\n"
-        "weights.pack = deadly; cli.main(sys.argv[1:])"
+        "weights.pack = deadly; main(sys.argv[1:])"
     )
     words = ["quantize", str(model), str(out), "--bits", "4", "--tokens", "20"]
     done = subprocess.run([sys.executable, "-c", code, *words], check=False)
@@ -411,10 +412,10 @@ def test_memory_stays_below_the_weights_and_a_bound(tmp_path: Path) -> None:
     assert weight_bytes(config) > 100e6
     gptsmith.save(GPT(config), None, tmp_path / "model")
     code = (
-        "import sys; from gptsmith import cli, runtime\n"
+        "import sys; from gptsmith.cli.main import main; from gptsmith.machine import environment\n"
         "import gptsmith.cli.quantize, gptsmith.evaluation.quantization, torch\n"
-        "before = runtime.peak_memory(); status = cli.main(sys.argv[1:])\n"
-        "print(runtime.peak_memory() - before); sys.exit(status)"
+        "before = environment.peak_memory(); status = main(sys.argv[1:])\n"
+        "print(environment.peak_memory() - before); sys.exit(status)"
     )
     words = ["quantize", str(tmp_path / "model"), str(tmp_path / "q"), "--bits", "4"]
     done = subprocess.run(
