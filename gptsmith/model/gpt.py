@@ -62,6 +62,20 @@ def attention(
     return F.dropout(weights, dropout) @ v  # (B, H, T, D)
 
 
+class QueryKeyValue(nn.Linear):
+    """Query, key and value as one layer, each drawn as the layer that the book has for it.
+
+    (B, T, C) -> (B, T, 3 C)
+    """
+
+    def reset_parameters(self) -> None:
+        C = self.in_features
+        for start in (0, C, 2 * C):
+            nn.init.kaiming_uniform_(self.weight[start : start + C], a=math.sqrt(5))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias[start : start + C], -1 / math.sqrt(C), 1 / math.sqrt(C))
+
+
 class CausalSelfAttention(nn.Module):
     """Each token gathers from itself and those before it.  (B, T, C) -> (B, T, C)"""
 
@@ -70,8 +84,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
-        # Query, key and value are one layer, but made one by one, as the book draws its weights.
-        self.c_attn = stacked([nn.Linear(C, C, bias=config.has_qkv_bias) for _ in "qkv"])
+        self.c_attn = QueryKeyValue(C, 3 * C, bias=config.has_qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
@@ -88,16 +101,6 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, positions)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.drop(self.c_proj(y))
-
-
-def stacked(layers: list[nn.Linear]) -> nn.Linear:
-    """Layers of the same inputs as one, whose outputs are theirs, one after another."""
-    one = layers[0]
-    one.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))  # (3 C, C)
-    if one.bias is not None:
-        one.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
-    one.out_features = len(one.weight)
-    return one
 
 
 class MLP(nn.Module):

@@ -91,7 +91,8 @@ def test_json_holds_the_same_figures() -> None:
 def test_describe_loads_no_torch_and_answers_at_once() -> None:
     code = (
         "import sys; from gptsmith.config.describe import describe; "
-        "from gptsmith.config.model import preset; print(describe(preset('gpt2-xl'), title='gpt2-xl')); "
+        "from gptsmith.config.model import preset; "
+        "print(describe(preset('gpt2-xl'), title='gpt2-xl')); "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     times = []
