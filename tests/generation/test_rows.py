@@ -18,7 +18,6 @@ from gptsmith.generation.drafts import FromText
 from gptsmith.generation.rows import Rows
 from gptsmith.generation.sampling import next_token
 from gptsmith.generation.writing import complete, generate, stream
-from gptsmith.model.attention import attend
 from gptsmith.model.cache import KVCache
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
@@ -283,22 +282,6 @@ def test_a_cache_goes_back_row_by_row() -> None:
     assert cache.lengths == [4, 8, 2]
     cache.rewind(2)
     assert cache.row_positions(1) is None
-
-
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("G", [6, 2])
-def test_queries_see_no_key_beyond_their_position(T: int, G: int) -> None:
-    torch.manual_seed(T)
-    q, k, v = torch.randn(2, 6, T, 4), torch.randn(2, G, 8, 4), torch.randn(2, G, 8, 4)
-    starts = (8 - T, 2)
-    positions = torch.tensor([[start + t for t in range(T)] for start in starts])
-    y = attend(q, k, v, positions=positions)
-    for row, start in enumerate(starts):
-        for head in range(6):
-            for t in range(T):
-                seen, group = start + t + 1, head // (6 // G)
-                weights = (k[row, group, :seen] @ q[row, head, t] / 2).softmax(0)  # / sqrt(4)
-                torch.testing.assert_close(y[row, head, t], weights @ v[row, group, :seen])
 
 
 # -- as text

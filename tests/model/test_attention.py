@@ -91,6 +91,24 @@ def test_the_model_says_the_same_every_way() -> None:
         torch.testing.assert_close(first, expected[:, :1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", [attention, *WAYS.values()])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("G", [6, 2])
+def test_queries_see_no_key_beyond_their_position(way: Attention, T: int, G: int) -> None:
+    torch.manual_seed(T)
+    q, k, v = torch.randn(2, 6, T, 4), torch.randn(2, G, 8, 4), torch.randn(2, G, 8, 4)
+    starts = (8 - T, 2)
+    positions = torch.tensor([[start + t for t in range(T)] for start in starts])
+    shared = (part.repeat_interleave(6 // G, dim=1) for part in (k, v))
+    y = way(q, *shared, 0.0, positions)
+    for row, start in enumerate(starts):
+        for head in range(6):
+            for t in range(T):
+                seen, group = start + t + 1, head // (6 // G)
+                weights = (k[row, group, :seen] @ q[row, head, t] / 2).softmax(0)  # / sqrt(4)
+                torch.testing.assert_close(y[row, head, t], weights @ v[row, group, :seen])
+
+
 def test_dropout_of_the_model_reaches_the_blocks() -> None:
     model = GPT(GPTConfig(**TINY, dropout=0.3)).train()
     model.attend_by(by_blocks)
