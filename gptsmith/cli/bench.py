@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ..config.fields import suggestion
 from ..config.model import PRESETS, GPTConfig
-from ..config.recipe import convert, updated
+from ..config.recipe import parse_value, updated
 from ..config.settings import Dtype, LoadSettings, MachineSettings, TrainingSettings
 from ..machine.environment import use_huge_pages
 from ..machine.terminal import tell
@@ -123,7 +123,7 @@ def counts(name: str, text: str | None) -> list[int]:
 
 def count(name: str, text: str) -> int:
     """A number of something; ValueError where it is below 1."""
-    found = convert(name, text, int)
+    found = parse_value(name, text, int)
     if found < 1:
         raise ValueError(f"{name} is {found}: at least 1 is needed")
     return found

@@ -5,7 +5,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from ..config.recipe import convert
+from ..config.recipe import parse_value
 from ..config.settings import MachineSettings, PrepareSettings
 from .flags import Parser, add_flags
 from .opening import DATA_HELP, MODEL_HELP, open_model, open_text
@@ -30,8 +30,8 @@ def evaluate(options: Namespace) -> None:
     """Measure the loss of a model on a text."""
     from ..evaluation.heldout import evaluate
 
-    tokens = convert("tokens", options.tokens, int | None)
-    window = convert("context_length", options.context_length, int | None)
+    tokens = parse_value("tokens", options.tokens, int | None)
+    window = parse_value("context_length", options.context_length, int | None)
     model, tokenizer = open_model(options, options.model)
     if window is not None and not 1 <= window <= model.config.context_length:
         limit = model.config.context_length

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.folder import find_model
 from ..config.quantization import check_bits
-from ..config.recipe import convert
+from ..config.recipe import parse_value
 from ..config.settings import PrepareSettings
 from ..machine.environment import return_freed_memory
 from .flags import Parser, add_flags
@@ -37,8 +37,8 @@ def add_quantize(parser: Parser) -> None:
 def quantize(options: Namespace) -> None:
     """Write a model in 8 or 4 bits, and measure what that costs."""
     return_freed_memory()
-    bits = check_bits(convert("bits", options.bits, int))
-    tokens = convert("tokens", options.tokens, int)
+    bits = check_bits(parse_value("bits", options.bits, int))
+    tokens = parse_value("tokens", options.tokens, int)
     if tokens < 2:
         raise ValueError(f"tokens is {tokens}: at least 2 is needed")
 

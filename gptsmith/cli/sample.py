@@ -5,7 +5,7 @@ import os
 from argparse import Namespace
 from typing import Any, Literal
 
-from ..config.recipe import convert, updated
+from ..config.recipe import parse_value, updated
 from ..config.settings import MachineSettings, SamplingSettings
 from ..machine.environment import use_huge_pages
 from ..machine.terminal import tell
@@ -51,17 +51,18 @@ def sample(options: Namespace) -> None:
     """Let a model write."""
     sampling = updated(SamplingSettings(), given(options, SamplingSettings), "sample")
     counts = {
-        name: convert(name, getattr(options, name), int) for name in ("max_tokens", "num_samples")
+        name: parse_value(name, getattr(options, name), int)
+        for name in ("max_tokens", "num_samples")
     }
     if counts["max_tokens"] < 0 or counts["num_samples"] < 1:
         raise ValueError("max_tokens must be at least 0, and num_samples at least 1")
-    seed = convert("seed", options.seed, int | None)
+    seed = parse_value("seed", options.seed, int | None)
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     elif seed < 0:
         raise ValueError(f"seed is {seed}: at least 0 is needed")
 
-    convert("compile", options.compile, Literal["auto", "yes", "no"])
+    parse_value("compile", options.compile, Literal["auto", "yes", "no"])
     use_huge_pages()
     prompts = options.prompt or [""]
     single = len(prompts) == counts["num_samples"] == 1 and not options.json

@@ -11,7 +11,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Literal, Self
 
-from ..config.recipe import convert, updated
+from ..config.recipe import parse_value, updated
 from ..config.settings import MachineSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from ..machine.terminal import tell
@@ -34,7 +34,7 @@ def add_serve(parser: Parser) -> None:
 def serve(options: Namespace) -> None:
     """Serve a model by OpenAI's API, to many callers at once, until Ctrl-C."""
     settings = updated(ServingSettings(), given(options, ServingSettings), "serve")
-    convert("compile", options.compile, Literal["auto", "yes", "no"])
+    parse_value("compile", options.compile, Literal["auto", "yes", "no"])
     check_extra()
     from ..serving.app import make_app
     from ..serving.guard import Guard

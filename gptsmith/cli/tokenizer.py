@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from ..config.recipe import convert, updated
+from ..config.recipe import parse_value, updated
 from ..config.settings import PrepareSettings
 from ..machine.terminal import tell
 from .flags import Parser, add_flags, given
@@ -27,7 +27,7 @@ def tokenizer(options: Namespace) -> None:
     from ..tokenizers import learn_bpe
 
     settings = updated(PrepareSettings(), given(options, PrepareSettings), "tokenizer")
-    size = convert("vocab_size", options.vocab_size, int)
+    size = parse_value("vocab_size", options.vocab_size, int)
     sources = [source for source in find_sources(options.sources) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(options.sources)}: it is empty")

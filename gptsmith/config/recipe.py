@@ -20,13 +20,13 @@ LARGEST = 1 << 63
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def convert(name: str, value: Any, hint: Any) -> Any:
+def parse_value(name: str, value: Any, hint: Any) -> Any:
     """`value`, from TOML or the command line, as the type `hint`; ValueError naming both."""
     if get_origin(hint) in (types.UnionType, Union):
         options = [option for option in get_args(hint) if option is not type(None)]
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        return convert(name, value, options[0])
+        return parse_value(name, value, options[0])
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
@@ -72,7 +72,7 @@ def updated(settings: Any, values: Mapping[str, Any], where: str) -> Any:
     for name in values:
         if name not in hints:
             raise ValueError(f"{where} has no setting '{name}'{suggestion(name, hints)}")
-    new = {name: convert(name, value, hints[name]) for name, value in values.items()}
+    new = {name: parse_value(name, value, hints[name]) for name, value in values.items()}
     if "block" in new and new["block"] != settings.block:
         new = {"activation": None, "bias": None, "qkv_bias": None} | new  # the other block's own
     return replace(settings, **new)
@@ -111,7 +111,7 @@ def read_toml(path: Path) -> RunSettings:
         base = getattr(settings, section)
         if section == "model" and "preset" in table:
             table = dict(table)
-            base = preset(convert("preset", table.pop("preset"), str))
+            base = preset(parse_value("preset", table.pop("preset"), str))
         part = updated(base, table, f"{path} [{section}]")
         settings = replace(settings, **{section: part})
     return settings
@@ -135,7 +135,7 @@ def toml_value(value: Any) -> str:
     """A string, number or boolean as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None:  # TOML has no word for it; `convert` reads this one
+    if value is None:  # TOML has no word for it; `parse_value` reads this one
         return '"none"'
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')

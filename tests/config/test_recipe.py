@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptsmith.config.model import GPTConfig
 from gptsmith.config.recipe import (
-    convert,
+    parse_value,
     read_toml,
     recipes,
     sections,
@@ -145,7 +145,7 @@ def test_overrides_find_their_section() -> None:
     ],
 )
 def test_words_become_values(value: Any, hint: Any, expected: Any) -> None:
-    found = convert("x", value, hint)
+    found = parse_value("x", value, hint)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -173,7 +173,7 @@ def test_words_become_values(value: Any, hint: Any, expected: Any) -> None:
 )
 def test_what_is_no_value_is_refused_by_name(value: Any, hint: Any, said: str) -> None:
     with pytest.raises(ValueError, match=r"^x is .* needed") as caught:
-        convert("x", value, hint)
+        parse_value("x", value, hint)
     assert said in str(caught.value)
 
 
