@@ -8,39 +8,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.described import describe
     from .checkpoint.saved import load, save
     from .config.model import PRESETS, GPTConfig
-    from .config.settings import SamplingSettings
+    from .config.settings import (
+        DataSettings,
+        MachineSettings,
+        PrepareSettings,
+        ReportSettings,
+        RunSettings,
+        SamplingSettings,
+        TrainingSettings,
+    )
+    from .evaluation.heldout import evaluate
     from .generation.writing import complete, generate_greedy, stream
+    from .generation.writing import complete as generate
     from .model.gpt import GPT
     from .tokenizers import Tokenizer
+    from .training.train import train
 
 __version__ = "0.1.0"
 
+# The module of each name, and what it is called there where that is something else.
 _HOMES = {
     "GPT": "model.gpt",
-    "GPTConfig": "config.model",
     "PRESETS": "config.model",
+    "DataSettings": "config.settings",
+    "GPTConfig": "config.model",
+    "MachineSettings": "config.settings",
+    "PrepareSettings": "config.settings",
+    "ReportSettings": "config.settings",
+    "RunSettings": "config.settings",
     "SamplingSettings": "config.settings",
     "Tokenizer": "tokenizers",
+    "TrainingSettings": "config.settings",
     "complete": "generation.writing",
+    "describe": "checkpoint.described",
+    "evaluate": "evaluation.heldout",
+    "generate": "generation.writing complete",
     "generate_greedy": "generation.writing",
     "load": "checkpoint.saved",
     "save": "checkpoint.saved",
     "stream": "generation.writing",
+    "train": "training.train",
 }
 
 __all__ = [
     "GPT",
     "PRESETS",
+    "DataSettings",
     "GPTConfig",
+    "MachineSettings",
+    "PrepareSettings",
+    "ReportSettings",
+    "RunSettings",
     "SamplingSettings",
     "Tokenizer",
+    "TrainingSettings",
     "complete",
+    "describe",
+    "evaluate",
+    "generate",
     "generate_greedy",
     "load",
     "save",
     "stream",
+    "train",
 ]
 
 
@@ -49,7 +82,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.convert")
     if name not in _HOMES:
         raise AttributeError(f"gptsmith has no '{name}'")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, _, other_name = _HOMES[name].partition(" ")
+    return getattr(import_module(f"{__name__}.{module}"), other_name or name)
 
 
 def __dir__() -> list[str]:

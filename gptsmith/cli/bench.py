@@ -5,27 +5,29 @@ import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from ..checkpoint.described import described_config
 from ..config.fields import suggestion
 from ..config.model import PRESETS, GPTConfig
-from ..config.recipe import parse_value, updated
+from ..config.recipe import parse_value, types_of
 from ..config.settings import Dtype, LoadSettings, MachineSettings, TrainingSettings
 from ..machine.environment import use_huge_pages
 from ..machine.terminal import tell
-from .flags import Parser, add_flags, given
+from .flags import Parser, add_flags, chosen, given
 from .load import bench_serve
-from .opening import described_config, dtype_to_use
+from .opening import dtype_to_use
 from .turns import flag
 
 AGAINST = {"transformers": False, "transformers-compiled": True}  # whether its step is compiled
 ROWS, ROUNDS = "1,8", 3  # of a table; rounds where something is compared
 
 
-def add_bench(parser: Parser) -> None:
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith bench`."""
     parser.add_argument("what", choices=("train", "generate", "serve"), help="what to measure")
     parser.add_argument(
         "model",
@@ -81,7 +83,7 @@ def add_bench(parser: Parser) -> None:
     add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic"))
 
 
-def bench(options: Namespace) -> None:
+def run(options: Namespace) -> None:
     """Measure tokens per second, step time or waiting times, and peak memory."""
     if options.what == "serve":
         refuse(options, "train", "profile", "optimizer")
@@ -132,11 +134,11 @@ def count(name: str, text: str) -> int:
 def chosen_machines(options: Namespace, folder: Path | None) -> list[MachineSettings]:
     """The settings of the machine, once for each dtype that is asked for."""
     words = [word for words in options.dtypes for word in words.split(",")]
-    machine = updated(MachineSettings(), given(options, MachineSettings), "bench")
+    machine = chosen(options, MachineSettings)
     if options.what == "generate":
         words = [dtype_to_use(word, folder, machine.device) for word in words or [None]]
     dtypes = dict.fromkeys(words or [machine.dtype])
-    return [updated(machine, {"dtype": dtype}, "bench") for dtype in dtypes]
+    return [replace(machine, dtype=parse_value("dtype", dtype, Dtype)) for dtype in dtypes]
 
 
 # -- one measurement, in this process
@@ -149,10 +151,11 @@ def measure_training(
     from .profile import profile_train
     from .timing import bench_train
 
-    chosen = updated(TrainingSettings(), {"optimizer": options.optimizer or "adamw"}, "bench")
+    hint = types_of(TrainingSettings)["optimizer"]
+    optimizer = parse_value("optimizer", options.optimizer or "adamw", hint)
     steps = count("steps", options.steps)
     measure = profile_train if options.profile else bench_train
-    return measure(config, machine, rows=rows, steps=steps, optimizer=chosen.optimizer)
+    return measure(config, machine, rows=rows, steps=steps, optimizer=optimizer)
 
 
 def measure_generation(

@@ -1,40 +1,46 @@
-"""The command that looks at a model from outside: describe."""
+"""The verb that shows what a model consists of: describe."""
 
 import json
 import re
 from argparse import Namespace
+from dataclasses import dataclass
 
-from ..checkpoint.folder import read_bits, tensor_bytes
-from ..config.describe import describe as describe_model
+from ..checkpoint.described import describe
+from ..config.fields import setting
 from ..config.model import PRESETS
-from .flags import Parser
-from .opening import described_config
+from .flags import Parser, add_flags, chosen
 
 
-def add_describe(parser: Parser) -> None:
-    parser.add_argument(
-        "what", metavar="MODEL|PRESET|RECIPE", help=f"presets: {', '.join(PRESETS)}"
+@dataclass(frozen=True, kw_only=True)
+class DescribeSettings:
+    """How a model is described."""
+
+    trace: str | None = setting(
+        None, "run a forward pass of B rows of T tokens, and show every shape", metavar="BxT"
     )
-    parser.add_argument("--trace", metavar="BxT", help="run a forward pass and show every shape")
-    parser.add_argument("--json", action="store_true", help="write JSON")
+    json: bool = setting(False, "write JSON")
 
 
-def describe(options: Namespace) -> None:
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith describe`."""
+    what = f"a model, a recipe, or a preset: {', '.join(PRESETS)}"
+    parser.add_argument("what", metavar="MODEL|PRESET|RECIPE", help=what)
+    add_flags(parser, DescribeSettings)
+
+
+def run(options: Namespace) -> None:
     """Show every component of a model: shapes, parameters, memory, FLOPs."""
-    config, title, folder = described_config(options.what)
-    if folder is not None and (bits := read_bits(folder)) is not None:
-        title += f" (quantized to {bits} bits: {tensor_bytes(folder):,} bytes of weights)"
-    description = describe_model(config, title=title)
+    settings = chosen(options, DescribeSettings)
+    description = describe(options.what)
     values = description.to_json()
     trace = None
-    if options.trace:
+    if settings.trace is not None:
         from ..model.trace import render
         from ..model.trace import trace as run_trace
 
-        batch, tokens = parse_shape(options.trace)
-        trace = list(run_trace(config, batch, tokens))
+        trace = list(run_trace(description.config, *parse_shape(settings.trace)))
         values["trace"] = [line.to_json() for line in trace]
-    if options.json:
+    if settings.json:
         print(json.dumps(values, indent=2))
         return
     print(description)
@@ -44,8 +50,8 @@ def describe(options: Namespace) -> None:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """ "2x4" -> (2, 4): a batch of 2, of 4 tokens each."""
+    """ "2x4" -> (2, 4): a batch of 2 rows, of 4 tokens each."""
     if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text):
-        raise ValueError(f"a trace of '{text}': BxT is needed, a batch of B texts of T tokens: 2x4")
+        raise ValueError(f"--trace is '{text}': BxT is needed, as 2x4 for 2 rows of 4 tokens")
     batch, tokens = text.split("x")
     return int(batch), int(tokens)

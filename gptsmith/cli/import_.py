@@ -1,37 +1,57 @@
-"""The command that brings a model from another format: import."""
+"""The verb that brings a model from another format: import."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.fields import Bytes, setting
 from ..machine.environment import return_freed_memory
-from .export import READABLE, add_common, choices, show
-from .flags import Parser
+from .export import DTYPE_HELP, READABLE, SHARD_HELP, NumberFormat, show
+from .flags import Parser, add_flags, chosen
 
 
-def add_import(parser: Parser) -> None:
-    parser.add_argument(
-        "source", metavar="SOURCE", help="a file or folder of another format, or gpt2[-medium|...]"
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """How a model of another system is read."""
+
+    format: str | None = setting(
+        None,
+        f"format of SOURCE: {READABLE} (default: recognised by its content)",
+        flag="from",
+        metavar="FORMAT",
     )
-    parser.add_argument("out", metavar="OUT", help="the new folder")
-    parser.add_argument(
-        "--from", dest="format", metavar="FORMAT", help=f"instead of looking at SOURCE: {READABLE}"
+    tokenizer: str | None = setting(
+        None,
+        "tokenizer: gpt2, byte, none, a folder or a meta.pkl (default: the source's own, or gpt2 "
+        "where the vocabulary has its size)",
+        metavar="NAME",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="gpt2, byte, none, a folder or a meta.pkl"
-    )
-    add_common(parser, "float32|fp16|bf16")
+    dtype: NumberFormat | None = setting(None, DTYPE_HELP)
+    shard_size: Bytes | None = setting(None, SHARD_HELP)
+    json: bool = setting(False, "write the report as JSON")
 
 
-def import_(options: Namespace) -> None:
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith import`."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="file or folder of another format, or gpt2[-medium|...]"
+    )
+    parser.add_argument("out", metavar="OUT", help="new folder")
+    add_flags(parser, ImportSettings)
+
+
+def run(options: Namespace) -> None:
     """Bring a model from another format into a folder of our own."""
+    settings = chosen(options, ImportSettings)
     from ..convert import import_model
 
     return_freed_memory()
     report = import_model(
         Path(options.source),
         Path(options.out),
-        format=options.format,
-        tokenizer=options.tokenizer,
-        **choices(options),
+        format=settings.format,
+        tokenizer=settings.tokenizer,
+        dtype=settings.dtype,
+        shard_bytes=settings.shard_size,
     )
-    show(report, options)
+    show(report, settings.json)

@@ -33,7 +33,7 @@ def bench_serve(options: Namespace) -> None:
     from .crowd import measure, render
 
     asked = {name: each for name, each in given(options, LoadSettings).items() if each is not None}
-    settings = updated(LoadSettings(), asked, "bench")
+    settings = updated(LoadSettings(), asked)
     key = options.api_key or api_key()
     if "://" in options.model:
         server = Server.at(options.model, key)

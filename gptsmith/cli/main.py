@@ -1,7 +1,7 @@
-"""The door: a table of commands, and what a mistake looks like.
+"""The table of verbs, and what a mistake looks like.
 
-Exits 0, 2 for a mistake (one line says what was got, what was wanted and what to do), or 128 + N
-after signal N.
+Exits with 0, with 2 for a mistake (one line says what was got, what is wanted and what to do), or
+with 128 + N after signal N.
 """
 
 import errno
@@ -9,63 +9,45 @@ import os
 import sys
 import traceback
 import warnings
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from importlib import import_module
+from keyword import iskeyword
+from typing import Any
 
 from .. import __version__
 from ..config.fields import suggestion
 from ..machine.environment import share_cores
 from ..machine.terminal import tell
-from .bench import add_bench, bench
-from .describe import add_describe, describe
-from .evaluate import add_evaluate, evaluate
-from .export import add_export, export
 from .flags import Parser, UsageError
-from .import_ import add_import, import_
-from .plot import add_plot, plot
-from .prepare import add_prepare, prepare
-from .quantize import add_quantize, quantize
-from .sample import add_sample, sample
-from .serve import add_serve, serve
-from .tokenizer import add_tokenizer, tokenizer
-from .train import add_train, train
 
-
-class Verb(NamedTuple):
-    """A command: what it does, its flags, and what carries it out (and may return an exit code)."""
-
-    summary: str
-    add: Callable[[Parser], None]
-    run: Callable[[Namespace], int | None]
-
-
+# Each verb is a file of this folder, which has `arguments(parser)` and `run(options)`; one that is
+# a word of Python has an underscore after its name.
 VERBS = {
-    "prepare": Verb("turn text into token shards", add_prepare, prepare),
-    "tokenizer": Verb("learn a byte-level BPE from text", add_tokenizer, tokenizer),
-    "train": Verb("train a model, or go on training it", add_train, train),
-    "sample": Verb("let a model write", add_sample, sample),
-    "evaluate": Verb("measure a model's loss on a text", add_evaluate, evaluate),
-    "plot": Verb("draw the loss curves of runs", add_plot, plot),
-    "describe": Verb("show a model's components, memory and FLOPs", add_describe, describe),
-    "import": Verb("bring a model from another format", add_import, import_),
-    "export": Verb("write a model in another format", add_export, export),
-    "quantize": Verb("write a model in 8 or 4 bits, and what that costs", add_quantize, quantize),
-    "serve": Verb("serve a model by OpenAI's API", add_serve, serve),
-    "bench": Verb("measure how fast this machine trains, generates or serves", add_bench, bench),
+    "prepare": "turn text into token shards",
+    "tokenizer": "learn a byte-level BPE tokenizer from text",
+    "train": "train a model, or resume a run",
+    "sample": "generate text",
+    "evaluate": "measure a model's loss on a text",
+    "plot": "plot the loss curves of runs",
+    "describe": "show a model's parameters, shapes, memory and FLOPs",
+    "import": "import a model from another format",
+    "export": "export a model to another format",
+    "quantize": "quantize a model to 8 or 4 bits, and measure what it costs",
+    "serve": "serve a model through OpenAI's API",
+    "bench": "measure how fast this machine trains, generates or serves",
 }
 
 
 def overall_help() -> str:
     """What `gptsmith --help` says."""
     width = max(map(len, VERBS))
-    rows = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in VERBS.items())
     return (
         "usage: gptsmith VERB ...\n\nGPT-2, whole: from a folder of text to a trained model, and "
         f"back to text.\n\n{rows}\n\n"
-        "gptsmith VERB --help says more; --traceback shows where an error came from.\n"
-        "A first run:  gptsmith train shakespeare"
+        "`gptsmith VERB --help` shows a verb's options. With --traceback, an error shows where in "
+        "the code it happened.\nA first run:  gptsmith train shakespeare"
     )
 
 
@@ -95,8 +77,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def open_closed() -> None:
-    """Open what we were started without, of standard output and error, lest a socket be taken for
-    it: a new file gets the lowest number that is free."""
+    """Open standard output and error where we were started without them.
+
+    A new file gets the lowest free number, so a socket could otherwise be taken for one of them.
+    """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -111,19 +95,24 @@ def dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"gptsmith {__version__}")
         return 0
-    name = words[0]
-    if name not in VERBS:
-        raise UsageError(
-            f"no command '{name}'{suggestion(name, VERBS)} (known: {', '.join(VERBS)})"
-        )
-    verb = VERBS[name]
-    parser = Parser(prog=f"gptsmith {name}", description=verb.run.__doc__)
-    verb.add(parser)
+    verb, parser = find_verb(words[0])
     try:
         options = parser.parse(words[1:])
     except SystemExit:  # argparse leaves this way after --help
         return 0
-    return verb.run(options) or 0
+    with parser.naming_flags(options):
+        return verb.run(options) or 0
+
+
+def find_verb(name: str) -> tuple[Any, Parser]:
+    """The module of a verb, and the parser of what may follow it; UsageError where there is none"""
+    if name not in VERBS:
+        known = ", ".join(VERBS)
+        raise UsageError(f"there is no command '{name}'{suggestion(name, VERBS)} (known: {known})")
+    verb: Any = import_module(f".{name}_" if iskeyword(name) else f".{name}", __package__)
+    parser = Parser(prog=f"gptsmith {name}", description=verb.run.__doc__)
+    verb.arguments(parser)
+    return verb, parser
 
 
 @contextmanager
@@ -148,7 +137,7 @@ def is_about_memory(error: RuntimeError) -> bool:
 def one_line(error: BaseException) -> str:
     """An error in one line, with the file that a system error is about."""
     if isinstance(error, MemoryError | RuntimeError):
-        return "not enough memory for this: use a smaller model, batch or request"
+        return "there is not enough memory for this: use a smaller model, batch or request"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: free some space and try again"
     if isinstance(error, OSError) and error.strerror and error.filename:

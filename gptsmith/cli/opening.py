@@ -1,36 +1,18 @@
-"""What the words MODEL and DATA mean, for every command that takes them."""
+"""What the word MODEL means for every verb that uses one: its folder, opened on this machine."""
 
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import all_shapes, check_tensors, find_model, read_bits, read_config
-from ..config.fields import suggestion
-from ..config.model import PRESETS, GPTConfig
-from ..config.recipe import read_toml, recipes, updated
-from ..config.settings import MachineSettings, PrepareSettings
+from ..checkpoint.folder import find_model, read_bits
+from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.terminal import tell
-from .flags import given
+from .flags import chosen
 
-
-def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
-    """The configuration that a preset, a recipe or a model's folder stands for, its title, and
-    the folder."""
-    if what in PRESETS:
-        return PRESETS[what], what, None
-    if what in recipes():
-        return read_toml(recipes()[what]).model, f"recipe {what}", None
-    if what.endswith(".toml") and Path(what).is_file():
-        return read_toml(Path(what)).model, what, None
-    if not Path(what).exists():
-        hint = suggestion(what, [*PRESETS, *recipes()])
-        raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
-    folder = find_model(what)
-    config = read_config(folder)
-    check_tensors(folder, config, all_shapes(folder))  # what is damaged is said, not described
-    return config, str(folder), folder
+SOURCE_HELP = "a built-in text (shakespeare), a file, a folder, or - for standard input"
+MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 folder"
+DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
 def open_model(options: Namespace, name: str) -> Any:
@@ -48,21 +30,30 @@ def open_folder(options: Namespace, name: str) -> Any:
         from ..model.attention import WAYS
 
         folder = found.result()
-    machine = choose_to_use(options, folder)
+    settings = chosen(options, InferenceSettings)
+    machine = devices.choose(
+        MachineSettings(
+            device=settings.device,
+            dtype=dtype_to_use(settings.dtype, folder, settings.device),
+            attention=settings.attention,
+            threads=settings.threads,
+        )
+    )
     device = devices.prepare_machine(machine)
     model, tokenizer = load_folder(folder, **devices.loading(machine.dtype, device))
     model.attend_by(WAYS[machine.attention])
     return folder, model, tokenizer
 
 
-def choose_to_use(options: Namespace, folder: Path) -> MachineSettings:
-    """The machine that the flags ask for, to use the model in a folder."""
-    from ..machine import devices
+def open_writer(options: Namespace, name: str) -> Any:
+    """As `open_folder`, for a model that generates text, with its compiled step as well."""
+    folder, model, tokenizer = open_folder(options, name)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json, so it cannot read or write text")
+    from ..generation.compiled import open_decoder
 
-    wanted = given(options, MachineSettings)
-    machine = updated(MachineSettings(), wanted, "machine")
-    word = machine.dtype if "dtype" in wanted else None
-    return devices.choose(replace(machine, dtype=dtype_to_use(word, folder, machine.device)))
+    decoder = open_decoder(model, chosen(options, InferenceSettings).compile)
+    return folder, model, tokenizer, decoder
 
 
 def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
@@ -97,53 +88,3 @@ def told_fastest(folder: Path, device: Any) -> Any:
             f"{times:.1f} times as fast"
         )
     return dtype
-
-
-def open_text(options: Namespace, tokenizer: Any, config: Any, temporary: Path) -> Any:
-    """The tokens that --data means, once they are known to suit the model."""
-    from ..data.shards import is_dataset
-
-    folder = Path(options.data)
-    if not (folder.is_dir() and is_dataset(folder)):
-        folder = prepare_whole(options, tokenizer, temporary / "data")
-    return chosen_split(folder, options, tokenizer, config)
-
-
-def prepare_whole(options: Namespace, tokenizer: Any, out: Path) -> Path:
-    """Turn a source into tokens, none held out, for evaluating all of it."""
-    from ..data.prepare import prepare
-
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer, so it needs data that is prepared")
-    if options.split == "validation":
-        raise ValueError("--split is of prepared data: this is a source, evaluated whole")
-    settings = updated(PrepareSettings(), given(options, PrepareSettings), "evaluate")
-    settings = replace(settings, validation_fraction=0.0)
-    for _ in prepare([options.data], tokenizer, out, options=settings):
-        pass
-    return out
-
-
-def chosen_split(folder: Path, options: Namespace, tokenizer: Any, config: Any) -> Any:
-    """The tokens of the split to evaluate, once they are known to suit the model."""
-    from ..data.shards import Dataset
-
-    dataset = Dataset.open(folder)
-    if dataset.fingerprint is None or tokenizer is None:
-        dataset.check_ids(config.vocab_size)
-    elif dataset.fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{options.data} was made with another tokenizer than {options.model} has")
-    held_out = dataset.validation
-    if options.split == "validation" and held_out is None:
-        raise ValueError(f"{options.data} has no validation split: take --split train")
-    return dataset.train if options.split == "train" or held_out is None else held_out
-
-
-SOURCE_HELP = "a built-in text (shakespeare), a file, a folder, or - for standard input"
-MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 folder"
-DATA_HELP = "a source, or a folder made by prepare"
-
-
-def short_name(source: str) -> str:
-    """A name for a folder, from a source or a tokenizer: "my-notes" for "~/my-notes/"."""
-    return (Path(source).stem if Path(source).is_file() else Path(source).name) or "text"

@@ -1,18 +1,29 @@
-"""The command that draws the loss curves of runs: plot."""
+"""The verb that draws the loss curves of runs: plot."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
-from .flags import Parser
+from ..config.fields import setting
+from .flags import Parser, add_flags, chosen
 
 
-def add_plot(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--out", default="loss.png", metavar="FILE", help="default: loss.png")
+@dataclass(frozen=True, kw_only=True)
+class PlotSettings:
+    """Where the curves go."""
+
+    out: Path = setting(Path("loss.png"), "PNG file to write", metavar="FILE")
 
 
-def plot(options: Namespace) -> None:
-    """Draw the loss curves of runs into one PNG."""
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith plot`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    add_flags(parser, PlotSettings)
+
+
+def run(options: Namespace) -> None:
+    """Plot the loss curves of runs into one PNG."""
+    settings = chosen(options, PlotSettings)
     from ..training.records import draw_curves, read_metrics
 
     curves = {}
@@ -22,5 +33,5 @@ def plot(options: Namespace) -> None:
             raise FileNotFoundError(f"{name} has no metrics.jsonl: it is not the folder of a run")
         label = Path(name).name if Path(name).name not in curves else name
         curves[label] = read_metrics(path)
-    draw_curves(curves, Path(options.out))
-    print(options.out)
+    draw_curves(curves, settings.out)
+    print(settings.out)

@@ -1,42 +1,48 @@
-"""The command that turns text into token shards: prepare."""
+"""The verb that turns text into token shards: prepare."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.recipe import updated
+from ..config.fields import setting
+from ..config.recipe import short_name
 from ..config.settings import PrepareSettings
-from ..machine.terminal import tell
-from .flags import Parser, add_flags, given
-from .opening import SOURCE_HELP, short_name
+from ..machine.terminal import Display, duration, tell
+from .flags import Parser, add_flags, chosen
+from .opening import SOURCE_HELP
 
 
-def add_prepare(parser: Parser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument(
-        "--tokenizer",
-        default="gpt2",
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """What the text becomes, and where it goes."""
+
+    tokenizer: str = setting(
+        "gpt2",
+        "tokenizer: gpt2, char, byte or a folder with a tokenizer.json",
         metavar="gpt2|char|byte|FOLDER",
-        help="how text becomes ids (default: gpt2)",
     )
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder to make (default: data/NAME-TOKENIZER)"
-    )
+    out: Path | None = setting(None, "new folder (default: data/NAME-TOKENIZER)", metavar="DIR")
+
+
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith prepare`."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    add_flags(parser, TargetSettings)
     add_flags(parser, PrepareSettings)
 
 
-def prepare(options: Namespace) -> None:
+def run(options: Namespace) -> None:
     """Turn text into token shards for training."""
+    target, settings = chosen(options, TargetSettings), chosen(options, PrepareSettings)
     from ..data.prepare import prepare
     from ..data.shards import Dataset
-    from ..machine.terminal import Display, duration
 
-    settings = updated(PrepareSettings(), given(options, PrepareSettings), "prepare")
-    name = f"{short_name(options.sources[0])}-{short_name(options.tokenizer)}"
-    out = Path(options.out) if options.out else Path("data") / name
+    name = f"{short_name(options.sources[0])}-{short_name(target.tokenizer)}"
+    out = target.out or Path("data") / name
     display = Display()
     seconds = 0.0
     try:
-        for progress in prepare(options.sources, options.tokenizer, out, options=settings):
+        for progress in prepare(options.sources, target.tokenizer, out, options=settings):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
             seconds = progress.seconds
     finally:
@@ -44,7 +50,7 @@ def prepare(options: Namespace) -> None:
     dataset = Dataset.open(out)
     held_out = 0 if dataset.validation is None else len(dataset.validation)
     tell(
-        f"{len(dataset.train):,} tokens to learn from and {held_out:,} held out, "
-        f"in {duration(seconds)}; train with: gptsmith train {out}"
+        f"{len(dataset.train):,} training tokens and {held_out:,} validation tokens, in "
+        f"{duration(seconds)}; train with: gptsmith train {out}"
     )
     print(out)

@@ -1,59 +1,67 @@
-"""The command that makes a model smaller: quantize."""
+"""The verb that makes a model smaller: quantize."""
 
 import json
-import tempfile
 from argparse import Namespace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoint.folder import find_model
-from ..config.quantization import check_bits
-from ..config.recipe import parse_value
+from ..config.fields import REQUIRED, at_least, setting
 from ..config.settings import PrepareSettings
 from ..machine.environment import return_freed_memory
-from .flags import Parser, add_flags
-from .opening import DATA_HELP, MODEL_HELP, open_text
+from .flags import Parser, add_flags, chosen
+from .opening import DATA_HELP, MODEL_HELP
 
 
-def add_quantize(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("out", metavar="OUT", help="the new folder")
-    parser.add_argument(
-        "--bits", required=True, metavar="8|4", help="of the blocks' matrices; the vocabulary has 8"
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """What a model is quantized to, and what it is compared on."""
+
+    bits: Literal[8, 4] = setting(
+        REQUIRED, "bits of the matrices in the blocks; embedding and head always get 8"
     )
-    parser.add_argument(
-        "--data",
+    data: str | None = setting(
+        None,
+        f"compare on {DATA_HELP} (default: text that the model generates)",
         metavar="DATA",
-        help=f"compare on {DATA_HELP}; without it, on text that the model writes",
     )
-    parser.add_argument(
-        "--tokens", default="1024", metavar="N", help="compare on N tokens (default: 1024)"
-    )
-    parser.add_argument("--json", action="store_true", help="write the report as JSON")
-    parser.set_defaults(split=None)
+    tokens: int = setting(1024, "compare on N tokens")
+    json: bool = setting(False, "write the report as JSON")
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "tokens")
+
+
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith quantize`."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", help="new folder")
+    add_flags(parser, QuantizeSettings)
     add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
 
 
-def quantize(options: Namespace) -> None:
+def run(options: Namespace) -> None:
     """Write a model in 8 or 4 bits, and measure what that costs."""
+    settings, text = chosen(options, QuantizeSettings), chosen(options, PrepareSettings)
     return_freed_memory()
-    bits = check_bits(parse_value("bits", options.bits, int))
-    tokens = parse_value("tokens", options.tokens, int)
-    if tokens < 2:
-        raise ValueError(f"tokens is {tokens}: at least 2 is needed")
 
+    from ..data.tokens import opened_tokens
     from ..evaluation.quantization import quantize
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with ExitStack() as stack:
 
         def data(config: Any, tokenizer: Any) -> Any:
-            return open_text(options, tokenizer, config, Path(temporary))
+            assert settings.data is not None
+            opened = opened_tokens(settings.data, tokenizer, config.vocab_size, options=text)
+            return stack.enter_context(opened)
 
         report = quantize(
             find_model(options.model),
             Path(options.out),
-            bits,
-            tokens=tokens,
-            data=data if options.data else None,
+            settings.bits,
+            tokens=settings.tokens,
+            data=data if settings.data else None,
         )
-    print(json.dumps(report.to_json(), indent=2) if options.json else report)
+    print(json.dumps(report.to_json(), indent=2) if settings.json else report)

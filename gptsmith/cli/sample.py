@@ -1,117 +1,123 @@
-"""The command that generates text: sample."""
+"""The verb that generates text: sample."""
 
 import json
 import os
 from argparse import Namespace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from ..config.recipe import parse_value, updated
-from ..config.settings import MachineSettings, SamplingSettings
+from ..config.fields import at_least, setting
+from ..config.settings import InferenceSettings, SamplingSettings
 from ..machine.environment import use_huge_pages
 from ..machine.terminal import tell
-from .flags import Parser, add_flags, given
-from .opening import MODEL_HELP, open_model
-
-COMPILE_HELP = (
-    "on a CPU, a step in C++ for each token, compiled once for a machine in some seconds; auto "
-    "does without where there is no compiler (default: auto)"
-)
+from .flags import Parser, add_flags, chosen
+from .opening import MODEL_HELP, open_model, open_writer
 
 
-def add_sample(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="what to continue; repeatable: several are continued in one batch",
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """What is generated."""
+
+    prompt: tuple[str, ...] = setting(
+        (), "text to continue; repeatable: several prompts are continued in one batch"
     )
-    parser.add_argument(
-        "--max-tokens", default="200", metavar="N", help="most tokens (default: 200)"
+    max_tokens: int = setting(200, "maximum number of new tokens")
+    seed: int | None = setting(
+        None,
+        "random seed; the same seed gives the same text (default: a random one, which is shown)",
     )
-    parser.add_argument("--seed", metavar="S", help="the same seed gives the same text")
-    parser.add_argument(
-        "--num-samples", default="1", metavar="N", help="texts for each prompt (default: 1)"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable"
-    )
-    parser.add_argument(
-        "--draft",
+    num_samples: int = setting(1, "number of texts for each prompt")
+    stop: tuple[str, ...] = setting((), "end the text before this string; repeatable")
+    draft: str | None = setting(
+        None,
+        "guess tokens from the text itself or with a smaller model: the same output in fewer "
+        "forward passes",
         metavar="text|MODEL",
-        help="guess tokens from the text or by a smaller model: the same output, fewer passes",
     )
-    parser.add_argument("--json", action="store_true", help="write JSON")
+    json: bool = setting(False, "write JSON")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "max_tokens", "seed")
+        at_least(self, 1, "num_samples")
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one text, which can be shown while it is written."""
+        return len(self.prompt) <= 1 and self.num_samples == 1 and not self.json
+
+
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith sample`."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_flags(parser, SampleSettings)
     add_flags(parser, SamplingSettings)
-    parser.add_argument("--compile", metavar="auto|yes|no", default="auto", help=COMPILE_HELP)
-    add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+    add_flags(parser, InferenceSettings)
 
 
-def sample(options: Namespace) -> None:
-    """Let a model write."""
-    sampling = updated(SamplingSettings(), given(options, SamplingSettings), "sample")
-    counts = {
-        name: parse_value(name, getattr(options, name), int)
-        for name in ("max_tokens", "num_samples")
-    }
-    if counts["max_tokens"] < 0 or counts["num_samples"] < 1:
-        raise ValueError("max_tokens must be at least 0, and num_samples at least 1")
-    seed = parse_value("seed", options.seed, int | None)
+def run(options: Namespace) -> None:
+    """Generate text with a model."""
+    settings, sampling = chosen(options, SampleSettings), chosen(options, SamplingSettings)
+    if settings.draft is not None and not settings.single:
+        raise ValueError(
+            "--draft is for one text at a time: leave out --json and --num-samples, and give one "
+            "--prompt"
+        )
+    use_huge_pages()
+    _, model, tokenizer, decoder = open_writer(options, options.model)
+    seed = settings.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-    elif seed < 0:
-        raise ValueError(f"seed is {seed}: at least 0 is needed")
-
-    parse_value("compile", options.compile, Literal["auto", "yes", "no"])
-    use_huge_pages()
-    prompts = options.prompt or [""]
-    single = len(prompts) == counts["num_samples"] == 1 and not options.json
-    if options.draft is not None and not single:
-        raise ValueError(
-            "a draft is for one text at a time: take one --prompt, no --num-samples and no --json"
-        )
-
-    model, tokenizer = open_model(options, options.model)
-    from ..generation.compiled import open_decoder
-    from ..generation.writing import complete, stream
-
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
-    if options.seed is None:
         tell(f"seed {seed}")
-    wanted: dict[str, Any] = {"seed": seed, "stop": options.stop, "sampling": sampling}
-    wanted |= {"decoder": open_decoder(model, options.compile)}
-    if single:
-        wanted |= {"max_tokens": counts["max_tokens"], "draft": open_draft(options, tokenizer)}
-        pieces = stream(model, tokenizer, prompts[0], **wanted)
-        first = next(pieces, "")  # what cannot be done is said before anything is written
-        print(prompts[0] + first, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    wanted: dict[str, Any] = {
+        "max_tokens": settings.max_tokens,
+        "seed": seed,
+        "stop": settings.stop,
+        "sampling": sampling,
+        "decoder": decoder,
+    }
+    prompts = settings.prompt or ("",)
+    if settings.single:
+        draft = open_draft(options, settings.draft, tokenizer)
+        write(model, tokenizer, prompts[0], draft=draft, **wanted)
         return
-    texts = complete(model, tokenizer, prompts, **counts, **wanted)
-    rows = [
-        {"seed": seed + i, "prompt": prompts[i // counts["num_samples"]], "text": text}
+    from ..generation.writing import complete
+
+    each = settings.num_samples
+    texts = complete(model, tokenizer, prompts, num_samples=each, **wanted)
+    rows: list[dict[str, Any]] = [
+        {"seed": seed + i, "prompt": prompts[i // each], "text": text}
         for i, text in enumerate(texts)
     ]
-    if options.json:
+    if settings.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
 
 
-def open_draft(options: Namespace, tokenizer: Any) -> Any:
+def write(model: Any, tokenizer: Any, prompt: str, **wanted: Any) -> None:
+    """Print a prompt and what continues it, as it is generated."""
+    from ..generation.writing import stream
+
+    pieces = stream(model, tokenizer, prompt, **wanted)
+    first = next(pieces, "")  # what cannot be done is said before anything is written
+    print(prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def open_draft(options: Namespace, name: str | None, tokenizer: Any) -> Any:
     """What guesses for the model: its own text, a model with the same tokenizer, or nothing."""
-    if options.draft is None:
+    if name is None:
         return None
     from ..generation.drafts import FromModel, FromText
 
-    if options.draft == "text":
+    if name == "text":
         return FromText()
-    model, other = open_model(options, options.draft)
+    model, other = open_model(options, name)
     if other is None or other.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{options.draft} has another tokenizer than {options.model}: no draft for it"
+            f"the draft {name} has another tokenizer than {options.model}: a model with the same "
+            "one is needed"
         )
     return FromModel(model)

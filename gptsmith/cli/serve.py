@@ -1,4 +1,4 @@
-"""The command that serves a model by OpenAI's API."""
+"""The verb that serves a model through OpenAI's API: serve."""
 
 import contextlib
 import ipaddress
@@ -9,32 +9,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from ..config.recipe import parse_value, updated
-from ..config.settings import MachineSettings, ServingSettings
+from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from ..machine.terminal import tell
-from .flags import Parser, add_flags, given
-from .opening import MODEL_HELP, open_folder
-from .sample import COMPILE_HELP
+from .flags import Parser, add_flags, chosen
+from .opening import MODEL_HELP, open_writer
 
 EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 MOST_LINES = 1000  # that wait to be read; what comes then is not said
 LAST_SECONDS = 1.0  # in which the last lines have to be read
 
 
-def add_serve(parser: Parser) -> None:
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith serve`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, ServingSettings)
-    parser.add_argument("--compile", metavar="auto|yes|no", default="auto", help=COMPILE_HELP)
-    add_flags(parser, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+    add_flags(parser, InferenceSettings)
 
 
-def serve(options: Namespace) -> None:
-    """Serve a model by OpenAI's API, to many callers at once, until Ctrl-C."""
-    settings = updated(ServingSettings(), given(options, ServingSettings), "serve")
-    parse_value("compile", options.compile, Literal["auto", "yes", "no"])
+def run(options: Namespace) -> None:
+    """Serve a model through OpenAI's API, to many clients at once, until Ctrl-C."""
+    settings = chosen(options, ServingSettings)
+    chosen(options, InferenceSettings)  # a mistake is said before anything is opened
     check_extra()
     from ..serving.app import make_app
     from ..serving.guard import Guard
@@ -111,10 +109,7 @@ class Teller(logging.Handler):
 def open_served(options: Namespace, settings: ServingSettings, teller: Teller) -> Any:
     """The model that the flags ask for, ready to be served."""
     use_huge_pages()
-    folder, model, tokenizer = open_folder(options, options.model)
-    if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
-    from ..generation.compiled import open_decoder
+    folder, model, tokenizer, decoder = open_writer(options, options.model)
     from ..serving.chat import ends_of, open_template
     from ..serving.handler import Served
     from ..serving.metrics import Metrics
@@ -122,7 +117,6 @@ def open_served(options: Namespace, settings: ServingSettings, teller: Teller) -
 
     logging.basicConfig(format="%(message)s", handlers=[teller])  # of what goes wrong inside
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
-    decoder = open_decoder(model, options.compile)
     service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
     return Served(
         service=service,

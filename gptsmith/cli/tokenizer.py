@@ -1,38 +1,47 @@
-"""The command that learns a byte-level BPE from text: tokenizer."""
+"""The verb that learns a byte-level BPE from text: tokenizer."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.recipe import parse_value, updated
+from ..config.fields import REQUIRED, setting
 from ..config.settings import PrepareSettings
 from ..machine.terminal import tell
-from .flags import Parser, add_flags, given
+from .flags import Parser, add_flags, chosen
 from .opening import SOURCE_HELP
 
 
-def add_tokenizer(parser: Parser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument(
-        "--vocab-size", metavar="N", required=True, help="number of tokens to learn"
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """What is learned, and where it goes."""
+
+    vocab_size: int = setting(
+        REQUIRED, "number of tokens: 256 bytes, <|endoftext|>, and those learned"
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    add_flags(parser, PrepareSettings, without=("unknown", "validation_fraction", "shard_tokens"))
+    out: Path = setting(REQUIRED, "new folder", metavar="DIR")
 
 
-def tokenizer(options: Namespace) -> None:
-    """Learn a byte-level BPE from text."""
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith tokenizer`."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    add_flags(parser, TokenizerSettings)
+    others = ("unknown", "validation_fraction", "workers", "shard_tokens")  # nothing is encoded
+    add_flags(parser, PrepareSettings, without=others)
+
+
+def run(options: Namespace) -> None:
+    """Learn a byte-level BPE tokenizer from text."""
+    settings, text = chosen(options, TokenizerSettings), chosen(options, PrepareSettings)
     from ..data.prepare import texts
     from ..data.sources import find_sources
     from ..machine.files import written_whole
     from ..tokenizers import learn_bpe
 
-    settings = updated(PrepareSettings(), given(options, PrepareSettings), "tokenizer")
-    size = parse_value("vocab_size", options.vocab_size, int)
     sources = [source for source in find_sources(options.sources) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(options.sources)}: it is empty")
-    learned = learn_bpe(texts(sources, settings), size)
-    with written_whole(Path(options.out)) as folder:
+    learned = learn_bpe(texts(sources, text), settings.vocab_size)
+    with written_whole(settings.out) as folder:
         learned.save(folder)
-    tell(f"{learned.vocab_size:,} tokens; use it with: --tokenizer {options.out}")
-    print(options.out)
+    tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {settings.out}")
+    print(settings.out)

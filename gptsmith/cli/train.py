@@ -1,45 +1,50 @@
-"""The command that trains: a fresh run, or one continued."""
+"""The verb that trains a model: train."""
 
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from dataclasses import fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.fields import suggestion
-from ..config.model import FORMER_SWITCHES, GPTConfig
-from ..config.recipe import read_toml, recipes, with_overrides
-from ..config.settings import (
-    DataSettings,
-    MachineSettings,
-    PrepareSettings,
-    ReportSettings,
-    RunSettings,
-    TrainingSettings,
-)
+from ..config.fields import setting
+from ..config.model import FORMER_SWITCHES
+from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
 from ..machine.environment import rank
-from .flags import Parser, UsageError, add_flags, given
-from .opening import short_name
+from .flags import Parser, UsageError, add_flags, chosen, given
 
-OWN_DATA = "default"  # the recipe for `train DATA`, where no recipe is named
+# Above the flags of each section, in the order of the help.
+TITLES = {
+    "data": "the data",
+    "model": "the model",
+    "training": "the training",
+    "machine": "the machine",
+    "report": "reports, samples and checkpoints",
+    "prepare": "the text, where it is not prepared yet",
+}
 
 
-def add_train(parser: Parser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FolderSettings:
+    """Which folder the run is in."""
+
+    resume: Path | None = setting(None, "run to resume", metavar="RUN")
+    out: Path | None = setting(None, "new folder of the run (default: runs/NAME-N)", metavar="RUN")
+
+
+def arguments(parser: Parser) -> None:
+    """What may follow `gptsmith train`."""
     parser.add_argument(
         "what",
         nargs="?",
         metavar="RECIPE|FILE.toml|DATA",
-        help=f"a recipe ({', '.join(recipes())}), a settings file, or what to learn from",
+        help=f"a recipe ({', '.join(recipes())}), a settings file, or the training data",
     )
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
-    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/NAME-N)")
-    group = parser.add_argument_group
-    add_flags(group("the data"), DataSettings)
-    add_flags(group("the model"), GPTConfig, without=("vocab_size",))
+    add_flags(parser, FolderSettings)
+    defaults = read_toml(recipes()[OWN_DATA])
+    for section, title in TITLES.items():
+        kind, values = sections()[section], getattr(defaults, section)
+        group = parser.add_argument_group(title)
+        add_flags(group, kind, without=("vocab_size",), defaults=values)
     add_former_switches(parser)
-    add_flags(group("the training"), TrainingSettings)
-    add_flags(group("the machine"), MachineSettings)
-    add_flags(group("what is shown and kept"), ReportSettings)
-    add_flags(group("the text"), PrepareSettings)
 
 
 def add_former_switches(parser: Parser) -> None:
@@ -50,65 +55,27 @@ def add_former_switches(parser: Parser) -> None:
         parser.add_argument(flag, dest=name, default=SUPPRESS, help=SUPPRESS, **kind)
 
 
-def train(options: Namespace) -> int:
-    """Train a model: a fresh run, or one continued."""
-    flags = given(
-        options,
-        *(GPTConfig, DataSettings, PrepareSettings),
-        *(TrainingSettings, MachineSettings, ReportSettings),
-    )
+def run(options: Namespace) -> int:
+    """Train a model: begin a run, or resume one. The defaults shown are those of `gptsmith train
+    DATA`; a recipe or a settings file has its own, and flags override both."""
+    folders, flags = chosen(options, FolderSettings), given(options, *sections().values())
     flags |= {name: value for name, value in vars(options).items() if name in FORMER_SWITCHES}
-    if options.resume:
-        if options.what or options.out:
-            raise UsageError("--resume names the run: leave out the recipe, the data and --out")
-        folder = Path(options.resume)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no run at {folder}")
-    else:
-        settings, name = starting_settings(options.what)
-        settings = with_overrides(settings, flags)
-        refuse_other_model(settings, flags)
+    if folders.resume is None:
+        settings, name = run_settings(options.what, flags)
+    elif options.what or folders.out:
+        raise UsageError("--resume names the run: leave out the recipe, the data and --out")
 
     from ..machine.terminal import Display
-    from ..training.start import next_run_folder, resume, train_fresh
+    from ..training.train import continue_run, next_run_folder, train_fresh
 
     display = Display(quiet=rank() != 0)
-    if options.resume:
-        outcome = resume(folder, display, flags)
+    if folders.resume is not None:
+        outcome = continue_run(folders.resume, display, flags)
     else:
-        folder = Path(options.out) if options.out else next_run_folder(name)
-        outcome = train_fresh(settings, folder, display)
+        outcome = train_fresh(settings, folders.out or next_run_folder(name), display)
     if rank() == 0:
         conclude(outcome, display)
     return 0 if outcome.signal is None else 128 + outcome.signal
-
-
-def starting_settings(what: str | None) -> tuple[RunSettings, str]:
-    """The settings that the first word of `train` stands for, and a name for the run."""
-    known = recipes()
-    if not what:
-        raise UsageError(f"train what? A recipe ({', '.join(known)}), a .toml file, or data")
-    if what in known:
-        return read_toml(known[what]), what
-    if what.endswith(".toml"):
-        if not Path(what).is_file():
-            raise FileNotFoundError(f"no settings file at {what}")
-        return read_toml(Path(what)), Path(what).stem
-    if what != "-" and not Path(what).exists():
-        hint = suggestion(what, [*known, "shakespeare"])
-        raise ValueError(f"'{what}' is no recipe, file or folder{hint}")
-    settings = read_toml(known[OWN_DATA])
-    return replace(settings, data=replace(settings.data, data=what)), short_name(what)
-
-
-def refuse_other_model(settings: RunSettings, flags: dict[str, Any]) -> None:
-    """The model's shape comes with `--from`; flags that would change it are refused."""
-    if settings.training.start_from is None:
-        return
-    for field in fields(GPTConfig):
-        if field.name in flags and field.name != "dropout":
-            flag = "--" + field.name.replace("_", "-")
-            raise UsageError(f"{flag} cannot go with --from, which brings its own model")
 
 
 def conclude(outcome: Any, display: Any) -> None:
@@ -130,7 +97,7 @@ def conclude(outcome: Any, display: Any) -> None:
         "Everything is in " + str(folder),
         {
             "loss.png": "the loss curve",
-            "samples.md": "what it wrote on the way",
+            "samples.md": "samples of its text during training",
             "best": f"names the best of {folder / 'checkpoints'}",
         },
     )

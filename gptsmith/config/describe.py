@@ -82,11 +82,6 @@ class Description:
         }
 
 
-def describe(config: GPTConfig, *, title: str) -> Description:
-    """The page about a model of this configuration, under this title."""
-    return Description(title, config)
-
-
 # ---- What the page says --------------------------------------------------------------------------
 
 

@@ -9,43 +9,68 @@ import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .fields import suggestion
+from .fields import SettingError, suggestion
 from .model import GPTConfig, current_names, preset
 from .settings import RunSettings
 
 LARGEST = 1 << 63
 RECIPES = Path(__file__).parents[1] / "recipes"
+OWN_DATA = "default"  # the recipe for data of one's own, where none is named
+WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+# -- values
 
 
 def parse_value(name: str, value: Any, hint: Any) -> Any:
-    """`value`, from TOML or the command line, as the type `hint`; ValueError naming both."""
+    """`value`, from TOML or the command line, as the type `hint`; SettingError naming both."""
     if get_origin(hint) in (types.UnionType, Union):
-        options = [option for option in get_args(hint) if option is not type(None)]
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        return parse_value(name, value, options[0])
+        return parse_value(name, value, without_none(hint))
+    if get_origin(hint) is Annotated:
+        hint, read = get_args(hint)
+        try:
+            value = read(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise SettingError(name, f"is {value!r}: {error}") from error
+        return parse_value(name, value, hint)
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            close = suggestion(str(value), get_args(hint))
-            raise ValueError(f"{name} is {value!r}: one of {choices} is needed{close}")
-        return value
+        return parse_choice(name, value, get_args(hint))
     if hint is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}: true or false is needed")
+            raise SettingError(name, f"is {value!r}: true or false is needed")
         return value
-    if hint is str and isinstance(value, str):
-        return value
-    wanted = {int: "a whole number", float: "a number", str: "text"}[hint]
-    number = None if hint is str else number_of(value, hint)
+    if hint in (str, Path) and isinstance(value, str):
+        return hint(value)
+    number = number_of(value, hint) if hint in (int, float) else None
     if number is None:
-        raise ValueError(f"{name} is {value!r}: {wanted} is needed")
+        raise SettingError(name, f"is {value!r}: {WANTED[hint]} is needed")
     if not math.isfinite(number) or (hint is int and abs(number) >= LARGEST):
-        raise ValueError(f"{name} is {number}: {wanted} that a machine can hold is needed")
+        raise SettingError(name, f"is {number}: {WANTED[hint]} that a machine can hold is needed")
     return number
+
+
+def without_none(hint: Any) -> Any:
+    """The type of a value where there is one: `int` for `int | None`."""
+    if get_origin(hint) not in (types.UnionType, Union):
+        return hint
+    return next(option for option in get_args(hint) if option is not type(None))
+
+
+def parse_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """The choice that a value is, by what a person writes for it."""
+    for choice in choices:
+        if str(value) == str(choice):
+            return choice
+    words = list(map(str, choices))
+    wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
+    close = suggestion(str(value), choices)
+    raise SettingError(name, f"is {value!r}: {wanted} is needed{close}")
 
 
 def number_of(value: Any, kind: type) -> int | float | None:
@@ -64,15 +89,25 @@ def number_of(value: Any, kind: type) -> int | float | None:
     return int(number) if math.isfinite(number) and number == int(number) else None
 
 
-def updated(settings: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A settings dataclass with values replaced; unknown names are errors with a suggestion."""
-    hints = get_type_hints(type(settings))
+# -- settings
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each field of a settings dataclass, by name, in order."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def updated(settings: Any, values: Mapping[str, Any]) -> Any:
+    """A settings dataclass with some values replaced; ValueError for an unknown name."""
+    kind: Any = type(settings)
+    types = types_of(kind)
     if isinstance(settings, GPTConfig):
         values = current_names(values)
     for name in values:
-        if name not in hints:
-            raise ValueError(f"{where} has no setting '{name}'{suggestion(name, hints)}")
-    new = {name: parse_value(name, value, hints[name]) for name, value in values.items()}
+        if name not in types:
+            raise ValueError(f"there is no setting '{name}'{suggestion(name, types)}")
+    new = {name: parse_value(name, value, types[name]) for name, value in values.items()}
     if "block" in new and new["block"] != settings.block:
         new = {"activation": None, "bias": None, "qkv_bias": None} | new  # the other block's own
     return replace(settings, **new)
@@ -80,19 +115,77 @@ def updated(settings: Any, values: Mapping[str, Any], where: str) -> Any:
 
 def sections() -> dict[str, type]:
     """The sections of RunSettings by name, in order."""
-    return {f.name: get_type_hints(RunSettings)[f.name] for f in fields(RunSettings)}
+    return types_of(RunSettings)
 
 
-def with_overrides(settings: RunSettings, flat: Mapping[str, Any]) -> RunSettings:
+def with_overrides(settings: RunSettings, values: Mapping[str, Any]) -> RunSettings:
     """Settings with some replaced by name alone (no two sections share one)."""
-    flat = current_names(flat)
-    for section, kind in sections().items():
-        names = {f.name for f in fields(kind)}
-        values = {name: value for name, value in flat.items() if name in names}
-        if values:
-            part = updated(getattr(settings, section), values, section)
+    values = current_names(values)
+    homes = {name: section for section, kind in sections().items() for name in types_of(kind)}
+    for name in values:
+        if name not in homes:
+            raise ValueError(f"there is no setting '{name}'{suggestion(name, homes)}")
+    for section in sections():
+        own = {name: value for name, value in values.items() if homes[name] == section}
+        if own:
+            part = updated(getattr(settings, section), own)
             settings = replace(settings, **{section: part})
     return settings
+
+
+def run_settings(
+    what: RunSettings | str | Path | None, choices: Mapping[str, Any]
+) -> tuple[RunSettings, str]:
+    """The settings of a fresh run, and a name for it.
+
+    `what` is what to begin with: settings, a recipe, a .toml file, or data, for which there is a
+    recipe too. `choices` replace single settings, by name.
+    """
+    choices = current_names(choices)
+    if what is None and choices.get("data") is not None:
+        settings, name = read_toml(recipes()[OWN_DATA]), short_name(choices["data"])
+    elif isinstance(what, RunSettings):
+        settings, name = what, short_name(what.data.data or "")
+    else:
+        settings, name = starting_settings(what)
+    settings = with_overrides(settings, choices)
+    if settings.training.start_from is not None:
+        for choice in choices:
+            if choice in types_of(GPTConfig) and choice != "dropout":
+                raise SettingError(choice, "cannot go with --from, which brings its own model")
+    return settings, name
+
+
+def starting_settings(what: str | Path | None) -> tuple[RunSettings, str]:
+    """The settings that a recipe, a .toml file or data stands for, and a name for the run."""
+    known = recipes()
+    if what is None:
+        raise ValueError(f"train what? A recipe ({', '.join(known)}), a .toml file, or data")
+    word, path = str(what), Path(what)
+    if word in known:
+        return read_toml(known[word]), word
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no settings file at {path}")
+        return read_toml(path), path.stem
+    if word != "-" and not path.exists():
+        hint = suggestion(word, [*known, "shakespeare"])
+        raise ValueError(f"'{word}' is no recipe, file or folder{hint}")
+    settings = read_toml(known[OWN_DATA])
+    return replace(settings, data=replace(settings.data, data=word)), short_name(word)
+
+
+def short_name(source: str) -> str:
+    """A name for a folder, from a source or a tokenizer: "my-notes" for "~/my-notes/"."""
+    return (Path(source).stem if Path(source).is_file() else Path(source).name) or "text"
+
+
+# -- TOML
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
 
 
 def read_toml(path: Path) -> RunSettings:
@@ -108,13 +201,20 @@ def read_toml(path: Path) -> RunSettings:
             raise ValueError(f"{path} has an unknown section '{section}'{hint}")
         if not isinstance(table, dict):
             raise ValueError(f"{path}: '{section}' is a section: write [{section}]")
-        base = getattr(settings, section)
-        if section == "model" and "preset" in table:
-            table = dict(table)
-            base = preset(parse_value("preset", table.pop("preset"), str))
-        part = updated(base, table, f"{path} [{section}]")
+        try:
+            part = section_of(table, getattr(settings, section))
+        except ValueError as error:
+            raise ValueError(f"{path} [{section}]: {error}") from error
         settings = replace(settings, **{section: part})
     return settings
+
+
+def section_of(table: dict[str, Any], defaults: Any) -> Any:
+    """A section's settings from a table of TOML; a `preset` takes the place of the defaults."""
+    if isinstance(defaults, GPTConfig) and "preset" in table:
+        table = dict(table)
+        defaults = preset(parse_value("preset", table.pop("preset"), str))
+    return updated(defaults, table)
 
 
 def to_toml(settings: RunSettings) -> str:
@@ -123,10 +223,10 @@ def to_toml(settings: RunSettings) -> str:
     for section in sections():
         part = getattr(settings, section)
         lines.append(f"[{section}]")
-        for f in fields(part):
-            value = getattr(part, f.name)
-            if value is not None or f.default is not None:
-                lines.append(f"{f.name} = {toml_value(value)}")
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if value is not None or field.default is not None:
+                lines.append(f"{field.name} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -141,8 +241,3 @@ def toml_value(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
     return repr(value)
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}

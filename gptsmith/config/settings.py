@@ -6,20 +6,39 @@ Knows nothing of how a choice is carried out, or of files; standard library only
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .fields import at_least, setting, within
+from .fields import Bytes, SettingError, above, at_least, fraction, setting, within
 from .model import GPTConfig
 
+# Precisions: all of them, those to train in, and those to use a model in.
 Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]
+TrainingDtype = Literal["auto", "float32", "bf16", "fp16", "fp8"]
+InferenceDtype = Literal["auto", "float32", "bf16", "fp16", "int8", "int4"]
+
+Attention = Literal["auto", "kernel", "blocks"]
+Split = Literal["train", "validation"]
+
+DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps; auto takes CUDA, else MPS, else the CPU"
+ATTENTION_HELP = (
+    "kernel: PyTorch's fused attention; blocks: matrix products over blocks of queries; auto takes "
+    "blocks for bf16 on a CPU"
+)
+THREADS_HELP = "CPU threads (default: one per core)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What is learned from."""
 
-    data: str | None = setting(None, "text to learn from: a source, or a folder made by prepare")
+    data: str | None = setting(
+        None,
+        "training data: a text, or a folder made by `gptsmith prepare`",
+        metavar="DATA",
+    )
     tokenizer: str | None = setting(
         None,
-        "gpt2, char, byte or a folder with a tokenizer.json (default: the data's own, or byte)",
+        "tokenizer: gpt2, char, byte or a folder with a tokenizer.json (default: the one of the "
+        "model or of the prepared data, else byte)",
+        metavar="gpt2|char|byte|FOLDER",
     )
 
 
@@ -27,12 +46,14 @@ class DataSettings:
 class PrepareSettings:
     """How text becomes tokens."""
 
-    field: str = setting("text", "the key of a .jsonl or column of a .parquet that holds the text")
+    field: str = setting("text", "key in .jsonl rows, or column in .parquet, that holds the text")
     encoding: str = setting("utf-8", "character encoding of text files")
     unknown: Literal["error", "skip"] = setting(
         "error", "what a char tokenizer does with a character it does not know"
     )
-    validation_fraction: float = setting(0.1, "share of the documents, or of the text, held out")
+    validation_fraction: float = setting(
+        0.1, "fraction of the documents held out for validation; of each text, where there are few"
+    )
     workers: int | None = setting(None, "threads that encode (default: one per core)")
     shard_tokens: int = setting(100_000_000, "tokens per shard file")
 
@@ -45,108 +66,135 @@ class PrepareSettings:
 class TrainingSettings:
     """How it is learned."""
 
-    start_from: str | None = field(
-        default=None,
-        metadata={"help": "MODEL whose weights to start from (fine-tuning)", "flag": "from"},
+    start_from: str | None = setting(
+        None, "model whose weights to start from (fine-tuning)", flag="from", metavar="MODEL"
     )
-    steps: int = setting(2000, "optimizer steps in all")
-    batch_tokens: int = setting(8192, "tokens that one step learns from, over all processes")
-    learning_rate: float = setting(1e-3, "highest learning rate")
+    steps: int = setting(2000, "number of optimizer steps")
+    batch_tokens: int = setting(8192, "tokens per optimizer step, over all processes")
+    learning_rate: float = setting(1e-3, "peak learning rate")
     min_learning_rate: float | None = setting(
-        None, "learning rate at the end (default: a tenth of the highest; 0 with wsd)"
+        None, "final learning rate (default: a tenth of the peak; 0 for wsd)"
     )
     schedule: Literal["cosine", "wsd", "constant"] = setting(
-        "cosine", "after warm-up: cosine, warmup-stable-decay (a plateau, then linear), or constant"
+        "cosine",
+        "learning rate after the warmup: cosine decay, wsd (constant, then linear decay) or "
+        "constant",
     )
-    warmup_steps: int = setting(100, "steps over which the learning rate rises from 0")
-    decay_fraction: float = setting(0.2, "last share of the steps in which wsd decays")
+    warmup_steps: int = setting(100, "steps in which the learning rate rises linearly to its peak")
+    decay_fraction: float = setting(0.2, "last fraction of the steps, in which wsd decays")
     weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings")
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw",
-        "muon: the blocks' matrices by Muon, which learns more per token; the rest by AdamW",
+        "adamw", "adamw, or muon for the matrices of the blocks with adamw for the rest"
     )
-    muon_learning_rate: float = setting(0.02, "highest learning rate of Muon")
-    muon_momentum: float = setting(0.95, "Muon's memory of the gradient, per step")
-    beta1: float = setting(0.9, "AdamW's memory of the gradient, per step")
-    beta2: float = setting(0.95, "AdamW's memory of the squared gradient, per step")
-    epsilon: float = setting(1e-8, "added to AdamW's denominator")
-    grad_clip: float | None = setting(1.0, "largest gradient norm; larger ones are scaled down")
-    seed: int = setting(1337, "of the fresh weights, the order of the data, and dropout")
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
+    muon_momentum: float = setting(0.95, "momentum of Muon")
+    beta1: float = setting(0.9, "decay rate of AdamW's running mean of the gradient")
+    beta2: float = setting(0.95, "decay rate of AdamW's running mean of the squared gradient")
+    epsilon: float = setting(1e-8, "added to the denominator of AdamW's update")
+    grad_clip: float | None = setting(
+        1.0, "largest gradient norm; larger gradients are scaled down; none: no clipping"
+    )
+    seed: int = setting(1337, "random seed for initialization, data order and dropout")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_tokens")
         at_least(self, 0, "warmup_steps", "learning_rate", "min_learning_rate", "weight_decay")
-        at_least(self, 0, "seed", "grad_clip", "epsilon")
-        at_least(self, 0, "muon_learning_rate")
+        at_least(self, 0, "seed", "grad_clip", "epsilon", "muon_learning_rate")
         if self.optimizer == "muon" and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: with Muon, above 0 is needed")
-        within(self, "muon_momentum", 0, 1)
-        within(self, "beta1", 0, 1)
-        within(self, "beta2", 0, 1)
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is {self.decay_fraction}: above 0, up to 1 is needed")
+            problem = f"is {self.learning_rate}: with Muon, above 0 is needed"
+            raise SettingError("learning_rate", problem)
+        for name in ("muon_momentum", "beta1", "beta2"):
+            within(self, name, 0, 1)
+        fraction(self, "decay_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
-    """How this machine computes it; "auto" and absent choices are made once and recorded."""
+    """How this machine trains; "auto" and absent choices are made once and recorded."""
 
-    device: str = setting("auto", "cpu, cuda, cuda:N or mps; auto takes the fastest there is")
-    dtype: Dtype = setting(
+    device: str = setting("auto", DEVICE_HELP, metavar="DEVICE")
+    dtype: TrainingDtype = setting(
         "auto",
-        "precision of matrix products; auto takes bf16 where the processor is good at it; fp8, for "
-        "training on Hopper GPUs, is bf16 with the blocks' products in 8 bits; int8 and int4 are "
-        "for using a model, and auto takes them there where its loss stays the same",
+        "precision of matrix products; auto takes bf16 where the processor is fast at it; fp8 is "
+        "bf16 with the products of the blocks in 8 bits, on Hopper GPUs and newer",
     )
     compile: Literal["auto", "yes", "no", "max-autotune"] = setting(
         "auto",
-        "torch.compile; auto tries it where the run is long enough to repay it, and keeps it if "
-        "faster; max-autotune, for CUDA, searches longer and records CUDA graphs",
+        "torch.compile; auto tries it in long runs and keeps it if it is faster; max-autotune, on "
+        "CUDA, searches longer and uses CUDA graphs",
     )
-    attention: Literal["auto", "kernel", "blocks"] = setting(
-        "auto", "PyTorch's kernel, or blocks of plain products; auto takes blocks for bf16 on a CPU"
-    )
-    threads: int | None = setting(None, "CPU threads (default: one per core)")
+    attention: Attention = setting("auto", ATTENTION_HELP)
+    threads: int | None = setting(None, THREADS_HELP)
     micro_batch: int | None = setting(
-        None, "rows computed at once; the batch is split into these (default: what fits in memory)"
+        None,
+        "rows of a batch that are computed at once (default: as suits the memory and processor)",
     )
-    deterministic: bool = setting(False, "same bits on CUDA too, where that is slower")
+    deterministic: bool = setting(
+        False, "bit-identical results on CUDA too, which is slower (always so on a CPU)"
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 1, "threads", "micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
+class InferenceSettings:
+    """How this machine uses a model that is trained."""
+
+    device: str = setting("auto", DEVICE_HELP, metavar="DEVICE")
+    dtype: InferenceDtype | None = setting(
+        None,
+        "precision of weights and matrix products; int8 and int4 quantize the weights; auto takes "
+        "the fastest that keeps the model's loss (default: float32, or as a quantized model is)",
+    )
+    compile: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "compiled decoding step: C++ on a CPU, built once per machine in some seconds, or a CUDA "
+        "graph on a GPU; auto does without where there is none",
+    )
+    attention: Attention = setting("auto", ATTENTION_HELP)
+    threads: int | None = setting(None, THREADS_HELP)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadSettings:
     """What a server is asked for while it is measured."""
 
-    clients: int = setting(8, "clients, each asking again as soon as it is answered")
-    seconds: float = setting(20.0, "seconds measured, from when every client has been answered")
+    clients: int = setting(8, "clients that ask again as soon as they are answered")
+    seconds: float = setting(20.0, "seconds measured, once every client has been answered")
     prompt_tokens: int = setting(32, "tokens of a prompt, which are random")
-    max_tokens: int = setting(128, "new tokens asked for")
-    seed: int = setting(0, "of the prompts and of what is drawn after them")
+    max_tokens: int = setting(128, "new tokens per request")
+    seed: int = setting(0, "random seed for the prompts and for sampling")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "clients", "prompt_tokens", "max_tokens")
         at_least(self, 0, "seed")
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}: above 0 is needed")
+        above(self, 0, "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What is shown and kept on the way; none of it changes what is learned."""
 
-    log_every: int = setting(10, "steps between lines where there is no terminal")
-    evaluate_every: int = setting(250, "steps between passes over the validation split")
-    evaluate_tokens: int | None = setting(None, "use only the first N validation tokens")
-    save_every: int | None = setting(None, "steps between checkpoints (default: evaluate_every)")
-    keep: int = setting(2, "newest checkpoints kept, besides the best")
-    sample_every: int | None = setting(None, "steps between samples (default: evaluate_every)")
-    sample_tokens: int = setting(200, "tokens in a sample; 0 writes none")
-    sample_prompt: str | None = setting(None, "what samples begin with")
-    tensorboard: bool = setting(False, "also write TensorBoard events into the run")
-    wandb: str | None = setting(None, "also send the metrics to this Weights & Biases project")
+    log_every: int = setting(10, "steps between progress lines where there is no terminal")
+    evaluate_every: int = setting(250, "steps between evaluations on the validation split")
+    evaluate_tokens: int | None = setting(
+        None, "evaluate on the first N tokens of the validation split only"
+    )
+    save_every: int | None = setting(
+        None, "steps between checkpoints (default: as --evaluate-every)"
+    )
+    keep: int = setting(2, "number of newest checkpoints to keep, besides the best")
+    sample_every: int | None = setting(
+        None, "steps between samples of text (default: as --evaluate-every)"
+    )
+    sample_tokens: int = setting(200, "tokens per sample; 0 writes no samples")
+    sample_prompt: str | None = setting(None, "prompt of the samples")
+    tensorboard: bool = setting(False, "also write TensorBoard events into the run's folder")
+    wandb: str | None = setting(None, "Weights & Biases project to log to as well")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_every", "evaluate_every", "save_every", "keep", "sample_every")
@@ -170,21 +218,25 @@ class RunSettings:
 class SamplingSettings:
     """How the next token is chosen from the logits."""
 
-    temperature: float = setting(0.8, "randomness: 0 takes the likeliest token, 1 the model's own")
-    top_k: int | None = setting(None, "choose among the K likeliest tokens only")
-    top_p: float | None = setting(None, "choose among the likeliest that make up this probability")
-    min_p: float | None = setting(None, "leave out what is less likely than this share of the top")
-    repetition_penalty: float = setting(1.0, "above 1 makes tokens already seen less likely")
+    temperature: float = setting(
+        0.8, "divides the logits: 0 is greedy decoding, 1 the model's own distribution"
+    )
+    top_k: int | None = setting(None, "sample from the N most likely tokens only")
+    top_p: float | None = setting(
+        None, "sample from the most likely tokens that together have probability X (nucleus)"
+    )
+    min_p: float | None = setting(
+        None, "leave out tokens with less than X times the probability of the most likely one"
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: makes tokens that are in the text already less likely"
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature")
         at_least(self, 1, "top_k")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} is {value}: above 0, up to 1 is needed")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: above 0 is needed")
+        fraction(self, "top_p", "min_p")
+        above(self, 0, "repetition_penalty")
 
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -194,24 +246,27 @@ GREEDY = SamplingSettings(temperature=0.0)
 class ServingSettings:
     """Who is served, and how many at once."""
 
-    host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")
-    port: int = setting(8000, "port to listen at; 0 takes a free one")
-    name: str | None = setting(None, "what requests call the model (default: its folder's name)")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all network interfaces")
+    port: int = setting(8000, "port to listen on; 0 takes a free one")
+    name: str | None = setting(None, "model name for requests (default: the folder's name)")
     api_key: str | None = setting(
-        None, "what callers have to send (default: the variable GPTSMITH_API_KEY, or nothing)"
+        None,
+        "key that requests must send (default: the variable GPTSMITH_API_KEY; without it, none)",
+        metavar="KEY",
     )
-    slots: int | None = setting(None, "texts written at once (default: what suits the machine)")
-    waiting: int = setting(512, "texts that may wait for a slot; more are refused for the moment")
-    timeout: float = setting(600.0, "seconds that a request may take, waiting included")
-    max_request_bytes: int = setting(1 << 20, "bytes of the largest request")
-    drain: int = setting(30, "seconds in which texts may be finished once the server is to end")
-    log_requests: bool = setting(True, "a line for each request")
+    slots: int | None = setting(
+        None, "texts generated at once (default: as many as suit the model and the machine)"
+    )
+    waiting: int = setting(512, "texts that may wait for a slot; requests beyond that are refused")
+    timeout: float = setting(600.0, "seconds that a request may take, including waiting")
+    max_request_bytes: Bytes = setting(1 << 20, "size of the largest request")
+    drain: int = setting(30, "seconds to finish running texts after the server is asked to stop")
+    log_requests: bool = setting(True, "write a line for each request")
 
     def __post_init__(self) -> None:
         within(self, "port", 0, 1 << 16)
         at_least(self, 1, "slots", "max_request_bytes")
         at_least(self, 0, "waiting", "drain")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}: seconds above 0 are needed")
+        above(self, 0, "timeout")
         if self.name == "":
-            raise ValueError("name is empty: requests need something to call the model")
+            raise SettingError("name", "is empty: requests need a name for the model")

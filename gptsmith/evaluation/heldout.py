@@ -10,12 +10,16 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..config.fields import SettingError
+from ..config.settings import PrepareSettings, Split
 from ..data.batches import Tokens
+from ..data.tokens import opened_tokens
 from ..machine.processes import my_share, sum_of_numbers
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
@@ -43,8 +47,49 @@ class Evaluation:
             return None
         return self.loss * self.tokens / math.log(2) / self.bytes
 
+    def __str__(self) -> str:
+        bits = "unknown" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
+        return (
+            f"loss           {self.loss:.4f} nats per token\n"
+            f"perplexity     {self.perplexity:.2f}\n"
+            f"bits per byte  {bits}\n"
+            f"tokens         {self.tokens:,}"
+        )
+
 
 def evaluate(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    data: str | Path,
+    *,
+    split: Split | None = None,
+    tokens: int | None = None,
+    context_length: int | None = None,
+    text: PrepareSettings | None = None,
+) -> Evaluation:
+    """How well a model predicts DATA: a source, which is read whole, or a folder of `prepare`'s.
+
+    Of prepared data `split` is evaluated, by default what was held out; `tokens` limits it to the
+    first so many. `context_length` is the window, by default the model's. `text` says how files are
+    read. ValueError where the data does not suit the model.
+    """
+    limit = model.config.context_length
+    if context_length is not None and not 1 <= context_length <= limit:
+        problem = f"is {context_length}: 1 to the model's {limit} is needed"
+        raise SettingError("context_length", problem)
+    with opened_tokens(
+        data, tokenizer, model.config.vocab_size, split=split, options=text
+    ) as stream:
+        return evaluate_tokens(
+            model,
+            stream,
+            tokenizer=tokenizer,
+            first_tokens=tokens,
+            context_length=context_length,
+        )
+
+
+def evaluate_tokens(
     model: GPT,
     stream: Tokens,
     *,
@@ -53,10 +98,10 @@ def evaluate(
     context_length: int | None = None,
     precision: AbstractContextManager[None] | None = None,
 ) -> Evaluation:
-    """The loss of `model` on a text, or on its first tokens, in windows of `context_length`.
+    """The loss of a model on a stream of tokens, or on its first ones, in windows.
 
-    The tokenizer tells the bytes that tokens stand for. The first token of the text is
-    no target, as nothing comes before it; the last window is shorter. The sum is in float64.
+    The tokenizer gives the number of bytes that a token stands for. The first token of the stream
+    is no target, as nothing comes before it; the last window is shorter. The sum is in float64.
     Where several processes train together, they share the windows and all get the whole result.
     """
     length = len(stream) if first_tokens is None else min(first_tokens, len(stream))

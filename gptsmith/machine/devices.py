@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..config.fields import SettingError
 from ..config.settings import Dtype, MachineSettings
 from . import environment
 from .dtypes import BITS, COMPUTE_DTYPES
@@ -37,15 +38,17 @@ def find_device(name: str) -> torch.device:
             return torch.device("cuda", environment.local_rank() % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"device is '{name}': auto, cpu, cuda, cuda:N or mps is needed")
+        raise SettingError("device", f"is '{name}': auto, cpu, cuda, cuda:N or mps is needed")
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
+            raise SettingError("device", "is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device is '{name}', but there are {torch.cuda.device_count()} GPUs")
+            raise SettingError(
+                "device", f"is '{name}', but there are {torch.cuda.device_count()} GPUs"
+            )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps', but this PyTorch has none: try cpu")
+        raise SettingError("device", "is 'mps', but this PyTorch has none: try cpu")
     return device
 
 
@@ -55,11 +58,13 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
     On CPUs that means AVX512-BF16 or AMX; GPUs before Ampere get fp16 with a scaler.
     """
     if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"dtype is fp16, which needs CUDA: on {device.type} take bf16 or float32")
+        raise SettingError(
+            "dtype", f"is fp16, which needs CUDA: on {device.type} take bf16 or float32"
+        )
     if name == "fp8" and (
         device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER
     ):
-        raise ValueError("dtype is fp8, which needs a Hopper GPU or newer: take bf16")
+        raise SettingError("dtype", "is fp8, which needs a Hopper GPU or newer: take bf16")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -78,8 +83,10 @@ def choose(settings: MachineSettings) -> MachineSettings:
     """
     device = find_device(settings.device)
     if settings.compile == "max-autotune" and device.type != "cuda":
-        raise ValueError(f"compile is max-autotune, which is for CUDA: on {device.type} take yes")
-    dtype = find_dtype(settings.dtype, device)
+        raise SettingError(
+            "compile", f"is max-autotune, which is for CUDA: on {device.type} take yes"
+        )
+    dtype: Any = find_dtype(settings.dtype, device)  # where a model is only used, packed too
     attention = settings.attention
     if attention == "auto":
         multiplied = find_dtype("auto", device) if dtype in BITS else dtype
@@ -97,9 +104,10 @@ def choose(settings: MachineSettings) -> MachineSettings:
 def choose_to_learn(settings: MachineSettings) -> MachineSettings:
     """As `choose`, for training, which packed weights are not for."""
     if settings.dtype in BITS:
-        raise ValueError(
-            f"dtype is {settings.dtype}, which is for using a model: train in another, then "
-            "`gptsmith quantize` the result"
+        raise SettingError(
+            "dtype",
+            f"is {settings.dtype}, which is for using a model: train in another, then "
+            "`gptsmith quantize` the result",
         )
     return choose(settings)
 
@@ -143,7 +151,7 @@ def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     Where they are packed, that of the activations: what is fast.
     """
     if dtype == "fp8":
-        raise ValueError("dtype is fp8, which is for training: take bf16")
+        raise SettingError("dtype", "is fp8, which is for training: take bf16")
     if dtype in BITS:
         return COMPUTE_DTYPES[find_dtype("auto", device)]
     return COMPUTE_DTYPES[dtype]

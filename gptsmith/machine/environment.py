@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from ..config.fields import SettingError
+
 MOST_THREADS = 16  # per core
 
 # Of glibc's malloc.h; thresholds are in bytes.
@@ -44,7 +46,7 @@ def checked_threads(name: str, count: int | None) -> int:
     Thousands starve the machine and then end the process.
     """
     if count is not None and count > MOST_THREADS * cores():
-        raise ValueError(f"{name} is {count}, but there are {cores()} cores: leave it out")
+        raise SettingError(name, f"is {count}, but there are {cores()} cores: leave it out")
     return cores() if count is None else count
 
 

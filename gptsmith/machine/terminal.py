@@ -60,7 +60,7 @@ class Display:
     def open_bar(self, what: str, total: int, done: int = 0) -> None:
         """Begin a bar of `total` parts; closes the one before."""
         self.close_bar()
-        if not self.console.is_terminal:
+        if self.console.quiet or not self.console.is_terminal:
             return
         columns = (
             TextColumn("{task.description}"),

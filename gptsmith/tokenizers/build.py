@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
 from .tokenizer import BYTES, END_OF_TEXT, SYMBOLS, Tokenizer, load_tokenizer, refuse_surrogates
 
@@ -70,7 +71,8 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of `vocab_size` tokens, <|endoftext|> among them, with GPT-2's splitting."""
     least = len(BYTES) + 1
     if vocab_size < least:
-        raise ValueError(f"vocab_size is {vocab_size}: at least {least} (bytes and end) is needed")
+        problem = f"is {vocab_size}: at least {least} (bytes and end) is needed"
+        raise SettingError("vocab_size", problem)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..checkpoint import saved
 from ..config import cost
 from ..config.settings import RunSettings
 from ..data.shards import Dataset
-from ..evaluation.heldout import Evaluation, evaluate
+from ..evaluation.heldout import Evaluation, evaluate_tokens
 from ..generation.sampling import NotFiniteError
 from ..generation.writing import complete
 from ..machine.devices import autocast, peak_flops
@@ -124,8 +125,14 @@ def due(step: int, every: int) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM is put in; a second Ctrl-C interrupts at once."""
+    """A list that the first Ctrl-C or SIGTERM is put in; a second Ctrl-C interrupts at once.
+
+    In a thread that is not the main one, which Python sends no signals, it stays empty.
+    """
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
     def ask(number: int, frame: Any) -> None:
         if asked and number == signal.SIGINT:
@@ -165,7 +172,7 @@ def validate(run: Run) -> Evaluation | None:
     """A pass over the validation split, in the precision that the run computes in."""
     if run.dataset.validation is None:
         return None
-    return evaluate(
+    return evaluate_tokens(
         run.trainer.model,
         run.dataset.validation,
         tokenizer=run.tokenizer,

@@ -1,24 +1,22 @@
-"""From settings to a run: fresh, resumed or fine-tuned; in one process or many.
+"""From a run's folder to a run that is ready to step: fresh, resumed or fine-tuned.
 
-There is one way in. A fresh run is a folder with a config.toml and nothing else; training it and
-resuming it are the same act, so a run that was killed before its first step resumes too.
+A fresh run is a folder with a config.toml and nothing else, so all three are opened alike, and a
+run that was killed before its first step resumes too. Every automatic choice is made here.
 """
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..checkpoint import folder as on_disk
 from ..checkpoint import saved
 from ..config import cost
+from ..config.fields import SettingError
 from ..config.model import GPTConfig
 from ..config.recipe import read_toml, to_toml, with_overrides
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
@@ -29,7 +27,7 @@ from ..machine import devices
 from ..machine.dtypes import number_bytes
 from ..machine.environment import rank, world_size
 from ..machine.files import DamagedError, write_text
-from ..machine.processes import join_processes, leave_processes, wait_for_processes
+from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
@@ -38,96 +36,11 @@ from .loop import Trainer
 from .optimizers import load_state_tensors, make_optimizers
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import Recorder, Watchers, read_metrics
-from .run import CONFIG, METRICS, SAMPLES, Outcome, Run, follow, point, write_event
+from .run import CONFIG, METRICS, SAMPLES, Run, point, write_event
 
 CHANGEABLE = ("machine", "report")  # sections that may change in mid-run, as recorded events
 CPU_MICRO_BATCH = 16_384  # tokens; more than fit the caches only slow a CPU down
 MEMORY_SHARE = 0.8  # of what is free; the estimate is not exact, and others need some
-
-
-# -- the door
-
-
-def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
-    """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
-    join_processes(devices.find_device(settings.machine.device))
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
-    if rank() == 0:
-        create(settings, folder)
-    wait_for_processes()
-    try:
-        return train(folder, display, {})
-    except BaseException:
-        if rank() == 0 and not (folder / METRICS).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in new_parents:
-                parent.rmdir()
-        raise
-
-
-def resume(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
-    """Go on with a run, from its newest whole checkpoint, or from its beginning."""
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not the folder of a run")
-    join_processes(devices.find_device(read_toml(folder / CONFIG).machine.device))
-    return train(folder, display, changes)
-
-
-def create(settings: RunSettings, folder: Path) -> None:
-    """Make the folder of a fresh run; an existing one is refused."""
-    start_from, data = settings.training.start_from, settings.data.data
-    if start_from is not None:  # what a run's `best` is may change; what was started from may not
-        start_from = str(on_disk.find_model(start_from).resolve())
-    if data is not None and Path(data).exists():
-        data = str(Path(data).resolve())
-    settings = replace(
-        settings,
-        training=replace(settings.training, start_from=start_from),
-        data=replace(settings.data, data=data),
-    )
-    if folder.exists():
-        raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
-    folder.mkdir(parents=True)
-    write_text(folder / CONFIG, to_toml(settings))
-
-
-def next_run_folder(name: str) -> Path:
-    """`runs/NAME-N` under the current folder, with the first free N."""
-    taken = [
-        int(match[1])
-        for path in Path("runs").glob(f"{name}-*")
-        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
-    ]
-    return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
-
-
-def train(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
-    """Train a run from where it stands to its end."""
-    with locked(folder):
-        run = open_run(folder, display, changes)
-        try:
-            return follow(run)
-        finally:
-            if run.recorder is not None:
-                run.recorder.close()
-            if run.watchers is not None:
-                run.watchers.close()
-            leave_processes()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run for this process (its main one) alone; the system lets go when it dies."""
-    if rank() != 0:
-        yield
-        return
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(
-            f"{folder} is being trained by another process: wait, or stop it"
-        ) from None
 
 
 # -- a run, ready to step
@@ -203,9 +116,10 @@ def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
         before, after = getattr(settings, section), getattr(new, section)
         for name in vars(before):
             if getattr(before, name) != getattr(after, name):
-                raise ValueError(
-                    f"{name} {getattr(after, name)} contradicts the run, which has "
-                    f"{getattr(before, name)}: leave it out, or begin another run"
+                raise SettingError(
+                    name,
+                    f"{getattr(after, name)} contradicts the run, which has "
+                    f"{getattr(before, name)}: leave it out, or begin another run",
                 )
     return new
 
@@ -323,14 +237,15 @@ def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
     T, tokens = config.context_length, settings.batch_tokens
     if tokens % T:
         near = max(1, round(tokens / T)) * T
-        raise ValueError(
-            f"batch_tokens {tokens:,} is not a multiple of context_length {T}: try {near}"
+        raise SettingError(
+            "batch_tokens", f"{tokens:,} is not a multiple of context_length {T}: try {near}"
         )
     rows = tokens // T
     if rows < world_size():
-        raise ValueError(
-            f"batch_tokens {tokens:,} is {rows} rows of {T} tokens, fewer than the "
-            f"{world_size()} processes: raise it to at least {world_size() * T}"
+        raise SettingError(
+            "batch_tokens",
+            f"{tokens:,} is {rows} rows of {T} tokens, fewer than the {world_size()} processes: "
+            f"raise it to at least {world_size() * T}",
         )
     return rows
 
@@ -402,7 +317,8 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     )
     run.recorder = Recorder(path, kept)
     event = "resumed" if run.done or kept else "started"
-    write_event(folder, event, step=run.done, changes=dict(changes), processes=world_size())
+    changes = {name: str(value) for name, value in changes.items()}  # as they are typed
+    write_event(folder, event, step=run.done, changes=changes, processes=world_size())
 
 
 def cut_samples(path: Path, done: int) -> None:

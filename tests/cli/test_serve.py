@@ -114,13 +114,13 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--port", "65536"], "port is 65536: 0 <= port < 65536 is needed"),
-        (["--slots", "0"], "slots is 0: at least 1 is needed"),
-        (["--timeout", "0"], "timeout is 0.0: seconds above 0 are needed"),
-        (["--name", ""], "name is empty: requests need something to call the model"),
+        (["--port", "65536"], "--port is 65536: at least 0 and below 65536 is needed"),
+        (["--slots", "0"], "--slots is 0: at least 1 is needed"),
+        (["--timeout", "0"], "--timeout is 0.0: above 0 is needed"),
+        (["--name", ""], "--name is empty: requests need a name for the model"),
         (["--host", "256.1.1.1.1"], "no host '256.1.1.1.1': a name or address of this machine"),
         (["--host", "192.0.2.1"], "192.0.2.1, port 8000, cannot be used: "),
-        (["--compile", "perhaps"], "compile is 'perhaps': one of auto, yes, no is needed"),
+        (["--compile", "perhaps"], "--compile is 'perhaps': one of auto, yes, no is needed"),
         (["--api-key", "two words", "--port", "0"], "the API key is empty or has spaces"),
         (["--api-key", "", "--port", "0"], "the API key is empty or has spaces"),
     ],

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from gptsmith import GPT, PRESETS, GPTConfig
+from gptsmith import GPT, PRESETS, GPTConfig, describe
 from gptsmith.cli.describe import parse_shape
-from gptsmith.config.describe import Description, block_terms, describe, forward_stages, terms
+from gptsmith.config.describe import Description, block_terms, forward_stages, terms
 from gptsmith.config.tables import columns, human_bytes, human_flops
 from gptsmith.model.trace import render, trace
 from tests.conftest import TINY
@@ -90,9 +90,7 @@ def test_json_holds_the_same_figures() -> None:
 
 def test_describe_loads_no_torch_and_answers_at_once() -> None:
     code = (
-        "import sys; from gptsmith.config.describe import describe; "
-        "from gptsmith.config.model import preset; "
-        "print(describe(preset('gpt2-xl'), title='gpt2-xl')); "
+        "import sys; from gptsmith import describe; print(describe('gpt2-xl')); "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     times = []

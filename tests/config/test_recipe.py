@@ -183,7 +183,10 @@ def test_what_is_no_value_is_refused_by_name(value: Any, hint: Any, said: str) -
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("[model]\nn_layr = 2", "own.toml [model] has no setting 'n_layr', did you mean 'n_layer'"),
+        (
+            "[model]\nn_layr = 2",
+            "own.toml [model]: there is no setting 'n_layr', did you mean 'n_layer'",
+        ),
         ("[modle]\nn_layer = 2", "unknown section 'modle', did you mean 'model'?"),
         ("n_layer = 2", "unknown section 'n_layer'"),
         ("model = 3", "write [model]"),
@@ -231,4 +234,4 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_name_suggests_a_known_one() -> None:
     with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
-        updated(TrainingSettings(), {"learning_rat": 1}, "training")
+        updated(TrainingSettings(), {"learning_rat": 1})

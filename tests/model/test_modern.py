@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gptsmith
-from gptsmith import GPT, PRESETS, GPTConfig, generate_greedy
+from gptsmith import GPT, PRESETS, GPTConfig, describe, generate_greedy
 from gptsmith.checkpoint.config_json import from_hugging_face
 from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config import cost
-from gptsmith.config.describe import block_terms, describe, forward_stages, terms
+from gptsmith.config.describe import block_terms, forward_stages, terms
 from gptsmith.config.model import MODERN
 from gptsmith.config.recipe import read_toml, recipes, updated
 from gptsmith.config.settings import TrainingSettings

@@ -1,0 +1,46 @@
+"""The page about a model, by whatever names it: a configuration, a preset, a recipe or a folder.
+
+Reads JSON and the headers of tensors, so it needs no PyTorch.
+"""
+
+from pathlib import Path
+
+from ..config.describe import Description
+from ..config.fields import suggestion
+from ..config.model import PRESETS, GPTConfig
+from ..config.recipe import read_toml, recipes
+from .folder import all_shapes, check_tensors, find_model, read_bits, read_config, tensor_bytes
+
+
+def describe(what: GPTConfig | str | Path, *, title: str | None = None) -> Description:
+    """Every tensor of a model, its parameters, memory and FLOPs: `str` of the result is the page.
+
+    `what` is a configuration, the name of a preset or recipe, a recipe's file, or any MODEL.
+    ValueError or FileNotFoundError where it is none of these, or the folder is damaged.
+    """
+    if isinstance(what, GPTConfig):
+        return Description(title or "a model", what)
+    config, name, folder = described_config(str(what))
+    if folder is not None and (bits := read_bits(folder)) is not None:
+        name += f" (quantized to {bits} bits: {tensor_bytes(folder):,} bytes of weights)"
+    return Description(title or name, config)
+
+
+def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
+    """The configuration of a preset, a recipe or a model's folder, with its title and the folder.
+
+    The folder is None where there is none; its tensors' shapes are checked.
+    """
+    if what in PRESETS:
+        return PRESETS[what], what, None
+    if what in recipes():
+        return read_toml(recipes()[what]).model, f"recipe {what}", None
+    if what.endswith(".toml") and Path(what).is_file():
+        return read_toml(Path(what)).model, what, None
+    if not Path(what).exists():
+        hint = suggestion(what, [*PRESETS, *recipes()])
+        raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
+    folder = find_model(what)
+    config = read_config(folder)
+    check_tensors(folder, config, all_shapes(folder))
+    return config, str(folder), folder

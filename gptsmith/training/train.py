@@ -1,0 +1,142 @@
+"""The ways to train: a fresh run in a new folder, or one that goes on from where it stands.
+
+Both are the same act on a run's folder. Knows nothing of what a run consists of (`start.py`), or of
+what happens after a step (`run.py`).
+"""
+
+import re
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..checkpoint.folder import find_model
+from ..config.recipe import read_toml, run_settings, to_toml
+from ..config.settings import RunSettings
+from ..machine.devices import find_device
+from ..machine.environment import rank
+from ..machine.files import write_text
+from ..machine.processes import join_processes, leave_processes, wait_for_processes
+from ..machine.terminal import Display
+from .run import CONFIG, METRICS, Outcome, follow
+from .start import open_run
+
+
+def train(
+    what: RunSettings | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    show: bool = False,
+    **choices: Any,
+) -> Path:
+    """Train a model as `gptsmith train` does; returns the folder of the run.
+
+    `what` is a RunSettings, or the first word of the command: a recipe, a .toml file, or text to
+    learn from. Single settings are given by name, as in `train("notes/", n_layer=2, steps=100)`.
+    `out` is the new folder (default: runs/NAME-N). `resume` names a run to go on with instead; what
+    may change in mid-run can be given by name too. Writes to the terminal only with `show`.
+
+    ValueError or FileNotFoundError where the settings or the data cannot be used. Where a signal
+    such as Ctrl-C's asks to stop, the run is saved first, and the signal then takes its course.
+    """
+    display = Display(quiet=not show or rank() != 0)
+    if resume is None:
+        settings, name = run_settings(what, choices)
+        outcome = train_fresh(settings, Path(out or next_run_folder(name)), display)
+    elif what is None and out is None:
+        outcome = continue_run(Path(resume), display, choices)
+    else:
+        raise ValueError("resume names the run and its settings: leave out `what` and `out`")
+    if outcome.signal is not None:
+        signal.raise_signal(outcome.signal)
+    return outcome.folder
+
+
+def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
+    """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
+    join_processes(find_device(settings.machine.device))
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    if rank() == 0:
+        create(settings, folder)
+    wait_for_processes()
+    try:
+        return train_folder(folder, display, {})
+    except BaseException:
+        if rank() == 0 and not (folder / METRICS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+
+
+def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+    """Go on with a run, from its newest whole checkpoint, or from its beginning."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run at {folder}")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not the folder of a run")
+    join_processes(find_device(read_toml(folder / CONFIG).machine.device))
+    return train_folder(folder, display, changes)
+
+
+def create(settings: RunSettings, folder: Path) -> None:
+    """Make the folder of a fresh run; an existing one is refused."""
+    start_from, data = settings.training.start_from, settings.data.data
+    if start_from is not None:  # what a run's `best` is may change; what was started from may not
+        start_from = str(find_model(start_from).resolve())
+    if data is not None and Path(data).exists():
+        data = str(Path(data).resolve())
+    settings = replace(
+        settings,
+        training=replace(settings.training, start_from=start_from),
+        data=replace(settings.data, data=data),
+    )
+    if folder.exists():
+        raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
+    folder.mkdir(parents=True)
+    write_text(folder / CONFIG, to_toml(settings))
+
+
+def next_run_folder(name: str) -> Path:
+    """`runs/NAME-N` under the current folder, with the first free N."""
+    taken = [
+        int(match[1])
+        for path in Path("runs").glob(f"{name}-*")
+        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name))
+    ]
+    return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
+
+
+def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+    """Train a run from where it stands to its end."""
+    with locked(folder):
+        run = open_run(folder, display, changes)
+        try:
+            return follow(run)
+        finally:
+            if run.recorder is not None:
+                run.recorder.close()
+            if run.watchers is not None:
+                run.watchers.close()
+            leave_processes()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run for this process (its main one) alone; the system lets go when it dies."""
+    if rank() != 0:
+        yield
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"{folder} is being trained by another process: wait, or stop it"
+        ) from None
