@@ -20,6 +20,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A server under load for a minute rather than ten seconds.
+soak: .venv/test
+	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
+
 # Measuring tools, which need the machine for themselves.
 test-benchmarks: .venv/test
 	$(BIN)/pytest tests/benchmarks
@@ -63,4 +67,4 @@ system-demo system-test:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo test quick check test-benchmarks clean system-demo system-test
+.PHONY: demo test quick check soak test-benchmarks clean system-demo system-test
