@@ -168,12 +168,12 @@ import pathlib, sys, time
 from gptsmith.cli.main import main
 from gptsmith.training.loop import Trainer
 step = Trainer.step
-def held_up(self, number):
-    if number == 7:
+def held_up(self, done):
+    if done == 6:
         pathlib.Path("reached").touch()
         while not pathlib.Path("signalled").exists():
             time.sleep(0.01)
-    return step(self, number)
+    return step(self, done)
 Trainer.step = held_up
 sys.exit(main(sys.argv[1:]))
 """
