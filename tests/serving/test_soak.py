@@ -1,5 +1,9 @@
-"""A server under load for a minute: no error, no leak, and nobody's text depends on the others."""
+"""A server under load: no error, no leak, and nobody's text depends on the others.
 
+For ten seconds, or for as many as SOAK_SECONDS says: `make soak` takes a minute.
+"""
+
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +24,8 @@ from gptsmith.config.settings import LoadSettings
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
-CLIENTS, SECONDS, SETTLED = 64, 60.0, 15.0
+CLIENTS, SECONDS = 64, float(os.environ.get("SOAK_SECONDS", "10"))
+SETTLED = SECONDS / 4
 MOST_GROWTH = 0.05  # of the resident memory, from when it has settled
 PROBES = [
     {"prompt": prompt, "seed": seed, "max_tokens": 40, "temperature": heat}
@@ -57,17 +62,22 @@ def text_of(address: str, probe: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_a_minute_of_many_clients(server: tuple[int, str]) -> None:
+def test_many_clients_for_a_while(server: tuple[int, str]) -> None:
     pid, address = server
     quiet = [text_of(address, probe) for probe in PROBES]
     settings = LoadSettings(clients=CLIENTS, prompt_tokens=40, max_tokens=60, seconds=SECONDS)
     crowd = Crowd(Server.at(address), settings)
     process, begun = psutil.Process(pid), time.monotonic()
     settled, probed = 0, 0
+
+    def enough() -> bool:
+        return len(crowd.answers) > 3 * CLIENTS and probed > 2 * len(PROBES)
+
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(crowd.work, client) for client in range(CLIENTS)]
         try:
-            while (now := time.monotonic() - begun) < SECONDS:
+            while (now := time.monotonic() - begun) < SECONDS or not enough():
+                assert not crowd.failures, crowd.refusals()
                 number = probed % len(PROBES)
                 assert text_of(address, PROBES[number]) == quiet[number]
                 probed += 1
@@ -77,10 +87,9 @@ def test_a_minute_of_many_clients(server: tuple[int, str]) -> None:
         finally:
             crowd.closing.set()
         for client in clients:
-            client.result(30)
+            client.result(120)
     assert not crowd.failures, crowd.refusals()
-    assert len(crowd.answers) > 3 * CLIENTS
-    assert probed > 2 * len(PROBES)
+    assert enough()
     assert resident < settled * (1 + MOST_GROWTH), f"{settled:,} bytes grew to {resident:,}"
     health = httpx2.get(f"{address}/health").json()
     assert (health["running"], health["waiting"]) == (0, 0)
@@ -111,7 +120,7 @@ def test_clients_that_come_and_go_leave_nothing(server: tuple[int, str]) -> None
     for _ in range(4):
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(leave, range(150)))
-        end = time.monotonic() + 10
+        end = time.monotonic() + 120
         while any(httpx2.get(f"{address}/health").json()[each] for each in ("running", "waiting")):
             assert time.monotonic() < end, "somebody still writes"
             time.sleep(0.05)
