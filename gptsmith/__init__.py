@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .checkpoint.saved import load, save
     from .config.model import PRESETS, GPTConfig
     from .config.settings import SamplingSettings
-    from .generation.writing import complete, generate_greedy, stream
+    from .generation.writing import complete, generate, generate_greedy, stream
     from .model.gpt import GPT
     from .tokenizers import Tokenizer
 
@@ -24,6 +24,7 @@ _HOMES = {
     "SamplingSettings": "config.settings",
     "Tokenizer": "tokenizers",
     "complete": "generation.writing",
+    "generate": "generation.writing",
     "generate_greedy": "generation.writing",
     "load": "checkpoint.saved",
     "save": "checkpoint.saved",
@@ -37,6 +38,7 @@ __all__ = [
     "SamplingSettings",
     "Tokenizer",
     "complete",
+    "generate",
     "generate_greedy",
     "load",
     "save",

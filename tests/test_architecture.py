@@ -66,7 +66,7 @@ OPTIONAL = (
     "wandb",
 )
 LONGEST_FILE, LONGEST_FUNCTION = 425, 70  # lines
-VERBS = ("load", "save", "stream")
+VERBS = ("load", "save", "generate", "stream")
 
 
 @dataclass

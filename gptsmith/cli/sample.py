@@ -72,7 +72,7 @@ def sample(options: Namespace) -> None:
 
     model, tokenizer = open_model(options, options.model)
     from ..generation.compiled import open_decoder
-    from ..generation.writing import complete, stream
+    from ..generation.writing import generate, stream
 
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, so it cannot read or write text")
@@ -89,7 +89,7 @@ def sample(options: Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    texts = complete(model, tokenizer, prompts, **counts, **wanted)
+    texts = generate(model, tokenizer, prompts, **counts, **wanted)
     rows = [
         {"seed": seed + i, "prompt": prompts[i // counts["num_samples"]], "text": text}
         for i, text in enumerate(texts)

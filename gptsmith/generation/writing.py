@@ -23,7 +23,7 @@ from .sampling import next_token
 MOST_GUESSED = 8  # tokens of a draft that are read at once
 
 
-def generate(
+def generate_tokens(
     model: GPT,
     tokens: Tensor,
     max_new_tokens: int,
@@ -108,7 +108,7 @@ def generate_greedy(model: GPT, tokens: Tensor, max_new_tokens: int) -> Tensor:
 
     As the book's `generate_text_simple`: dropout is off only if the caller called `model.eval()`.
     """
-    new = list(generate(model, tokens, max_new_tokens))
+    new = list(generate_tokens(model, tokens, max_new_tokens))
     return torch.cat([tokens, *(chosen.unsqueeze(1) for chosen in new)], dim=1)
 
 
@@ -136,11 +136,11 @@ def stream(
     tokens, _ = prompt_tokens(model, [prompt_ids(tokenizer, prompt)])
     sampling = replace(sampling, **choices)
     how: dict[str, Any] = {"draft": draft, "decoder": decoder}
-    new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, **how)
+    new = generate_tokens(model, tokens, max_tokens, sampling=sampling, seed=seed, **how)
     return until(decoded((int(row[0]) for row in new), tokenizer), stop)
 
 
-def complete(
+def generate(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str] = "",
@@ -161,7 +161,7 @@ def complete(
     how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": seed}
     rows: list[list[int]] = [[] for _ in ids]
     unended = set(range(len(ids)))
-    for step in generate(model, tokens, max_tokens, decoder=decoder, **how):
+    for step in generate_tokens(model, tokens, max_tokens, decoder=decoder, **how):
         for number, id in enumerate(step.tolist()):
             rows[number].append(id)
             if id == tokenizer.end_of_text:
@@ -169,6 +169,9 @@ def complete(
         if not unended:
             break
     return ["".join(until(decoded(row, tokenizer), stop)) for row in rows]
+
+
+complete = generate  # its first name
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -22,7 +22,7 @@ from gptsmith.config.settings import GREEDY
 from gptsmith.generation import compiled
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
 from gptsmith.generation.drafts import FromText
-from gptsmith.generation.writing import generate
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.machine import environment
 from gptsmith.model.cache import KVCache
 from gptsmith.model.quantized import PackedEmbedding, PackedLinear, pack_model, unpack
@@ -108,8 +108,8 @@ def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> No
         assert (found - expected).abs().max() < 5e-4 * expected.std()
         p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
         assert (p.exp() * (p - q)).sum(-1).mean() < 1e-7
-    wanted = [t.tolist() for t in generate(exactly(model), text[:, :3], 45)]
-    assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
+    wanted = [t.tolist() for t in generate_tokens(exactly(model), text[:, :3], 45)]
+    assert [t.tolist() for t in generate_tokens(model, text[:, :3], 45, decoder=decoder)] == wanted
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -135,13 +135,13 @@ def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     for count in (1, 20, 60):  # the last beyond the context
         for sampling in (GREEDY, SamplingSettings(temperature=0.9, top_k=20)):
             options: dict[str, Any] = {"sampling": sampling, "seed": 5}
-            wanted = [int(t) for t in generate(model, PROMPT, count, **options)]
+            wanted = [int(t) for t in generate_tokens(model, PROMPT, count, **options)]
             for more in ({"decoder": decoder}, {"decoder": decoder, "draft": FromText()}):
-                tokens = [int(t) for t in generate(model, PROMPT, count, **options, **more)]
+                tokens = [int(t) for t in generate_tokens(model, PROMPT, count, **options, **more)]
                 assert tokens == wanted
     rows = some_text(4, 3)
-    wanted = [t.tolist() for t in generate(model, rows, 45)]
-    assert [t.tolist() for t in generate(model, rows, 45, decoder=decoder)] == wanted
+    wanted = [t.tolist() for t in generate_tokens(model, rows, 45)]
+    assert [t.tolist() for t in generate_tokens(model, rows, 45, decoder=decoder)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_drafts_and_batches_change_nothing_in_any_precision(
     monkeypatch.setattr(decoder, "next_logits", counted)
     sampling = SamplingSettings(temperature=0.3)  # so that passages return, and are guessed
     how: dict[str, Any] = {"sampling": sampling, "seed": 5, "decoder": decoder}
-    alone = [int(t) for t in generate(model, PROMPT, 34, **how)]
+    alone = [int(t) for t in generate_tokens(model, PROMPT, 34, **how)]
     assert set(widths[1:]) == {1}
-    assert [int(t) for t in generate(model, PROMPT, 34, draft=FromText(), **how)] == alone
+    assert [int(t) for t in generate_tokens(model, PROMPT, 34, draft=FromText(), **how)] == alone
     assert max(widths[-20:]) > 1  # several tokens were read at once
     beside = torch.cat([PROMPT, some_text(5, 5)])
-    assert [int(t[0]) for t in generate(model, beside, 34, **how)] == alone
+    assert [int(t[0]) for t in generate_tokens(model, beside, 34, **how)] == alone
 
 
 def test_in_bf16_it_stays_near_the_float32_forward() -> None:

@@ -9,7 +9,7 @@ from gptsmith import GPTConfig, SamplingSettings
 from gptsmith.config.model import MODERN
 from gptsmith.generation import graphs
 from gptsmith.generation.graphs import GraphDecoder, StillCache
-from gptsmith.generation.writing import generate
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.model.cache import KVCache
 from tests.conftest import TINY, scrambled
 
@@ -32,9 +32,11 @@ def test_tokens_are_those_of_plain_decoding(form: str, lengths: tuple[int, ...])
     prompts = torch.randint(37, (len(lengths), max(lengths)), generator=generator)
     for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(temperature=1.2)):
         how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": 3}
-        wanted = [step.tolist() for step in generate(model, prompts, 45, **how)]
+        wanted = [step.tolist() for step in generate_tokens(model, prompts, 45, **how)]
         decoder = GraphDecoder(model)
-        found = [step.tolist() for step in generate(model, prompts, 45, decoder=decoder, **how)]
+        found = [
+            step.tolist() for step in generate_tokens(model, prompts, 45, decoder=decoder, **how)
+        ]
         assert found == wanted
 
 

@@ -17,7 +17,7 @@ from gptsmith.config.settings import GREEDY, SamplingSettings
 from gptsmith.generation.drafts import FromText
 from gptsmith.generation.rows import Rows
 from gptsmith.generation.sampling import next_token
-from gptsmith.generation.writing import complete, generate, stream
+from gptsmith.generation.writing import complete, generate_tokens, stream
 from gptsmith.model.cache import KVCache
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
@@ -66,7 +66,7 @@ def alone(model: GPT, prompt: Tensor, count: int, sampling: SamplingSettings, se
 
 
 def together(model: GPT, tokens: Tensor, count: int, **options: Any) -> list[list[int]]:
-    return torch.stack(list(generate(model, tokens, count, **options)), dim=1).tolist()
+    return torch.stack(list(generate_tokens(model, tokens, count, **options)), dim=1).tolist()
 
 
 @parametrize_forms
@@ -223,14 +223,18 @@ def test_a_draft_takes_the_length_of_its_row() -> None:
 @pytest.mark.parametrize("lengths", [(0, 3), (6, 1), (2,), (2, 2, 2), ()])
 def test_lengths_that_cannot_be_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"lengths is \[.*\]: for each of 2 rows 1 to 5 is needed"):
-        next(generate(model_of("gpt2"), torch.ones(2, 5, dtype=torch.long), 3, lengths=lengths))
+        next(
+            generate_tokens(
+                model_of("gpt2"), torch.ones(2, 5, dtype=torch.long), 3, lengths=lengths
+            )
+        )
 
 
 def test_ids_outside_the_vocabulary_count_where_they_are_text() -> None:
     tokens = torch.tensor([[1, 2, 3], [4, 37, 0]])
-    assert len(list(generate(model_of("gpt2"), tokens, 2, lengths=[3, 1]))) == 2
+    assert len(list(generate_tokens(model_of("gpt2"), tokens, 2, lengths=[3, 1]))) == 2
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        next(generate(model_of("gpt2"), tokens, 2, lengths=[3, 2]))
+        next(generate_tokens(model_of("gpt2"), tokens, 2, lengths=[3, 2]))
 
 
 # -- the cache and attention by themselves

@@ -5,7 +5,7 @@ import torch
 
 from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.config.settings import GREEDY, SamplingSettings
-from gptsmith.generation.writing import complete, generate, stream, until
+from gptsmith.generation.writing import complete, generate_tokens, stream, until
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -17,7 +17,7 @@ def byte_model() -> GPT:
 
 
 def run(model: GPT, tokens: torch.Tensor, count: int, **options) -> list[list[int]]:
-    return torch.stack(list(generate(model, tokens, count, **options)), dim=1).tolist()
+    return torch.stack(list(generate_tokens(model, tokens, count, **options)), dim=1).tolist()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
@@ -53,7 +53,7 @@ def test_a_row_gives_what_it_gives_alone() -> None:
 
 def test_nothing_to_generate() -> None:
     model, tokens = scrambled(GPTConfig(**TINY)), torch.tensor([[1, 2]])
-    assert list(generate(model, tokens, 0)) == []
+    assert list(generate_tokens(model, tokens, 0)) == []
     assert generate_greedy(model, tokens, 0).tolist() == [[1, 2]]
 
 
@@ -70,7 +70,7 @@ def test_impossible_requests_are_refused(
     tokens: torch.Tensor, sampling: SamplingSettings, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        next(generate(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
+        next(generate_tokens(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
 
 
 def test_stream_and_complete_agree() -> None:

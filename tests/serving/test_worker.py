@@ -11,7 +11,7 @@ import torch
 from gptsmith import GPTConfig, SamplingSettings
 from gptsmith.config.settings import GREEDY
 from gptsmith.generation.job import Job, News
-from gptsmith.generation.writing import generate
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.serving.worker import Counts, QueueFull, Service, Stream
 from tests.conftest import TINY, scrambled
 
@@ -61,7 +61,7 @@ def test_many_jobs_at_once_each_as_if_alone() -> None:
             for job, news in zip(jobs, found, strict=True):
                 tokens = [item.token.id for item in news if item.token]
                 model, prompt = service.engine.slots.model, torch.tensor([job.prompt])
-                alone = generate(model, prompt, 8, sampling=SAMPLED, seed=job.seed)
+                alone = generate_tokens(model, prompt, 8, sampling=SAMPLED, seed=job.seed)
                 assert tokens == [int(row[0]) for row in alone]
                 assert [item.finish for item in news] == [None] * 7 + ["length"]
             assert service.counts() == Counts(0, 0)
