@@ -159,7 +159,7 @@ def bench_generate(
         "device": str(device),
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "compiled": decoder is not None and decoder.takes(prompt[:, -1:]),  # decoding
+        "compiled": decoder is not None and decoder.takes(rows),  # decoding
         "parameters": cost.parameter_count(config),
         "rows": rows,
         "prompt_tokens": prompt_tokens,

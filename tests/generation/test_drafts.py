@@ -12,7 +12,8 @@ from gptsmith import GPT, GPTConfig, SamplingSettings
 from gptsmith.cli.main import main
 from gptsmith.config.settings import GREEDY
 from gptsmith.generation.drafts import Draft, FromModel, FromText
-from gptsmith.generation.writing import MOST_GUESSED, generate_tokens
+from gptsmith.generation.engine import MOST_GUESSED
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
 from tests.conftest import TINY, scrambled
 

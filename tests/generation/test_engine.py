@@ -47,7 +47,7 @@ def engine_of(way: str, slots: int = 4) -> tuple[GPT, Engine]:
     decoder: Any = open_decoder(model, "yes") if way == "compiled" else None
     if way == "graph":
         decoder = GraphDecoder(model)
-    return model, Engine(model, decoder=decoder, slots=slots)
+    return model, Engine(Slots(model, slots, decoder, in_chunks=True))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -154,9 +154,9 @@ def test_logits_are_the_same_to_the_bit_beside_others_and_in_parts(
         pack_model(model, bits)
     decoder = open_decoder(model, "yes")
     text = prompt_of(100)
-    by_itself = Slots(model, 1, decoder)
+    by_itself = Slots(model, 1, decoder, in_chunks=True)
     expected = by_itself.read([Span(0, text, 100)])
-    slots = Slots(model, 7, decoder)
+    slots = Slots(model, 7, decoder, in_chunks=True)
     found = []
     for number, part in enumerate([text[:1], text[1:40], text[40:99], text[99:]]):
         others = [Span(i, prompt_of(1 + 9 * i * (number == 1), seed=i), i % 2) for i in range(6)]
@@ -273,7 +273,7 @@ def test_no_chunk_keeps_others_waiting() -> None:
     for length in (140, 90):
         engine.submit(job_of(prompt_of(length, seed=length), 1))
     for _ in range(4):
-        spans = [len(span.tokens) for _, span in engine.plan()]
+        spans = [len(reading.span.tokens) for reading in engine.plan()]
         assert sum(spans) <= 1 + engine.slots.chunk
         assert writing in [item.job for item in engine.step(0.0)]
 
@@ -340,18 +340,6 @@ def test_how_two_texts_begin() -> None:
     assert common([1, 2, 3], [1, 2, 4]) == 2
     assert common([1, 2], [1, 2, 4]) == 2
     assert common([], [1]) == common([2], [1]) == 0
-
-
-def test_slots_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = scrambled(GPTConfig(**SIZES))
-    one = 2 * 2 * LIMIT * 24 * 4  # keys and values, layers, tokens, channels, bytes
-    for memory, count in [(one * 8 * 5, 5), (one * 8 * 1000, 8), (0, 1)]:
-        monkeypatch.setattr("gptsmith.machine.devices.available_memory", lambda device, m=memory: m)
-        assert len(Slots(model)) == count
-    with pytest.raises(ValueError, match=r"^2 slots take 0.0 GB, and 0.0 GB are free: take fewer$"):
-        Slots(model, 2)
-    monkeypatch.setattr("gptsmith.machine.devices.available_memory", lambda device: one * 8 * 1000)
-    assert len(Slots(model, None, open_decoder(model, "yes"))) == 64
 
 
 def test_a_step_costs_little_beside_the_model() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.config.settings import GREEDY, SamplingSettings
-from gptsmith.generation.writing import complete, generate_tokens, stream, until
+from gptsmith.generation.text import StopStrings
+from gptsmith.generation.writing import complete, generate_tokens, stream
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -113,9 +114,14 @@ def test_end_of_text_ends_the_text() -> None:
     ],
 )
 def test_stop_strings_may_span_pieces(pieces: list[str], stop: list[str], expected: str) -> None:
-    assert "".join(until(pieces, stop)) == expected
+    stops, found = StopStrings(stop), ""
+    for piece in pieces:
+        found += stops.push(piece)
+        if stops.found:
+            break
+    assert found + stops.flush() == expected
 
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="stop string is empty"):
-        list(until(["a"], [""]))
+        StopStrings([""])
