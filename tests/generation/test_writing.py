@@ -1,10 +1,13 @@
 """Generation: cached equals uncached, batched equals alone, and text ends where it should."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.config.settings import GREEDY, SamplingSettings
+from gptsmith.generation.slots import Slots, Span
 from gptsmith.generation.text import StopStrings
 from gptsmith.generation.writing import complete, generate_tokens, stream
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
@@ -98,6 +101,28 @@ def test_end_of_text_ends_the_text() -> None:
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[256] = 1.0
     assert "".join(stream(model, tokenizer, "ab", max_tokens=9, temperature=0)) == ""
+
+
+@pytest.mark.parametrize("stop", [[], ["q"], ["\n", "\x00"]])
+def test_a_row_that_has_ended_is_not_read_on(stop: list[str], monkeypatch) -> None:
+    model, tokenizer, read = byte_model(), byte_tokenizer(), []
+    plain = Slots.read
+
+    def counted(slots: Slots, spans: list[Span]) -> torch.Tensor:
+        read.append(len(spans))
+        return plain(slots, spans)
+
+    prompts = [f"{i}" for i in range(24)]
+    how: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5}
+    texts = ["".join(stream(model, tokenizer, p, seed=i, **how)) for i, p in enumerate(prompts)]
+    expected = [text[: min([text.find(s) for s in stop if s in text] or [None])] for text in texts]
+    how = {"max_tokens": 40, "sampling": SamplingSettings(temperature=1.5)}
+    monkeypatch.setattr(Slots, "read", counted)
+    assert complete(model, tokenizer, prompts, stop=stop, **how) == expected
+    assert read[0] == 24
+    assert read == sorted(read, reverse=True)
+    if stop:
+        assert read[-1] < 24
 
 
 @pytest.mark.parametrize(
