@@ -21,15 +21,14 @@ if TYPE_CHECKING:
         TrainingSettings,
     )
     from .evaluation.heldout import evaluate
-    from .generation.writing import complete, generate_greedy, stream
-    from .generation.writing import complete as generate
+    from .generation.writing import complete, generate, generate_greedy, stream
     from .model.gpt import GPT
     from .tokenizers import Tokenizer
     from .training.train import train
 
 __version__ = "0.1.0"
 
-# The module of each name, and what it is called there where that is something else.
+# The module of each name.
 _HOMES = {
     "GPT": "model.gpt",
     "PRESETS": "config.model",
@@ -45,7 +44,7 @@ _HOMES = {
     "complete": "generation.writing",
     "describe": "checkpoint.described",
     "evaluate": "evaluation.heldout",
-    "generate": "generation.writing complete",
+    "generate": "generation.writing",
     "generate_greedy": "generation.writing",
     "load": "checkpoint.saved",
     "save": "checkpoint.saved",
@@ -82,8 +81,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.convert")
     if name not in _HOMES:
         raise AttributeError(f"gptsmith has no '{name}'")
-    module, _, other_name = _HOMES[name].partition(" ")
-    return getattr(import_module(f"{__name__}.{module}"), other_name or name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -80,10 +80,10 @@ def run(options: Namespace) -> None:
         draft = open_draft(options, settings.draft, tokenizer)
         write(model, tokenizer, prompts[0], draft=draft, **wanted)
         return
-    from ..generation.writing import complete
+    from ..generation.writing import generate
 
     each = settings.num_samples
-    texts = complete(model, tokenizer, prompts, num_samples=each, **wanted)
+    texts = generate(model, tokenizer, prompts, num_samples=each, **wanted)
     rows: list[dict[str, Any]] = [
         {"seed": seed + i, "prompt": prompts[i // each], "text": text}
         for i, text in enumerate(texts)

@@ -20,7 +20,7 @@ from ..config.model import GPTConfig
 from ..config.settings import GREEDY, MachineSettings, TrainingSettings
 from ..data.batches import Batches
 from ..generation.compiled import open_decoder
-from ..generation.writing import generate
+from ..generation.writing import generate_tokens
 from ..machine import devices
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
@@ -145,9 +145,13 @@ def bench_generate(
     prepare_model(model, machine)
     prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
     decoder = open_decoder(model, settings.compile)
-    list(generate(model, prompt, min(WARM_UP_TOKENS, max_tokens), sampling=GREEDY, decoder=decoder))
+    list(
+        generate_tokens(
+            model, prompt, min(WARM_UP_TOKENS, max_tokens), sampling=GREEDY, decoder=decoder
+        )
+    )
     times, steps = [time.perf_counter()], []
-    for step in generate(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
+    for step in generate_tokens(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
         devices.synchronize(device)
         times.append(time.perf_counter())
         steps.append(step)
@@ -155,7 +159,7 @@ def bench_generate(
         "device": str(device),
         "dtype": machine.dtype,
         "threads": machine.threads,
-        "compiled": decoder is not None and decoder.takes(prompt[:, -1:]),  # decoding
+        "compiled": decoder is not None and decoder.takes(rows),  # decoding
         "parameters": cost.parameter_count(config),
         "rows": rows,
         "prompt_tokens": prompt_tokens,

@@ -25,7 +25,7 @@ from ..config.model import GPTConfig
 from ..config.settings import GREEDY, SamplingSettings
 from ..data.batches import Tokens
 from ..generation.compiled import open_decoder
-from ..generation.writing import generate
+from ..generation.writing import generate_tokens
 from ..machine.devices import synchronize
 from ..machine.files import written_whole
 from ..model.gpt import GPT
@@ -102,7 +102,7 @@ def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[Row]:
     """What a model writes at temperature 1, in rows that begin with the token `first`."""
     T = min(model.config.context_length, math.ceil(tokens / ROWS_WRITTEN))
     start = torch.full((math.ceil(tokens / T), 1), first, device=model.device)  # (R, 1)
-    new = generate(model, start, T, sampling=SamplingSettings(temperature=1.0), seed=SEED)
+    new = generate_tokens(model, start, T, sampling=SamplingSettings(temperature=1.0), seed=SEED)
     text = torch.cat([start, *(chosen.unsqueeze(1) for chosen in new)], dim=1).cpu()  # (R, T + 1)
     return [(row[:-1], row[1:]) for row in text]
 
@@ -158,7 +158,7 @@ def decode_speed(model: GPT) -> float | None:
     decoder = open_decoder(model)
     tokens = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
     times = []
-    for _ in generate(model, tokens, count, sampling=GREEDY, decoder=decoder):
+    for _ in generate_tokens(model, tokens, count, sampling=GREEDY, decoder=decoder):
         synchronize(model.device)
         times.append(time.perf_counter())
     return (count - 1) / (times[-1] - times[0])

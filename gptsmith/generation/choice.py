@@ -3,27 +3,28 @@
 Each text has settings and a generator of its own; those alike are drawn together, which gives what
 each would draw alone. Knows nothing of slots or time.
 
-Shapes:  N texts    V vocabulary    S tokens seen    T tokens of one text
+Shapes:  N texts    V vocabulary    S tokens of the longest text    T tokens of one text
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..config.settings import SamplingSettings
 from .job import Job, Scored
 from .sampling import NotFiniteError, next_token
 
 
 @dataclass(eq=False)
 class Writer:
-    """A job's tokens so far, and what its next one depends on."""
+    """A job's text so far, and what its next token depends on."""
 
     job: Job
     generator: torch.Generator
     bias: Tensor | None  # (V,), added to its logits
-    new: list[int] = field(default_factory=list)
+    text: list[int]  # the prompt, and what was generated
 
     @classmethod
     def of(cls, job: Job, vocab_size: int) -> "Writer":
@@ -32,14 +33,24 @@ class Writer:
         if job.bias or job.presence_penalty or job.frequency_penalty:
             bias = torch.zeros(vocab_size)
             bias[list(job.bias)] = torch.tensor([*job.bias.values()], dtype=bias.dtype)
-        return cls(job, torch.Generator().manual_seed(job.seed), bias)
+        return cls(job, torch.Generator().manual_seed(job.seed), bias, list(job.prompt))
+
+    @property
+    def new(self) -> list[int]:
+        """The tokens that were generated."""
+        return self.text[len(self.job.prompt) :]
+
+    @property
+    def written(self) -> int:
+        """How many they are."""
+        return len(self.text) - len(self.job.prompt)
 
     def take(self, token: int) -> None:
         """Add a token, which is less likely to come again where there are penalties."""
         if self.bias is not None:
             first = token not in self.new
             self.bias[token] -= self.job.frequency_penalty + first * self.job.presence_penalty
-        self.new.append(token)
+        self.text.append(token)
 
 
 def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
@@ -47,15 +58,15 @@ def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
 
     N times, (N, V) -> N tokens
     """
-    alike: dict[object, list[int]] = {}
+    alike: dict[SamplingSettings, list[int]] = {}
     for number, writer in enumerate(writers):
-        sampling = writer.job.sampling
-        looks_back = sampling.repetition_penalty != 1
-        alike.setdefault(writer if looks_back else sampling, []).append(number)
+        alike.setdefault(writer.job.sampling, []).append(number)
+    if len(alike) == 1:
+        return draw(writers, logits)
     chosen: list[int | None] = [None] * len(writers)
     for numbers in alike.values():
-        rows = logits if len(numbers) == len(writers) else logits[numbers]
-        for number, token in zip(numbers, draw([writers[n] for n in numbers], rows), strict=True):
+        tokens = draw([writers[number] for number in numbers], logits[numbers])
+        for number, token in zip(numbers, tokens, strict=True):
             chosen[number] = token
     return chosen
 
@@ -67,17 +78,24 @@ def draw(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
         none = torch.zeros_like(logits[0])
         biases = [none if writer.bias is None else writer.bias.to(none) for writer in writers]
         biased = logits + torch.stack(biases)
-    # Only one who is drawn for alone looks back at the tokens seen.
-    text = torch.tensor([*writers[0].job.prompt, *writers[0].new], device=logits.device)  # (S,)
+    sampling = writers[0].job.sampling
+    # Only the repetition penalty looks back, and thousands of tokens take a while to hand over.
+    texts = [writer.text for writer in writers] if sampling.repetition_penalty != 1 else []
     generators = [writer.generator for writer in writers]
     try:
-        sampling = writers[0].job.sampling
-        return next_token(biased, text.expand(len(writers), -1), sampling, generators).tolist()
+        return next_token(biased, seen(texts, logits.device), sampling, generators).tolist()
     except NotFiniteError:
         if len(writers) == 1:
             return [None]
         each = (draw([writer], row[None]) for writer, row in zip(writers, logits, strict=True))
         return [token for tokens in each for token in tokens]
+
+
+def seen(texts: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Which tokens each text has; a shorter one is filled up with its first.  N texts -> (N, S)"""
+    longest = max(map(len, texts), default=0)
+    rows = [text + text[:1] * (longest - len(text)) for text in texts]
+    return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def scored(

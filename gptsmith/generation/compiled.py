@@ -154,59 +154,51 @@ class CompiledDecoder:
         self.kept.append(tensor.detach().contiguous())
         return int(self.kept[-1].data_ptr())
 
-    def takes(self, unread: Tensor) -> bool:
-        """Whether tokens (B, T) are few enough."""
+    def takes(self, tokens: int) -> bool:
+        """Whether it reads so many tokens faster than PyTorch does."""
         packed = isinstance(self.model.lm_head, PackedLinear)
-        return unread.numel() <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
-
-    def next_logits(self, unread: Tensor, cache: KVCache, places: int) -> Tensor:
-        """Logits after each of the last `places` tokens, which the cache takes in.
-
-        (B, T) -> (B, places, V), in float32
-        """
-        B, T = unread.shape
-        cache.check_room(B, T)
-        texts = [row for row in range(B) for _ in range(T)]
-        wanted = [row * T + T - places + i for row in range(B) for i in range(places)]
-        logits = self.logits(unread.flatten(), texts, cache.positions(T).flatten(), wanted, cache)
-        cache.advance(T)
-        return logits.view(B, places, -1)
+        return tokens <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
 
     @torch.inference_mode()
     def logits(
         self,
-        tokens: Tensor,
+        tokens: Sequence[int],
         texts: Sequence[int],
-        places: Tensor,
+        places: Sequence[int],
         wanted: Sequence[int],
         cache: KVCache,
     ) -> Tensor:
-        """Read tokens (R,), each at its place (R,) of a text of the cache: the logits after the
-        wanted ones of them, in float32.  -> (W, V)
+        """Read R tokens, each at its place of a text of the cache: the logits after the wanted
+        ones of them, in float32.  -> (W, V)
 
         All of a text's tokens before a place are in the cache, or among those read. How long its
         texts then are, the cache is not told.
         """
-        model = self.model
-        x = (model.wte(tokens) + model.wpe(places)).float().contiguous()  # (R, C)
+        model, held = self.model, cache.keys.shape[1]
+        if max(texts) >= held:
+            raise ValueError(f"{max(texts) + 1} rows do not fit a cache of {held}")
+        if max(places) >= cache.capacity:
+            raise ValueError(f"{max(places) + 1} tokens do not fit a cache of {cache.capacity}")
+        at = torch.tensor(places)  # (R,)
+        x = (model.wte(torch.tensor(tokens)) + model.wpe(at)).float().contiguous()  # (R, C)
         found = torch.empty(len(wanted), model.config.vocab_size)
         rows = Rows(
             count=len(tokens),
             wanted=len(wanted),
             text=numbers(texts),
-            place=places.data_ptr(),
+            place=at.data_ptr(),
             logits_of=numbers(wanted),
             x=x.data_ptr(),
             logits=found.data_ptr(),
         )
-        held = Cache(
+        described = Cache(
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
-            texts=cache.keys.shape[1],
+            texts=held,
             capacity=cache.capacity,
             bits=cache.keys.element_size() * 8,
         )
-        pointers = (ctypes.byref(part) for part in (self.described, held, rows))
+        pointers = (ctypes.byref(part) for part in (self.described, described, rows))
         self.library.step(*pointers, c_int(torch.get_num_threads()))
         return found
 

@@ -1,23 +1,25 @@
-"""Whose turn it is: jobs wait, get a slot, read their prompt in parts, and write side by side.
+"""Whose turn it is: jobs wait, get a slot, read their prompt, and write side by side.
 
 One call is one step for everybody, and new jobs join between steps. Knows nothing of threads,
 characters or HTTP.
 
-Shapes:  W logits wanted    N texts that go on    V vocabulary    T tokens of a prompt
+Shapes:  W logits wanted    V vocabulary    T tokens of a prompt
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..model.gpt import GPT
 from .choice import Writer, choose, scored
-from .compiled import Decoder
 from .job import Finish, Job, News, Scored
 from .sampling import NOT_FINITE
 from .slots import Slots, Span
+
+MOST_GUESSED = 8  # tokens of a draft that are read at once
 
 
 @dataclass(eq=False)
@@ -30,15 +32,21 @@ class Turn:
     begun: bool = False
 
 
-class Engine:
-    """A model and its slots, the jobs that have one and the jobs that wait."""
+class Reading(NamedTuple):
+    """What a step reads of a text: a span, which ends with guesses."""
 
-    def __init__(
-        self, model: GPT, *, decoder: Decoder | None = None, slots: int | None = None
-    ) -> None:
-        self.config = model.config
-        self.slots = Slots(model, slots, decoder)
-        self.free = deque(range(len(self.slots)))  # the one that was left longest ago first
+    turn: Turn
+    span: Span
+    whole: bool  # whether it reaches the end of the text, so that a token is chosen
+    guesses: Sequence[int] = ()
+
+
+class Engine:
+    """Slots of a model, the jobs that have one and the jobs that wait."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self.config = slots, slots.model.config
+        self.free = deque(range(len(slots)))  # the one that was left longest ago first
         self.waiting: deque[Job] = deque()
         self.turns: list[Turn] = []  # in the order of their coming
 
@@ -58,32 +66,30 @@ class Engine:
             if turn.job is job:
                 self.leave(turn)
 
+    @torch.inference_mode()
     def step(self, now: float) -> list[News]:
-        """What one pass through the model brings, at a time by time.monotonic."""
+        """What one step brings, at a time by time.monotonic. A job may get several tokens of it,
+        where a draft guessed right."""
         news = self.expire(now)
         self.admit()
         planned = self.plan()
         if not planned:
             return news
-        logits = self.slots.read([span for _, span in planned])  # (W, V)
-        ends = list(accumulate(span.wanted for _, span in planned))
-        for (turn, span), end in zip(planned, ends, strict=True):
-            if turn.job.score_prompt and not turn.writer.new:
-                news.append(self.score(turn, span, logits[end - span.wanted : end]))
-        read = [
-            (turn, end - 1)
-            for (turn, _), end in zip(planned, ends, strict=True)
-            if self.unread(turn) == 0
-        ]
-        for turn, _ in read:
-            if turn.job.max_tokens == 0:
+        logits = self.slots.read([reading.span for reading in planned])  # (W, V)
+        writing, first = [], 0
+        for reading in planned:
+            turn, span = reading.turn, reading.span
+            # The logits of a span: of its tokens, or the last of them, and then of the guesses.
+            last = first + span.wanted - 1 - len(reading.guesses)
+            if turn.job.score_prompt and not turn.writer.written:
+                news.append(self.score(reading, logits[first : last + 1]))
+            if reading.whole and turn.job.max_tokens > 0:
+                writing.append((reading, last))
+            elif reading.whole:
                 self.leave(turn)
                 news.append(News(turn.job, finish="length"))
-        writing = [(turn, row) for turn, row in read if turn.job.max_tokens > 0]
-        rows = [row for _, row in writing]
-        if len(rows) < len(logits):
-            logits = logits[rows]
-        return news + self.write([turn for turn, _ in writing], logits)
+            first += span.wanted
+        return news + self.write(writing, logits)
 
     def abandon(self, reason: str) -> list[News]:
         """Give up every job, and tell each why."""
@@ -118,47 +124,64 @@ class Engine:
 
     # -- what is read
 
-    def plan(self) -> list[tuple[Turn, Span]]:
-        """What to read in this step: a token of everyone who writes, and of prompts, in the order
-        of their coming, one chunk in all, so that nobody who writes has to wait for long."""
+    def plan(self) -> list[Reading]:
+        """What to read in this step: a token of everyone who writes, with guesses where there is a
+        draft, and of prompts, in the order of their coming, one chunk in all, so that nobody who
+        writes has to wait for long."""
         planned = []
         room = self.slots.chunk
         for turn in self.turns:
-            if turn.writer.new:
-                planned.append((turn, Span(turn.slot, turn.writer.new[-1:], 1)))
-            elif room > 0 and (span := self.next_part(turn, room)):
-                planned.append((turn, span))
-                room -= len(span.tokens)
+            text, slot = turn.writer.text, turn.slot
+            if len(text) > self.slots.capacity:
+                seen = text[-self.config.context_length :]
+                planned.append(Reading(turn, Span(slot, seen, 1, past=True), True))
+            elif not turn.writer.written:
+                if room > 0 and (reading := self.next_part(turn, room)):
+                    planned.append(reading)
+                    room -= len(reading.span.tokens)
+            elif turn.job.draft is None:
+                planned.append(Reading(turn, Span(slot, text[-1:], 1), True))
+            else:
+                guesses = self.guesses(turn)
+                span = Span(slot, [*text[-1:], *guesses], 1 + len(guesses))
+                planned.append(Reading(turn, span, True, guesses))
         return planned
 
-    def next_part(self, turn: Turn, room: int) -> Span | None:
+    def next_part(self, turn: Turn, room: int) -> Reading | None:
         """The next tokens of a prompt, no more than there is room for; None where they cannot be
         cut, and have to wait."""
-        job, slots = turn.job, self.slots
+        job, slots, prompt = turn.job, self.slots, turn.writer.text
         if not turn.begun:
-            slots.begin(turn.slot, [] if job.score_prompt else job.prompt)
+            slots.begin(turn.slot, [] if job.score_prompt else prompt)
             turn.begun = True
         start = len(slots.texts[turn.slot])
-        part = job.prompt[start : start + slots.chunk]
+        part = prompt[start : start + slots.chunk]
         if len(part) > room:
             if not slots.exact:
                 return None
             part = part[:room]
-        last = start + len(part) == len(job.prompt)
-        return Span(turn.slot, part, len(part) if job.score_prompt else int(last))
+        whole = start + len(part) == len(prompt)
+        guesses = self.guesses(turn) if whole else []
+        wanted = (len(part) if job.score_prompt else int(whole)) + len(guesses)
+        return Reading(turn, Span(turn.slot, part + guesses, wanted), whole, guesses)
 
-    def unread(self, turn: Turn) -> int:
-        """How many tokens of a job are not in its slot."""
-        text = self.slots.texts[turn.slot]
-        return len(turn.job.prompt) + len(turn.writer.new) - len(text)
+    def guesses(self, turn: Turn) -> list[int]:
+        """What the draft of a job guesses of its next tokens, as far as there is room for them."""
+        text, draft = turn.writer.text, turn.job.draft
+        left = self.most(turn.job) - turn.writer.written
+        most = min(MOST_GUESSED, left - 1, self.slots.capacity - len(text))
+        if draft is None or most <= 0:
+            return []
+        return draft.guess(torch.tensor(text, device=self.slots.model.device), most).tolist()
 
     # -- what is made of it
 
-    def score(self, turn: Turn, span: Span, logits: Tensor) -> News:
+    def score(self, reading: Reading, logits: Tensor) -> News:
         """What the model thinks of each token of the prompt that follows those just read, and of
         the first, which nothing comes before.  (T, V)"""
-        job, end = turn.job, len(self.slots.texts[turn.slot])
-        start = end - len(span.tokens)
+        job = reading.turn.job
+        end = len(self.slots.texts[reading.turn.slot]) - len(reading.guesses)
+        start = end - len(logits)
         following = job.prompt[start + 1 : end + 1]
         asked = [job.alternatives] * len(following)
         found = scored(following, logits[: len(following)], asked)
@@ -166,30 +189,51 @@ class Engine:
             found = [Scored(job.prompt[0]), *found]
         return News(job, prompt=tuple(found))
 
-    def write(self, turns: list[Turn], logits: Tensor) -> list[News]:
-        """The next token of each, from logits (N, V); who is done leaves."""
-        tokens = choose([turn.writer for turn in turns], logits)
-        known = [0 if token is None else token for token in tokens]
-        told = scored(known, logits, [turn.job.alternatives for turn in turns])
-        news = []
-        for turn, token, score in zip(turns, tokens, told, strict=True):
-            if token is None:
-                self.slots.clear(turn.slot)
-                self.leave(turn)
-                news.append(News(turn.job, finish="failed", reason=NOT_FINITE))
-                continue
-            turn.writer.take(token)
-            finish = self.finish(turn)
-            if finish:
-                self.leave(turn)
-            news.append(News(turn.job, token=score, finish=finish))
+    def write(self, writing: Sequence[tuple[Reading, int]], logits: Tensor) -> list[News]:
+        """The next token of each, from the row of logits (W, V) that it is given with; then the
+        one after it of those whose guess was right, and so on. Who is done leaves."""
+        news, place = [], 0
+        while writing:
+            rows = [row + place for _, row in writing]
+            here = logits if rows == [*range(len(logits))] else logits[rows]
+            tokens = choose([reading.turn.writer for reading, _ in writing], here)
+            known = [0 if token is None else token for token in tokens]
+            told = scored(known, here, [reading.turn.job.alternatives for reading, _ in writing])
+            going_on = []
+            for (reading, row), token, score in zip(writing, tokens, told, strict=True):
+                item = self.take(reading.turn, token, score)
+                news.append(item)
+                right = place < len(reading.guesses) and reading.guesses[place] == token
+                if right and not item.finish:
+                    going_on.append((reading, row))
+                elif reading.guesses or item.finish:
+                    self.settle(reading.turn, item)
+            writing, place = going_on, place + 1
         return news
 
-    def finish(self, turn: Turn) -> Finish | None:
-        """Whether its last token ends a job, and why; the last that fits the context is not read,
-        so there is room for one more than the context has places."""
-        job, new = turn.job, turn.writer.new
-        if new[-1] in job.ends:
-            return "stop"
-        room = self.config.context_length + 1 - len(job.prompt)
-        return "length" if len(new) == min(job.max_tokens, room) else None
+    def take(self, turn: Turn, token: int | None, score: Scored) -> News:
+        """Add a token to a text; None is of logits that are not finite."""
+        if token is None:
+            return News(turn.job, finish="failed", reason=NOT_FINITE)
+        turn.writer.take(token)
+        finish: Finish | None = None
+        if token in turn.job.ends:
+            finish = "stop"
+        elif turn.writer.written == self.most(turn.job):
+            finish = "length"
+        return News(turn.job, token=score, finish=finish)
+
+    def settle(self, turn: Turn, last: News) -> None:
+        """Keep what was read and is text: all but the last token, and no guess that was wrong."""
+        self.slots.keep(turn.slot, len(turn.writer.text) - 1)
+        if last.finish == "failed":
+            self.slots.clear(turn.slot)
+        if last.finish:
+            self.leave(turn)
+
+    def most(self, job: Job) -> int:
+        """How many tokens a job may get; the last that fits the context is not read, so there is
+        room for one more than the context has places."""
+        if job.beyond_context:
+            return job.max_tokens
+        return min(job.max_tokens, self.config.context_length + 1 - len(job.prompt))

@@ -51,14 +51,13 @@ class GraphDecoder:
         self.model = model
         self.steps: WeakKeyDictionary[KVCache, dict[int, Captured]] = WeakKeyDictionary()
 
-    def takes(self, unread: Tensor) -> bool:
-        """Whether tokens (B, T) are one for each row."""
-        return unread.shape[1] == 1
+    def takes(self, tokens: int) -> bool:
+        """Whether it reads one token for each of so many rows: of any number."""
+        return tokens > 0
 
     @torch.inference_mode()
-    def next_logits(self, unread: Tensor, cache: KVCache, places: int) -> Tensor:
+    def next_logits(self, unread: Tensor, cache: KVCache) -> Tensor:
         """Logits after each row's one token, which the cache takes in.  (B, 1) -> (B, 1, V)"""
-        assert places == 1, places
         cache.check_room(*unread.shape)
         span = min(cache.capacity, (cache.length // SPAN + 1) * SPAN)
         steps = self.steps.setdefault(cache, {})

@@ -6,16 +6,17 @@ Knows nothing of how tokens are computed, of characters or of HTTP.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..config.settings import SamplingSettings
+from .drafts import Draft
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
     """A prompt to continue, and how. Two jobs that ask the same are two."""
 
-    prompt: Sequence[int]  # ids, from 1 to context_length of them
+    prompt: Sequence[int]  # ids; from 1 to context_length of them, unless beyond_context
     max_tokens: int  # new ones at most; with 0 the prompt is only scored
     sampling: SamplingSettings
     seed: int
@@ -26,10 +27,11 @@ class Job:
     alternatives: int | None = None  # likeliest tokens told beside each; None tells no logprobs
     score_prompt: bool = False
     deadline: float = math.inf  # by time.monotonic, in seconds
+    beyond_context: bool = False  # go on past the limit, seeing the last context_length tokens
+    draft: Draft | None = None  # guesses the next tokens; the text stays the same
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """A token and, where asked for, its natural log-probability and the likeliest of its place.
 
     They are the model's own, before temperature, filters, bias and penalties.
@@ -43,8 +45,7 @@ class Scored:
 Finish = Literal["stop", "length", "timeout", "failed"]
 
 
-@dataclass(frozen=True)
-class News:
+class News(NamedTuple):
     """What a step brought to a job; the last of a job says how it finished.
 
     "stop" comes with the token that ended the text, "length" with the last that there was room

@@ -1,54 +1,65 @@
-"""Texts in the slots of one cache: any few of them go on in one pass, each as if it were alone.
+"""Texts in the slots of one cache: any of them are read on in one step, each as if it were alone.
 
 Knows nothing of who wants them, of sampling or of time.
 
-Shapes:  R tokens read, of all texts    W of them wanted    V vocabulary
+Shapes:  B slots, or rows of a pass    T tokens of the longest span    R tokens of all spans
+         W of them after which the logits are wanted    C channels    V vocabulary
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..machine import devices
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 from .compiled import CompiledDecoder, Decoder
+from .graphs import GraphDecoder
 
-MOST_SLOTS, MOST_SLOTS_PLAIN = 64, 8
-SHARE_OF_MEMORY = 1 / 8  # that the cache may take, of what is free
+MOST_PADDING = 2  # times the tokens that are read, for which one pass is better than several
 SHORTEST_SHARED = 16  # tokens; copying fewer is not worth it
 
 
-@dataclass(frozen=True)
-class Span:
-    """The next tokens of a slot's text, and after how many of the last the logits are wanted."""
+class Span(NamedTuple):
+    """What to read of a slot's text, and after how many of the last tokens the logits are wanted.
+
+    The tokens follow those that the slot holds. Past the capacity of the slots they are instead
+    all that the model sees of the text, its last context_length tokens, and nothing is kept: every
+    position shifts with each token, so that no key or value would hold for the next.
+    """
 
     slot: int
     tokens: Sequence[int]
     wanted: int
+    past: bool = False
 
 
 class Slots:
-    """As many texts as there are slots, and their keys and values in one cache, allocated once.
-
-    With a compiled step, all spans are read in one pass, and the logits of a text are to the bit
-    the same however it is cut and whatever is read beside it. Without, PyTorch's products round
-    differently for each shape: what a text goes on by, one token, is then read in a pass of all
-    slots, used or not, and longer spans are read alone. They are to be cut at multiples of `chunk`.
-    """
+    """As many texts as there are slots, and their keys and values in one cache, allocated once."""
 
     def __init__(
-        self, model: GPT, count: int | None = None, decoder: Decoder | None = None
+        self,
+        model: GPT,
+        count: int,
+        decoder: Decoder | None = None,
+        *,
+        capacity: int | None = None,
+        in_chunks: bool = False,
     ) -> None:
-        self.model, self.decoder = model, decoder
-        self.exact = isinstance(decoder, CompiledDecoder)
-        self.chunk = 512 if model.device.type == "cuda" else 64  # prompt tokens in a pass, at most
-        count = suitable_slots(model, self.exact, count)
-        self.cache = KVCache(model.config, count, dtype=model.dtype, device=model.device)
+        """A slot has room for `capacity` tokens, the context_length if none is given. For
+        `in_chunks` see `passes`."""
+        self.model, self.decoder, self.in_chunks = model, decoder, in_chunks
+        self.cache = KVCache(
+            model.config, count, capacity=capacity, dtype=model.dtype, device=model.device
+        )
+        self.capacity = self.cache.capacity
         self.texts: list[list[int]] = [[] for _ in range(count)]  # the tokens in the cache
+        self.exact = in_chunks and isinstance(decoder, CompiledDecoder)
+        # Tokens of prompts that are read in one step, at most.
+        self.chunk = count * self.capacity
+        if in_chunks:
+            self.chunk = 512 if model.device.type == "cuda" else 64
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -57,58 +68,119 @@ class Slots:
     def read(self, spans: Sequence[Span]) -> Tensor:
         """Read on in some texts: the logits after the wanted tokens of each, one span's after
         another's.  -> (W, V)"""
-        read = self.read_at_once if isinstance(self.decoder, CompiledDecoder) else self.read_apart
-        logits = read(spans)
         for span in spans:
-            self.texts[span.slot].extend(span.tokens)
+            if span.past:
+                self.texts[span.slot] = []
+        passes = self.passes(spans)
+        found = [(some, read(some)) for read, some in passes]
+        logits = found[0][1]
+        if len(passes) > 1:
+            apart = {
+                span.slot: rows
+                for some, each in found
+                for span, rows in zip(some, each.split([s.wanted for s in some]), strict=True)
+            }
+            logits = torch.cat([apart[span.slot] for span in spans])
+        for span in spans:
+            if not span.past:
+                self.texts[span.slot] += span.tokens
         return logits
 
-    def read_at_once(self, spans: Sequence[Span]) -> Tensor:
+    # -- in which passes
+
+    def passes(
+        self, spans: Sequence[Span]
+    ) -> list[tuple[Callable[[Sequence[Span]], Tensor], Sequence[Span]]]:
+        """Which spans are read together, and how: here is decided how prompts are read.
+
+        In chunks is for a server, where nobody shall wait for another's prompt, or get another
+        text because of it. The compiled step reads all spans in one pass, and the logits of a text
+        are to the bit the same however it is cut and whatever is read beside it. PyTorch's
+        products round differently for each shape: without a compiled step, single tokens are read
+        in a pass of every slot, used or not, and longer spans alone. They are to be cut at
+        multiples of `chunk`.
+
+        Else prompts are read whole, in the fastest way: by the compiled step where tokens are few;
+        where they are many by PyTorch, which is up to 2.5 times as fast with them, and in one pass
+        if not too much of it is padding.
+        """
+        within = [span for span in spans if not span.past]
+        tokens = sum(len(span.tokens) for span in within)
+        found: list[tuple[Callable[[Sequence[Span]], Tensor], list[Span]]] = []
+        few = isinstance(self.decoder, CompiledDecoder) and self.decoder.takes(tokens)
+        if self.exact or few:
+            found.append((self.read_compiled, within))
+        elif not self.in_chunks and self.padding_pays(within, tokens):
+            found.append((self.read_every_slot, within))
+        else:
+            found.append((self.read_every_slot, [s for s in within if len(s.tokens) == 1]))
+            found += [(self.read_alone, [s]) for s in within if len(s.tokens) > 1]
+        found.append((self.read_past, [span for span in spans if span.past]))
+        return [(read, some) for read, some in found if some]
+
+    def padding_pays(self, spans: Sequence[Span], tokens: int) -> bool:
+        """Whether spans of so many tokens in all are read in one pass, and fit behind what every
+        slot holds."""
+        T = max((len(span.tokens) for span in spans), default=0)
+        fits = max(map(len, self.texts)) + T <= self.capacity
+        return fits and len(self) * T <= MOST_PADDING * tokens
+
+    # -- a pass
+
+    def read_compiled(self, spans: Sequence[Span]) -> Tensor:
         """All spans in one pass of the compiled step.  -> (W, V)"""
         assert isinstance(self.decoder, CompiledDecoder)
-        texts = [span.slot for span in spans for _ in span.tokens]
-        tokens = torch.tensor([token for span in spans for token in span.tokens])  # (R,)
-        starts = [(len(self.texts[span.slot]), span) for span in spans]
-        places = torch.cat([torch.arange(at, at + len(span.tokens)) for at, span in starts])  # (R,)
-        ends = accumulate(len(span.tokens) for span in spans)
-        wanted = [
-            row
-            for end, span in zip(ends, spans, strict=True)
-            for row in range(end - span.wanted, end)
-        ]
+        tokens, texts, places, wanted = list[int](), list[int](), list[int](), list[int]()
+        for span in spans:
+            start, count = len(self.texts[span.slot]), len(span.tokens)
+            tokens += span.tokens
+            texts += [span.slot] * count
+            places += range(start, start + count)
+            wanted += range(len(tokens) - span.wanted, len(tokens))
         return self.decoder.logits(tokens, texts, places, wanted, self.cache)
 
-    def read_apart(self, spans: Sequence[Span]) -> Tensor:
-        """Single tokens in a pass of every slot, and longer spans each alone.  -> (W, V)"""
-        single = [span for span in spans if len(span.tokens) == 1]
-        together = self.read_every_slot(single) if single else None  # (slots, 1, V)
-        found = []
-        for span in spans:
-            if together is not None and len(span.tokens) == 1:
-                found.append(together[span.slot, 1 - span.wanted :])
-            else:
-                found.append(self.read_alone(span))
-        return torch.cat(found)
-
     def read_every_slot(self, spans: Sequence[Span]) -> Tensor:
-        """A token of each span, and one that nobody asked for in every other slot, which comes to
-        lie behind what is kept there.  -> (slots, 1, V)"""
-        tokens = torch.zeros(len(self), 1, dtype=torch.long)
-        for span in spans:
-            tokens[span.slot] = span.tokens[0]
-        tokens = tokens.to(self.model.device)
-        self.cache.hold([min(len(text), self.cache.capacity - 1) for text in self.texts])
-        if self.decoder is not None and self.decoder.takes(tokens):
-            return self.decoder.next_logits(tokens, self.cache, 1)
-        return self.model.lm_head(self.model.features(tokens, self.cache))
+        """One pass of every slot, used or not: what is read of a slot beyond its span comes to lie
+        behind what is kept there.  -> (W, V)"""
+        self.cache.hold([len(text) for text in self.texts])
+        return self.read_padded(spans, [span.slot for span in spans], self.cache)
 
-    def read_alone(self, span: Span) -> Tensor:
-        """A span of one text.  -> (W, V)"""
+    def read_alone(self, spans: Sequence[Span]) -> Tensor:
+        """A pass of the only span.  -> (W, V)"""
+        (span,) = spans
         cache = self.cache.row(span.slot)
         cache.hold([len(self.texts[span.slot])])
-        tokens = torch.tensor([span.tokens], device=self.model.device)  # (1, R)
-        features = self.model.features(tokens, cache)[0]  # (R, C)
-        return self.model.lm_head(features[len(features) - span.wanted :])
+        return self.read_padded(spans, [0], cache)
+
+    def read_past(self, spans: Sequence[Span]) -> Tensor:
+        """Texts of which nothing is kept, in one pass without the cache.  -> (W, V)"""
+        return self.read_padded(spans, range(len(spans)), None)
+
+    def read_padded(
+        self, spans: Sequence[Span], rows: Sequence[int], cache: KVCache | None
+    ) -> Tensor:
+        """Each span in a row of one pass, filled up on the right, which causality keeps from
+        mattering.  -> (W, V)"""
+        B = len(spans) if cache is None else len(cache.lengths)
+        T = max(len(span.tokens) for span in spans)
+        places = max(span.wanted for span in spans) if T > 1 else 1
+        filled, starts, wanted = [[0] * T for _ in range(B)], [T - places] * B, list[int]()
+        for row, span in zip(rows, spans, strict=True):
+            end = len(span.tokens)
+            filled[row][:end] = span.tokens
+            starts[row] = max(0, end - places)
+            last = row * places + end - starts[row]
+            wanted += range(last - span.wanted, last)
+        tokens = torch.tensor(filled, device=self.model.device)  # (B, T)
+        if isinstance(self.decoder, GraphDecoder) and cache is not None and T == 1:
+            logits = self.decoder.next_logits(tokens, cache)  # (B, 1, V)
+        else:
+            features = stretch(self.model.features(tokens, cache), starts, places)
+            logits = self.model.lm_head(features)  # (B, places, V)
+        logits = logits.flatten(0, 1)
+        return logits if wanted == [*range(len(logits))] else logits[wanted]
+
+    # -- what is kept
 
     def begin(self, slot: int, prompt: Sequence[int]) -> None:
         """Start a text with what is in the cache already, in whatever slot, of how the prompt
@@ -122,9 +194,18 @@ class Slots:
             shared = 0
         elif shared > lengths[slot]:
             source = lengths.index(shared)
-            for array in (self.cache.keys, self.cache.values):  # (L, slots, capacity, G, D)
+            for array in (self.cache.keys, self.cache.values):  # (L, B, capacity, G, D)
                 array[:, slot, :shared] = array[:, source, :shared]
         self.texts[slot] = list(prompt[:shared])
+
+    def keep(self, slot: int, length: int) -> None:
+        """Forget what was read after the first tokens of a text: guesses that were wrong."""
+        del self.texts[slot][length:]
+
+    def end(self, slot: int) -> None:
+        """Leave a slot; its text stays where others may begin with it."""
+        if not self.exact:
+            self.texts[slot] = []
 
     def clear(self, slot: int) -> None:
         """Forget a text and what was made of it, which may be no numbers: where a pass is of every
@@ -132,11 +213,6 @@ class Slots:
         self.texts[slot] = []
         for array in (self.cache.keys, self.cache.values):
             array[:, slot] = 0
-
-    def end(self, slot: int) -> None:
-        """Leave a slot's text for others to begin with, short of the place that a pass of every
-        slot may write to."""
-        del self.texts[slot][self.cache.capacity - 1 :]
 
 
 def common(text: Sequence[int], prompt: Sequence[int]) -> int:
@@ -146,17 +222,10 @@ def common(text: Sequence[int], prompt: Sequence[int]) -> int:
     return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), alike)
 
 
-def suitable_slots(model: GPT, exact: bool, wanted: int | None = None) -> int:
-    """How many slots suit a model on its device and leave it memory, or those that are wanted;
-    ValueError where they do not fit."""
-    size = KVCache(model.config, 1, dtype=model.dtype, device="meta").size
-    free = devices.available_memory(model.device)
-    if wanted is None:
-        suits = MOST_SLOTS if exact or model.device.type == "cuda" else MOST_SLOTS_PLAIN
-        return max(1, min(suits, int(SHARE_OF_MEMORY * free / size)))
-    if wanted * size > free:
-        raise ValueError(
-            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            "free: take fewer"
-        )
-    return wanted
+def stretch(rows: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    """As many places of each row, from its own start.  (B, T, C) -> (B, width, C)"""
+    if len(set(starts)) == 1:
+        return rows[:, starts[0] : starts[0] + width]
+    return torch.stack(
+        [row[start : start + width] for row, start in zip(rows, starts, strict=True)]
+    )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from ..tokenizers import Tokenizer
 from .job import Finish, News, Scored
-from .writing import StopStrings
 
 
 @dataclass(frozen=True)
@@ -130,3 +129,35 @@ class Text:
             count = sum(end == 0 or told.offset < self.sent for told, end in self.waiting)
         ready, self.waiting = self.waiting[:count], self.waiting[count:]
         return [told for told, _ in ready]
+
+
+class StopStrings:
+    """Text that comes in pieces, up to the first of some stop strings, which may span pieces."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise ValueError("a stop string is empty: it would stop before the first character")
+        self.stop = stop
+        self.held = ""  # what may yet grow into a stop string
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text, this piece included, is now certain to come before a stop string."""
+        text = self.held + piece
+        if places := [at for at in (text.find(word) for word in self.stop) if at >= 0]:
+            self.held, self.found = "", True
+            return text[: min(places)]
+        waits = max((overlap(text, word) for word in self.stop), default=0)
+        self.held = text[len(text) - waits :]
+        return text[: len(text) - waits]
+
+    def flush(self) -> str:
+        """What was held back, when no more comes."""
+        rest, self.held = self.held, ""
+        return rest
+
+
+def overlap(text: str, word: str) -> int:
+    """How many last characters of `text` are a beginning of `word`, short of the whole."""
+    longest = min(len(text), len(word) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)

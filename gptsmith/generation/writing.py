@@ -1,11 +1,11 @@
-"""From a prompt to a stream of tokens, or of text: prefill, decode, stop.
+"""From prompts to tokens, or to text, by an engine of their own.
 
 Knows nothing of files, terminals or HTTP.
 
-Shapes:  B batch    T prompt tokens    K tokens guessed    V vocabulary
+Shapes:  B batch    T prompt tokens    V vocabulary
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,14 @@ from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
 from .compiled import Decoder
 from .drafts import Draft
-from .rows import Rows
-from .sampling import next_token
+from .engine import Engine
+from .job import Job, News
+from .sampling import NotFiniteError
+from .slots import Slots
+from .text import Text
 
-MOST_GUESSED = 8  # tokens of a draft that are read at once
 
-
-def generate(
+def generate_tokens(
     model: GPT,
     tokens: Tensor,
     max_new_tokens: int,
@@ -46,61 +47,19 @@ def generate(
     own; the tokens are the same, since each is chosen from the model's own logits. A `decoder` is
     the same model's step, compiled: it reads where tokens are few.
     """
-    rows = checked_rows(model, tokens, lengths, decoder)
-    check_request(model, rows.text, max_new_tokens, sampling)
-    if draft is not None and not (use_cache and len(tokens) == 1):
-        raise ValueError(f"a draft needs a cache and one row of tokens, not {len(tokens)}")
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(tokens))]
-    if use_cache and max_new_tokens > 0:
-        rows.make_cache(max_new_tokens)
-    left = max_new_tokens
-    while left > 0:
-        guessed = guesses(draft, rows, min(MOST_GUESSED, left - 1))  # (B, K)
-        K = guessed.shape[1]
-        logits = rows.next_logits(guessed)  # (B, K + 1, V)
-        for place in range(K + 1):
-            chosen = next_token(logits[:, place], rows.text, sampling, generators)  # (B,)
-            rows.append(chosen)
-            left -= 1
-            yield chosen
-            if place < K and chosen[0] != guessed[0, place]:
-                break
-        rows.settle()
-
-
-def guesses(draft: Draft | None, rows: Rows, most: int) -> Tensor:
-    """What a draft guesses of the only row, no further than the context limit.  -> (B, K)"""
-    most = min(most, rows.limit - rows.lengths[0])
-    if draft is None or most <= 0:
-        return rows.text[:, :0]
-    return draft.guess(rows.text[0], most).unsqueeze(0)
-
-
-def checked_rows(
-    model: GPT, tokens: Tensor, lengths: Sequence[int] | None, decoder: Decoder | None
-) -> Rows:
-    """The rows of tokens (B, T) up to their lengths; ValueError where there is nothing in one."""
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        got = tuple(tokens.shape)
-        raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
-    B, T = tokens.shape
-    ends = [T] * B if lengths is None else [int(length) for length in lengths]
-    if len(ends) != B or not 1 <= min(ends) <= max(ends) <= T:
-        raise ValueError(f"lengths is {ends}: for each of {B} rows 1 to {T} is needed")
-    return Rows(model, tokens, ends, decoder)
-
-
-def check_request(
-    model: GPT, tokens: Tensor, max_new_tokens: int, sampling: SamplingSettings
-) -> None:
-    """Raise ValueError for what cannot be generated from tokens (B, T)."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 0 is needed")
-    V = model.config.vocab_size
-    if sampling.top_k is not None and sampling.top_k > V:
-        raise ValueError(f"top_k is {sampling.top_k}: at most the vocabulary, {V}, is needed")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
-        raise ValueError(f"the prompt has ids outside the vocabulary: 0 to {V - 1} are needed")
+    prompts = checked_rows(tokens, lengths)
+    if draft is not None and not (use_cache and len(prompts) == 1):
+        raise ValueError(f"a draft needs a cache and one row of tokens, not {len(prompts)}")
+    how: dict[str, Any] = {"sampling": sampling, "seed": seed, "draft": draft}
+    jobs = jobs_of(model, prompts, max_new_tokens, **how)
+    if max_new_tokens == 0:
+        return
+    device = model.device
+    for news in steps(engine_for(model, jobs, decoder, use_cache=use_cache)):
+        new = [item.token.id for item in news if item.token is not None]
+        # Each step brings a token to every row, or to the only row one or several.
+        for start in range(0, len(new), len(jobs)):
+            yield torch.tensor(new[start : start + len(jobs)], device=device)
 
 
 def generate_greedy(model: GPT, tokens: Tensor, max_new_tokens: int) -> Tensor:
@@ -108,7 +67,7 @@ def generate_greedy(model: GPT, tokens: Tensor, max_new_tokens: int) -> Tensor:
 
     As the book's `generate_text_simple`: dropout is off only if the caller called `model.eval()`.
     """
-    new = list(generate(model, tokens, max_new_tokens))
+    new = list(generate_tokens(model, tokens, max_new_tokens))
     return torch.cat([tokens, *(chosen.unsqueeze(1) for chosen in new)], dim=1)
 
 
@@ -133,14 +92,24 @@ def stream(
 
     Sampling settings may be given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
-    tokens, _ = prompt_tokens(model, [prompt_ids(tokenizer, prompt)])
-    sampling = replace(sampling, **choices)
-    how: dict[str, Any] = {"draft": draft, "decoder": decoder}
-    new = generate(model, tokens, max_tokens, sampling=sampling, seed=seed, **how)
-    return until(decoded((int(row[0]) for row in new), tokenizer), stop)
+    how: dict[str, Any] = {"sampling": replace(sampling, **choices), "seed": seed, "draft": draft}
+    prompts = [prompt_ids(tokenizer, prompt)]
+    jobs = jobs_of(model, prompts, max_tokens, ends=ends_of(tokenizer), **how)
+    return pieces(engine_for(model, jobs, decoder), Text(tokenizer, stop=stop))
 
 
-def complete(
+def pieces(engine: Engine, text: Text) -> Iterator[str]:
+    """The text of an engine's only job as it grows."""
+    for news in steps(engine):
+        for item in news:
+            piece = text.push(item)
+            if piece.text:
+                yield piece.text
+            if piece.finish:
+                return
+
+
+def generate(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str] = "",
@@ -157,18 +126,21 @@ def complete(
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [row for text in prompts for row in [prompt_ids(tokenizer, text)] * num_samples]
-    tokens, lengths = prompt_tokens(model, ids)
-    how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": seed}
-    rows: list[list[int]] = [[] for _ in ids]
-    unended = set(range(len(ids)))
-    for step in generate(model, tokens, max_tokens, decoder=decoder, **how):
-        for number, id in enumerate(step.tolist()):
-            rows[number].append(id)
-            if id == tokenizer.end_of_text:
-                unended.discard(number)
-        if not unended:
-            break
-    return ["".join(until(decoded(row, tokenizer), stop)) for row in rows]
+    how: dict[str, Any] = {"sampling": sampling, "seed": seed, "ends": ends_of(tokenizer)}
+    jobs = jobs_of(model, ids, max_tokens, **how)
+    engine = engine_for(model, jobs, decoder)
+    texts = {job: Text(tokenizer, stop=stop) for job in jobs}
+    written = dict.fromkeys(jobs, "")
+    for news in steps(engine):
+        for item in news:
+            piece = texts[item.job].push(item)
+            written[item.job] += piece.text
+            if piece.finish:
+                engine.cancel(item.job)  # a stop string is known here only
+    return list(written.values())
+
+
+complete = generate  # its first name
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -179,64 +151,71 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids or tokenizer.encode("\n", unknown="skip") or [0]
 
 
-def prompt_tokens(model: GPT, ids: Sequence[list[int]]) -> tuple[Tensor, list[int]]:
-    """Prompts as rows, filled up on the right, and their lengths.  -> (B, T)"""
-    lengths = [len(row) for row in ids]
-    padded = [row + [0] * (max(lengths) - len(row)) for row in ids]
-    return torch.tensor(padded, device=model.device), lengths
+def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: <|endoftext|>, or none."""
+    return frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
 
 
-def decoded(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text as soon as its characters are whole, up to <|endoftext|>."""
-    decoder = tokenizer.decoder()
-    for id in ids:
-        if id == tokenizer.end_of_text:
-            break
-        if piece := decoder.push(id):
-            yield piece
-    if rest := decoder.flush():
-        yield rest
+# -- jobs, and an engine for them
 
 
-def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The same text, ended before the first stop string, which may span pieces."""
-    ending = StopStrings(stop)
-    for piece in pieces:
-        if ready := ending.push(piece):
-            yield ready
-        if ending.found:
-            return
-    if rest := ending.flush():
-        yield rest
+def checked_rows(tokens: Tensor, lengths: Sequence[int] | None) -> list[list[int]]:
+    """The rows of tokens (B, T) up to their lengths; ValueError where there is nothing in one."""
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        got = tuple(tokens.shape)
+        raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
+    B, T = tokens.shape
+    ends = [T] * B if lengths is None else [int(length) for length in lengths]
+    if len(ends) != B or not 1 <= min(ends) <= max(ends) <= T:
+        raise ValueError(f"lengths is {ends}: for each of {B} rows 1 to {T} is needed")
+    return [row[:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
 
 
-class StopStrings:
-    """Text that comes in pieces, up to the first of some stop strings, which may span pieces."""
+def jobs_of(
+    model: GPT,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    *,
+    sampling: SamplingSettings,
+    seed: int,
+    **choices: Any,
+) -> list[Job]:
+    """A job for each prompt, number i with seed + i; ValueError for what cannot be generated."""
+    if not prompts:
+        raise ValueError("there is no prompt: at least one with a token is needed")
+    if max_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_tokens}: at least 0 is needed")
+    V = model.config.vocab_size
+    if sampling.top_k is not None and sampling.top_k > V:
+        raise ValueError(f"top_k is {sampling.top_k}: at most the vocabulary, {V}, is needed")
+    if not all(0 <= min(prompt) <= max(prompt) < V for prompt in prompts):
+        raise ValueError(f"the prompt has ids outside the vocabulary: 0 to {V - 1} are needed")
+    how: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "beyond_context": True}
+    return [
+        Job(prompt=prompt, seed=seed + number, **how, **choices)
+        for number, prompt in enumerate(prompts)
+    ]
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        if "" in stop:
-            raise ValueError("a stop string is empty: it would stop before the first character")
-        self.stop = stop
-        self.held = ""  # what may yet grow into a stop string
-        self.found = False
 
-    def push(self, piece: str) -> str:
-        """What of the text, this piece included, is now certain to come before a stop string."""
-        text = self.held + piece
-        if places := [at for at in (text.find(word) for word in self.stop) if at >= 0]:
-            self.held, self.found = "", True
-            return text[: min(places)]
-        waits = max((overlap(text, word) for word in self.stop), default=0)
-        self.held = text[len(text) - waits :]
-        return text[: len(text) - waits]
-
-    def flush(self) -> str:
-        """What was held back, when no more comes."""
-        rest, self.held = self.held, ""
-        return rest
+def engine_for(
+    model: GPT, jobs: Sequence[Job], decoder: Decoder | None, *, use_cache: bool = True
+) -> Engine:
+    """An engine with a slot for each of some jobs, which have it to themselves."""
+    limit = model.config.context_length
+    longest = [len(job.prompt) + job.max_tokens for job in jobs if len(job.prompt) <= limit]
+    # A text that is longer than a slot is read whole for each token, so one place is no cache.
+    capacity = min(limit, max(longest, default=1)) if use_cache else 1
+    engine = Engine(Slots(model, len(jobs), decoder, capacity=capacity))
+    for job in jobs:
+        engine.submit(job)
+    return engine
 
 
-def overlap(text: str, word: str) -> int:
-    """How many last characters of `text` are a beginning of `word`, short of the whole."""
-    longest = min(len(text), len(word) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
+def steps(engine: Engine) -> Iterator[list[News]]:
+    """The news of each step until all jobs have finished; NotFiniteError where one failed."""
+    while not engine.idle:
+        news = engine.step(0.0)  # no job has a deadline
+        for item in news:
+            if item.finish == "failed":
+                raise NotFiniteError(item.reason)
+        yield news

@@ -108,7 +108,7 @@ class KVCache:
         self.hold(kept)
 
     def hold(self, lengths: list[int]) -> None:
-        """Take each row to have so many tokens, which the caller knows to be there."""
+        """Set the rows' lengths without checking that so many tokens are there."""
         if lengths != self.lengths:
             self.lengths, self.ends = [*lengths], None
             if len(set(lengths)) > 1:

@@ -14,13 +14,18 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, Self
 
-from ..generation.compiled import Decoder
+from ..generation.compiled import CompiledDecoder, Decoder
 from ..generation.engine import Engine
 from ..generation.job import Job, News
+from ..generation.slots import Slots
+from ..machine.devices import available_memory
+from ..model.cache import KVCache
 from ..model.gpt import GPT
 
 LOG = logging.getLogger(__name__)
 REMEMBERED = 64  # jobs that ended last, which tell how soon there is room for another
+MOST_SLOTS, MOST_SLOTS_PLAIN = 64, 8
+SHARE_OF_MEMORY = 1 / 8  # that the cache may take, of what is free
 LONGEST_PAUSE = 60  # seconds that a client is told to wait; what ended last may be long ago
 
 
@@ -70,7 +75,8 @@ class Service:
         waiting: int = 512,
     ) -> None:
         self.config = model.config
-        self.engine = Engine(model, decoder=decoder, slots=slots)
+        count = suitable_slots(model, decoder, slots)
+        self.engine = Engine(Slots(model, count, decoder, in_chunks=True))
         self.slots, self.waiting = len(self.engine.slots), waiting
         self.streams: dict[Job, Stream] = {}  # of jobs that have not finished
         self.ends: deque[float] = deque(maxlen=REMEMBERED)  # when the last ones did
@@ -153,3 +159,20 @@ class Service:
                 news = self.engine.abandon("the server failed at this: try again")
             if news:
                 self.loop.call_soon_threadsafe(self.deliver, news)
+
+
+def suitable_slots(model: GPT, decoder: Decoder | None, wanted: int | None = None) -> int:
+    """How many slots suit a model on its device and leave it memory, or those that are wanted;
+    ValueError where they do not fit."""
+    size = KVCache(model.config, 1, dtype=model.dtype, device="meta").size
+    free = available_memory(model.device)
+    if wanted is None:
+        fast = isinstance(decoder, CompiledDecoder) or model.device.type == "cuda"
+        suits = MOST_SLOTS if fast else MOST_SLOTS_PLAIN
+        return max(1, min(suits, int(SHARE_OF_MEMORY * free / size)))
+    if wanted * size > free:
+        raise ValueError(
+            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free: take fewer"
+        )
+    return wanted

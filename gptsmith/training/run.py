@@ -22,7 +22,7 @@ from ..config.settings import RunSettings
 from ..data.shards import Dataset
 from ..evaluation.heldout import Evaluation, evaluate_tokens
 from ..generation.sampling import NotFiniteError
-from ..generation.writing import complete
+from ..generation.writing import generate
 from ..machine.devices import autocast, peak_flops
 from ..machine.environment import rank, world_size
 from ..machine.files import write_text
@@ -249,7 +249,7 @@ def write_sample(run: Run) -> None:
     model.eval()
     try:
         tokens = settings.sample_tokens
-        text = complete(model, run.tokenizer, prompt, max_tokens=tokens, seed=run.done)[0]
+        text = generate(model, run.tokenizer, prompt, max_tokens=tokens, seed=run.done)[0]
     except NotFiniteError as error:
         text = f"({error})"
     model.train()

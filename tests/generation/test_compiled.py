@@ -22,7 +22,7 @@ from gptsmith.config.settings import GREEDY
 from gptsmith.generation import compiled
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
 from gptsmith.generation.drafts import FromText
-from gptsmith.generation.writing import generate
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.machine import environment
 from gptsmith.model.cache import KVCache
 from gptsmith.model.quantized import PackedEmbedding, PackedLinear, pack_model, unpack
@@ -80,9 +80,16 @@ def some_text(rows: int, length: int = 40) -> Tensor:
 def read(decoder: CompiledDecoder, text: Tensor, parts: list[int]) -> Tensor:
     """The logits after every token of a text that is read in parts.  (B, T) -> (B, T, V)"""
     config, dtype = decoder.model.config, decoder.model.dtype
-    cache = KVCache(config, len(text), dtype=dtype)
-    logits = [decoder.next_logits(part, cache, part.shape[1]) for part in text.split(parts, dim=1)]
-    return torch.cat(logits, dim=1)
+    B, start, found = len(text), 0, []
+    cache = KVCache(config, B, dtype=dtype)
+    for part in text.split(parts, dim=1):
+        T = part.shape[1]
+        texts = [row for row in range(B) for _ in range(T)]
+        places = [*range(start, start + T)] * B
+        logits = decoder.logits(part.flatten().tolist(), texts, places, range(B * T), cache)
+        found.append(logits.view(B, T, -1))
+        start += T
+    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,8 +115,8 @@ def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> No
         assert (found - expected).abs().max() < 5e-4 * expected.std()
         p, q = (logits.double().log_softmax(-1) for logits in (expected, found))
         assert (p.exp() * (p - q)).sum(-1).mean() < 1e-7
-    wanted = [t.tolist() for t in generate(exactly(model), text[:, :3], 45)]
-    assert [t.tolist() for t in generate(model, text[:, :3], 45, decoder=decoder)] == wanted
+    wanted = [t.tolist() for t in generate_tokens(exactly(model), text[:, :3], 45)]
+    assert [t.tolist() for t in generate_tokens(model, text[:, :3], 45, decoder=decoder)] == wanted
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -135,13 +142,13 @@ def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     for count in (1, 20, 60):  # the last beyond the context
         for sampling in (GREEDY, SamplingSettings(temperature=0.9, top_k=20)):
             options: dict[str, Any] = {"sampling": sampling, "seed": 5}
-            wanted = [int(t) for t in generate(model, PROMPT, count, **options)]
+            wanted = [int(t) for t in generate_tokens(model, PROMPT, count, **options)]
             for more in ({"decoder": decoder}, {"decoder": decoder, "draft": FromText()}):
-                tokens = [int(t) for t in generate(model, PROMPT, count, **options, **more)]
+                tokens = [int(t) for t in generate_tokens(model, PROMPT, count, **options, **more)]
                 assert tokens == wanted
     rows = some_text(4, 3)
-    wanted = [t.tolist() for t in generate(model, rows, 45)]
-    assert [t.tolist() for t in generate(model, rows, 45, decoder=decoder)] == wanted
+    wanted = [t.tolist() for t in generate_tokens(model, rows, 45)]
+    assert [t.tolist() for t in generate_tokens(model, rows, 45, decoder=decoder)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -168,20 +175,20 @@ def test_drafts_and_batches_change_nothing_in_any_precision(
     model, decoder = opened("wide", torch.bfloat16, bits)
     widths = []
 
-    def counted(unread: Tensor, *rest: Any) -> Tensor:
-        widths.append(unread.shape[1])
-        return next_logits(unread, *rest)
+    def counted(tokens: list[int], *rest: Any) -> Tensor:
+        widths.append(len(tokens))
+        return logits(tokens, *rest)
 
-    next_logits = decoder.next_logits
-    monkeypatch.setattr(decoder, "next_logits", counted)
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", counted)
     sampling = SamplingSettings(temperature=0.3)  # so that passages return, and are guessed
     how: dict[str, Any] = {"sampling": sampling, "seed": 5, "decoder": decoder}
-    alone = [int(t) for t in generate(model, PROMPT, 34, **how)]
+    alone = [int(t) for t in generate_tokens(model, PROMPT, 34, **how)]
     assert set(widths[1:]) == {1}
-    assert [int(t) for t in generate(model, PROMPT, 34, draft=FromText(), **how)] == alone
+    assert [int(t) for t in generate_tokens(model, PROMPT, 34, draft=FromText(), **how)] == alone
     assert max(widths[-20:]) > 1  # several tokens were read at once
     beside = torch.cat([PROMPT, some_text(5, 5)])
-    assert [int(t[0]) for t in generate(model, beside, 34, **how)] == alone
+    assert [int(t[0]) for t in generate_tokens(model, beside, 34, **how)] == alone
 
 
 def test_in_bf16_it_stays_near_the_float32_forward() -> None:
@@ -227,15 +234,15 @@ def test_numbers_that_are_none_are_not_hidden(bits: int | None) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     model, decoder = opened("gpt2")
     cache = KVCache(model.config, 1, capacity=3)
-    decoder.next_logits(PROMPT[:, :2], cache, 1)
+    decoder.logits([3, 1], [0, 0], [0, 1], [1], cache)
     with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"):
-        decoder.next_logits(PROMPT[:, :2], cache, 1)
+        decoder.logits([3, 1], [0, 0], [2, 3], [1], cache)
     with pytest.raises(ValueError, match="2 rows do not fit a cache of 1"):
-        decoder.next_logits(some_text(2, 1), cache, 1)
+        decoder.logits([3, 1], [0, 1], [2, 2], [0, 1], cache)
     with pytest.raises(IndexError):
-        decoder.next_logits(torch.tensor([[37]]), cache, 1)
-    assert not decoder.takes(some_text(compiled.MOST_ROWS + 1, 1))
-    assert not decoder.takes(some_text(1, compiled.MOST_ROWS + 1))
+        decoder.logits([37], [0], [2], [0], cache)
+    assert decoder.takes(compiled.MOST_ROWS)
+    assert not decoder.takes(compiled.MOST_ROWS + 1)
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

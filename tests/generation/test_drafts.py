@@ -12,7 +12,8 @@ from gptsmith import GPT, GPTConfig, SamplingSettings
 from gptsmith.cli.main import main
 from gptsmith.config.settings import GREEDY
 from gptsmith.generation.drafts import Draft, FromModel, FromText
-from gptsmith.generation.writing import MOST_GUESSED, generate
+from gptsmith.generation.engine import MOST_GUESSED
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -40,7 +41,7 @@ class Oracle:
 
 
 def run(model: GPT, tokens: Tensor, count: int, **options: Any) -> list[int]:
-    return [int(chosen) for chosen in generate(model, tokens, count, **options)]
+    return [int(chosen) for chosen in generate_tokens(model, tokens, count, **options)]
 
 
 def drafts(model: GPT, tokens: Tensor, expected: list[int]) -> dict[str, Draft]:
@@ -117,7 +118,7 @@ def test_a_model_guesses_no_further_than_its_context() -> None:
 def test_a_draft_needs_one_row() -> None:
     model = scrambled(GPTConfig(**ROOMY))
     with pytest.raises(ValueError, match="one row of tokens, not 2"):
-        next(generate(model, torch.ones(2, 3, dtype=torch.long), 4, draft=FromText()))
+        next(generate_tokens(model, torch.ones(2, 3, dtype=torch.long), 4, draft=FromText()))
 
 
 # -- at the door

@@ -41,13 +41,13 @@ SETTINGS = [
 WAYS = ("compiled", "plain", "graph", "modern")
 
 
-def engine_of(way: str, slots: int = 4) -> tuple[GPT, Engine]:
+def engine_of(way: str, slots: int = 4, *, in_chunks: bool = True) -> tuple[GPT, Engine]:
     form = MODERN | {"n_head": 6, "n_kv_head": 2} if way == "modern" else {}
     model = scrambled(GPTConfig(**(SIZES | form)))
     decoder: Any = open_decoder(model, "yes") if way == "compiled" else None
     if way == "graph":
         decoder = GraphDecoder(model)
-    return model, Engine(model, decoder=decoder, slots=slots)
+    return model, Engine(Slots(model, slots, decoder, in_chunks=in_chunks))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -70,8 +70,8 @@ def alone(model: GPT, job: Job) -> list[int]:
     """The new tokens of a job, by the rules themselves."""
     text, new = list(job.prompt), []
     generator = torch.Generator().manual_seed(job.seed)
-    while len(new) < job.max_tokens and len(text) <= LIMIT:
-        logits = logits_of(model, text)[-1:].clone()
+    while len(new) < job.max_tokens and (job.beyond_context or len(text) <= LIMIT):
+        logits = logits_of(model, text[-LIMIT:])[-1:].clone()
         for token, value in job.bias.items():
             logits[0, token] += value
         for token in set(new):
@@ -154,9 +154,9 @@ def test_logits_are_the_same_to_the_bit_beside_others_and_in_parts(
         pack_model(model, bits)
     decoder = open_decoder(model, "yes")
     text = prompt_of(100)
-    by_itself = Slots(model, 1, decoder)
+    by_itself = Slots(model, 1, decoder, in_chunks=True)
     expected = by_itself.read([Span(0, text, 100)])
-    slots = Slots(model, 7, decoder)
+    slots = Slots(model, 7, decoder, in_chunks=True)
     found = []
     for number, part in enumerate([text[:1], text[1:40], text[40:99], text[99:]]):
         others = [Span(i, prompt_of(1 + 9 * i * (number == 1), seed=i), i % 2) for i in range(6)]
@@ -182,6 +182,109 @@ def test_the_context_limit_ends_a_job(way: str) -> None:
         assert tokens_of(news[job]) == alone(model, job)
         assert len(tokens_of(news[job])) == count
         assert news[job][-1].finish == "length"
+
+
+@pytest.mark.parametrize("in_chunks", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_some_texts_go_on_past_the_limit_and_some_do_not(way: str, in_chunks: bool) -> None:
+    model, engine = engine_of(way, slots=3, in_chunks=in_chunks)
+    lengths = [LIMIT - 3, 20, LIMIT + 9, LIMIT - 1, LIMIT]
+    jobs = [
+        job_of(
+            prompt_of(length, seed=length),
+            12,
+            sampling=SETTINGS[number % 4],
+            seed=number,
+            beyond_context=length != LIMIT - 1,
+        )
+        for number, length in enumerate(lengths)
+    ]
+    news = run(engine, jobs[:3], after={4: jobs[3:]})
+    for job in jobs:
+        assert tokens_of(news[job]) == alone(model, job)
+    assert [len(news[job]) for job in jobs] == [12, 12, 12, 2, 12]
+
+
+class Knowing:
+    """Knows a text, and lies about every third token."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self.text = torch.tensor([(t + (i % 3 == 0)) % V for i, t in enumerate(text)])
+
+    def guess(self, tokens: Tensor, most: int) -> Tensor:
+        return self.text[len(tokens) : len(tokens) + most]
+
+
+def drafted(model: GPT, job: Job) -> Job:
+    """The same job with a draft that mostly knows its text."""
+    return replace(job, draft=Knowing([*job.prompt, *alone(model, job)]))
+
+
+@pytest.mark.parametrize("in_chunks", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_drafts_beside_others_change_nothing(way: str, in_chunks: bool) -> None:
+    model, engine = engine_of(way, in_chunks=in_chunks)
+    jobs = some_jobs(9)
+    jobs[1] = replace(jobs[1], score_prompt=True, alternatives=2)
+    jobs[4] = replace(jobs[4], prompt=jobs[4].prompt[:-10], beyond_context=True, max_tokens=40)
+    expected = [alone(model, job) for job in jobs]
+    drafts = [drafted(model, job) if number % 2 else job for number, job in enumerate(jobs)]
+    drafts[4] = drafted(model, jobs[4])  # past the limit it guesses no more
+    news = run(engine, drafts[:3], after={2: drafts[3:]})
+    assert [tokens_of(news[job]) for job in drafts] == expected
+    plain = run(engine_of(way, in_chunks=in_chunks)[1], [jobs[1]])[jobs[1]]
+    for one, other in zip(scores_of(news[drafts[1]]), scores_of(plain), strict=True):
+        assert one.id == other.id
+        assert one.logprob == (other.logprob and pytest.approx(other.logprob, abs=2e-5))
+
+
+def scores_of(news: Sequence[News]) -> list[Scored]:
+    prompt = [score for item in news for score in item.prompt]
+    return [*prompt, *(item.token for item in news if item.token)]
+
+
+def test_a_step_brings_as_many_tokens_as_were_guessed_right() -> None:
+    model, engine = engine_of("compiled")
+    plain = job_of(prompt_of(4), 30)
+    text = [*plain.prompt, *alone(model, plain)]
+    job = replace(plain, draft=Knowing([(t - (i % 3 == 0)) % V for i, t in enumerate(text)]))
+    engine.submit(job)
+    engine.submit(plain)
+    news = engine.step(0.0)
+    assert [item.job for item in news] == [job, plain, *[job] * 8]
+    news += engine.step(0.0)
+    assert tokens_of([item for item in news if item.job is job]) == text[4 : 4 + 18]
+
+
+def test_a_text_may_end_among_guesses_that_are_right() -> None:
+    model, engine = engine_of("compiled", slots=1)
+    free = job_of(prompt_of(40), 30, sampling=SETTINGS[1], seed=4)
+    new = alone(model, free)
+    end = next(token for token in new if new.index(token) > 3)
+    job = drafted(model, free)
+    ended = replace(job, ends=frozenset({end}))
+    news = run(engine, [ended])[ended]
+    assert tokens_of(news) == new[: new.index(end) + 1]
+    assert [item.finish for item in news if item.finish] == ["stop"]
+    # Whoever begins like this text finds nothing of what was guessed after its end.
+    later = job_of([*free.prompt, *tokens_of(news), *prompt_of(5)], 20)
+    assert tokens_of(run(engine, [later])[later]) == alone(model, later)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_drafted_job_given_up_leaves_its_slot_to_the_next(way: str) -> None:
+    model, engine = engine_of(way, slots=1, in_chunks=way == "compiled")
+    first = drafted(model, job_of(prompt_of(30), 60))
+    second = job_of([*first.prompt, *alone(model, first)[:7], *prompt_of(5)], 20)
+    engine.submit(first)
+    engine.submit(second)
+    for _ in range(3):
+        assert {item.job for item in engine.step(0.0)} == {first}
+    engine.cancel(first)
+    news = [item for _ in range(20) for item in engine.step(0.0)]
+    assert {item.job for item in news} == {second}
+    assert tokens_of(news) == alone(model, second)
+    assert engine.idle
 
 
 def test_an_ending_token_ends_a_job() -> None:
@@ -273,7 +376,7 @@ def test_no_chunk_keeps_others_waiting() -> None:
     for length in (140, 90):
         engine.submit(job_of(prompt_of(length, seed=length), 1))
     for _ in range(4):
-        spans = [len(span.tokens) for _, span in engine.plan()]
+        spans = [len(reading.span.tokens) for reading in engine.plan()]
         assert sum(spans) <= 1 + engine.slots.chunk
         assert writing in [item.job for item in engine.step(0.0)]
 
@@ -340,18 +443,6 @@ def test_how_two_texts_begin() -> None:
     assert common([1, 2, 3], [1, 2, 4]) == 2
     assert common([1, 2], [1, 2, 4]) == 2
     assert common([], [1]) == common([2], [1]) == 0
-
-
-def test_slots_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = scrambled(GPTConfig(**SIZES))
-    one = 2 * 2 * LIMIT * 24 * 4  # keys and values, layers, tokens, channels, bytes
-    for memory, count in [(one * 8 * 5, 5), (one * 8 * 1000, 8), (0, 1)]:
-        monkeypatch.setattr("gptsmith.machine.devices.available_memory", lambda device, m=memory: m)
-        assert len(Slots(model)) == count
-    with pytest.raises(ValueError, match=r"^2 slots take 0.0 GB, and 0.0 GB are free: take fewer$"):
-        Slots(model, 2)
-    monkeypatch.setattr("gptsmith.machine.devices.available_memory", lambda device: one * 8 * 1000)
-    assert len(Slots(model, None, open_decoder(model, "yes"))) == 64
 
 
 def test_a_step_costs_little_beside_the_model() -> None:

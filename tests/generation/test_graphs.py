@@ -9,7 +9,8 @@ from gptsmith import GPTConfig, SamplingSettings
 from gptsmith.config.model import MODERN
 from gptsmith.generation import graphs
 from gptsmith.generation.graphs import GraphDecoder, StillCache
-from gptsmith.generation.writing import generate
+from gptsmith.generation.slots import Slots, Span
+from gptsmith.generation.writing import generate_tokens
 from gptsmith.model.cache import KVCache
 from tests.conftest import TINY, scrambled
 
@@ -32,9 +33,11 @@ def test_tokens_are_those_of_plain_decoding(form: str, lengths: tuple[int, ...])
     prompts = torch.randint(37, (len(lengths), max(lengths)), generator=generator)
     for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(temperature=1.2)):
         how: dict[str, Any] = {"lengths": lengths, "sampling": sampling, "seed": 3}
-        wanted = [step.tolist() for step in generate(model, prompts, 45, **how)]
+        wanted = [step.tolist() for step in generate_tokens(model, prompts, 45, **how)]
         decoder = GraphDecoder(model)
-        found = [step.tolist() for step in generate(model, prompts, 45, decoder=decoder, **how)]
+        found = [
+            step.tolist() for step in generate_tokens(model, prompts, 45, decoder=decoder, **how)
+        ]
         assert found == wanted
 
 
@@ -44,7 +47,7 @@ def test_what_is_captured_depends_on_no_number_of_python() -> None:
     decoder = GraphDecoder(model)
     cache = KVCache(model.config, 2)
     text = torch.randint(37, (2, 40), generator=torch.Generator().manual_seed(2))
-    found = [decoder.next_logits(text[:, [place]], cache, 1) for place in range(40)]
+    found = [decoder.next_logits(text[:, [place]], cache) for place in range(40)]
     with torch.inference_mode():
         expected = model(text).logits
     assert (torch.cat(found, dim=1) - expected).abs().max() < 1e-4
@@ -52,7 +55,7 @@ def test_what_is_captured_depends_on_no_number_of_python() -> None:
     assert sorted(steps) == [8, 16, 24, 32, 40]
     assert StillCache(cache, 16).keys.data_ptr() == cache.keys.data_ptr()
     with pytest.raises(ValueError, match="41 tokens do not fit a cache of 40"):
-        decoder.next_logits(text[:, :1], cache, 1)
+        decoder.next_logits(text[:, :1], cache)
     del steps, cache
     assert not decoder.steps  # a step goes with its cache
 
@@ -67,4 +70,18 @@ def test_places_to_come_are_hidden() -> None:
         expected = model(token).logits
         found = model(token, cache=StillCache(cache, 16)).logits
     assert torch.allclose(found, expected, atol=1e-5)
-    assert not GraphDecoder(model).takes(torch.tensor([[3, 4]]))
+
+
+def test_only_single_tokens_are_read_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scrambled(GPTConfig(**FORMS["gpt2"]))
+    slots = Slots(model, 3, GraphDecoder(model))
+    read = []
+    plain = GraphDecoder.next_logits
+    monkeypatch.setattr(
+        GraphDecoder, "next_logits", lambda *inputs: read.append(inputs[1].shape) or plain(*inputs)
+    )
+    slots.read([Span(0, [3, 4], 1), Span(1, [5], 1), Span(2, [6], 1)])
+    assert read == []
+    slots.read([Span(0, [6], 1)])
+    slots.read([Span(0, [1, 2, 3], 1), Span(1, [7], 1)])
+    assert read == [(3, 1), (3, 1)]

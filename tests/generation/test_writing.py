@@ -1,11 +1,15 @@
 """Generation: cached equals uncached, batched equals alone, and text ends where it should."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.config.settings import GREEDY, SamplingSettings
-from gptsmith.generation.writing import complete, generate, stream, until
+from gptsmith.generation.slots import Slots, Span
+from gptsmith.generation.text import StopStrings
+from gptsmith.generation.writing import complete, generate_tokens, stream
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -17,7 +21,7 @@ def byte_model() -> GPT:
 
 
 def run(model: GPT, tokens: torch.Tensor, count: int, **options) -> list[list[int]]:
-    return torch.stack(list(generate(model, tokens, count, **options)), dim=1).tolist()
+    return torch.stack(list(generate_tokens(model, tokens, count, **options)), dim=1).tolist()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
@@ -53,7 +57,7 @@ def test_a_row_gives_what_it_gives_alone() -> None:
 
 def test_nothing_to_generate() -> None:
     model, tokens = scrambled(GPTConfig(**TINY)), torch.tensor([[1, 2]])
-    assert list(generate(model, tokens, 0)) == []
+    assert list(generate_tokens(model, tokens, 0)) == []
     assert generate_greedy(model, tokens, 0).tolist() == [[1, 2]]
 
 
@@ -70,7 +74,7 @@ def test_impossible_requests_are_refused(
     tokens: torch.Tensor, sampling: SamplingSettings, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        next(generate(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
+        next(generate_tokens(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
 
 
 def test_stream_and_complete_agree() -> None:
@@ -99,6 +103,28 @@ def test_end_of_text_ends_the_text() -> None:
     assert "".join(stream(model, tokenizer, "ab", max_tokens=9, temperature=0)) == ""
 
 
+@pytest.mark.parametrize("stop", [[], ["q"], ["\n", "\x00"]])
+def test_a_row_that_has_ended_is_not_read_on(stop: list[str], monkeypatch) -> None:
+    model, tokenizer, read = byte_model(), byte_tokenizer(), []
+    plain = Slots.read
+
+    def counted(slots: Slots, spans: list[Span]) -> torch.Tensor:
+        read.append(len(spans))
+        return plain(slots, spans)
+
+    prompts = [f"{i}" for i in range(24)]
+    how: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5}
+    texts = ["".join(stream(model, tokenizer, p, seed=i, **how)) for i, p in enumerate(prompts)]
+    expected = [text[: min([text.find(s) for s in stop if s in text] or [None])] for text in texts]
+    how = {"max_tokens": 40, "sampling": SamplingSettings(temperature=1.5)}
+    monkeypatch.setattr(Slots, "read", counted)
+    assert complete(model, tokenizer, prompts, stop=stop, **how) == expected
+    assert read[0] == 24
+    assert read == sorted(read, reverse=True)
+    if stop:
+        assert read[-1] < 24
+
+
 @pytest.mark.parametrize(
     ("pieces", "stop", "expected"),
     [
@@ -113,9 +139,14 @@ def test_end_of_text_ends_the_text() -> None:
     ],
 )
 def test_stop_strings_may_span_pieces(pieces: list[str], stop: list[str], expected: str) -> None:
-    assert "".join(until(pieces, stop)) == expected
+    stops, found = StopStrings(stop), ""
+    for piece in pieces:
+        found += stops.push(piece)
+        if stops.found:
+            break
+    assert found + stops.flush() == expected
 
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="stop string is empty"):
-        list(until(["a"], [""]))
+        StopStrings([""])

@@ -10,9 +10,10 @@ import torch
 
 from gptsmith import GPTConfig, SamplingSettings
 from gptsmith.config.settings import GREEDY
+from gptsmith.generation.compiled import open_decoder
 from gptsmith.generation.job import Job, News
-from gptsmith.generation.writing import generate
-from gptsmith.serving.worker import Counts, QueueFull, Service, Stream
+from gptsmith.generation.writing import generate_tokens
+from gptsmith.serving.worker import Counts, QueueFull, Service, Stream, suitable_slots
 from tests.conftest import TINY, scrambled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +62,7 @@ def test_many_jobs_at_once_each_as_if_alone() -> None:
             for job, news in zip(jobs, found, strict=True):
                 tokens = [item.token.id for item in news if item.token]
                 model, prompt = service.engine.slots.model, torch.tensor([job.prompt])
-                alone = generate(model, prompt, 8, sampling=SAMPLED, seed=job.seed)
+                alone = generate_tokens(model, prompt, 8, sampling=SAMPLED, seed=job.seed)
                 assert tokens == [int(row[0]) for row in alone]
                 assert [item.finish for item in news] == [None] * 7 + ["length"]
             assert service.counts() == Counts(0, 0)
@@ -156,3 +157,16 @@ def test_the_thread_ends_with_the_service_whatever_is_left() -> None:
         assert not service.thread.is_alive()
 
     asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_slots_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scrambled(GPTConfig(**(TINY | {"context_length": 60})))
+    one = 2 * 2 * 60 * 12 * 4  # keys and values, layers, tokens, channels, bytes
+    for memory, count in [(one * 8 * 5, 5), (one * 8 * 1000, 8), (0, 1)]:
+        monkeypatch.setattr("gptsmith.serving.worker.available_memory", lambda device, m=memory: m)
+        assert suitable_slots(model, None) == count
+    with pytest.raises(ValueError, match=r"^2 slots take 0.0 GB, and 0.0 GB are free: take fewer$"):
+        suitable_slots(model, None, 2)
+    monkeypatch.setattr("gptsmith.serving.worker.available_memory", lambda device: one * 8 * 1000)
+    assert suitable_slots(model, open_decoder(model, "yes")) == 64

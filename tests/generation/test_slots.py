@@ -15,9 +15,17 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.config.model import MODERN
 from gptsmith.config.settings import GREEDY, SamplingSettings
 from gptsmith.generation.drafts import FromText
-from gptsmith.generation.rows import Rows
+from gptsmith.generation.engine import Engine
 from gptsmith.generation.sampling import next_token
-from gptsmith.generation.writing import complete, generate, stream
+from gptsmith.generation.slots import Span
+from gptsmith.generation.writing import (
+    checked_rows,
+    complete,
+    engine_for,
+    generate_tokens,
+    jobs_of,
+    stream,
+)
 from gptsmith.model.cache import KVCache
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
@@ -66,7 +74,7 @@ def alone(model: GPT, prompt: Tensor, count: int, sampling: SamplingSettings, se
 
 
 def together(model: GPT, tokens: Tensor, count: int, **options: Any) -> list[list[int]]:
-    return torch.stack(list(generate(model, tokens, count, **options)), dim=1).tolist()
+    return torch.stack(list(generate_tokens(model, tokens, count, **options)), dim=1).tolist()
 
 
 @parametrize_forms
@@ -98,13 +106,27 @@ def test_the_tokens_that_these_tests_compare_are_not_all_alike() -> None:
     assert all(one != other for one, other in zip(plain, penalised, strict=True))
 
 
-def every_step(rows: Rows, steps: int, check: Callable[[Tensor], None]) -> None:
-    """Let rows grow by random tokens, and look at the logits (B, V) of each step."""
-    generator = torch.Generator().manual_seed(8)
-    for _ in range(steps):
-        check(rows.next_logits(rows.text[:, :0])[:, 0])
-        rows.append(torch.randint(37, (len(rows.lengths),), generator=generator))
-        rows.settle()
+def begun(model: GPT, lengths: Sequence[int], count: int) -> Engine:
+    """An engine that is about to continue prompts by nearly random tokens."""
+    prompts = checked_rows(prompts_of(lengths), lengths)
+    sampling = SamplingSettings(temperature=50)
+    return engine_for(model, jobs_of(model, prompts, count, sampling=sampling, seed=8), None)
+
+
+def every_step(engine: Engine, check: Callable[[Tensor], None]) -> int:
+    """Run an engine to its end, and look at the logits (B, V) of each step; how many there were."""
+    read, steps = engine.slots.read, 0
+
+    def looked_at(spans: Sequence[Span]) -> Tensor:
+        logits = read(spans)
+        check(logits)
+        return logits
+
+    engine.slots.read = looked_at  # type: ignore[method-assign]
+    while not engine.idle:
+        engine.step(0.0)
+        steps += 1
+    return steps
 
 
 @parametrize_forms
@@ -113,21 +135,20 @@ def test_logits_of_prefill_and_decode_are_the_plain_forwards(
     form: str, lengths: tuple[int, ...]
 ) -> None:
     model = model_of(form)
-    rows = Rows(model, prompts_of(lengths), lengths)
-    rows.make_cache(13)
-    compared = []
+    engine = begun(model, lengths, 13)
+    errors, seen = [], []
 
     def check(logits: Tensor) -> None:
-        for row, length in enumerate(rows.lengths):
-            text = rows.text[row : row + 1, :length]
-            expected = model(text[:, -LIMIT:]).logits[0, -1]
-            error = (logits[row] - expected).norm() / expected.norm()
-            compared.append(error.item())
+        texts = [turn.writer.text for turn in engine.turns]
+        seen.append([len(text) for text in texts])
+        for row, text in enumerate(texts):
+            expected = model(torch.tensor([text[-LIMIT:]])).logits[0, -1]
+            errors.append(((logits[row] - expected).norm() / expected.norm()).item())
 
-    every_step(rows, 13, check)
-    assert len(compared) == 13 * len(lengths)
-    assert max(compared) < 1e-5
-    assert rows.lengths == [length + 13 for length in lengths]
+    assert every_step(engine, check) == 13
+    assert len(errors) == 13 * len(lengths)
+    assert max(errors) < 1e-5
+    assert seen == [[length + step for length in lengths] for step in range(13)]
 
 
 @parametrize_forms
@@ -147,45 +168,39 @@ def test_nothing_leaks_from_what_the_cache_held_before(form: str) -> None:
     model, lengths = model_of(form), (3, 1, 7, 10)
     found: list[list[Tensor]] = []
     for before in (0.0, 1e30):
-        rows = Rows(model, prompts_of(lengths), lengths)
-        rows.make_cache(13)
-        assert rows.cache is not None
-        rows.cache.keys.fill_(before)
-        rows.cache.values.fill_(-before)
+        engine = begun(model, lengths, 10)
+        engine.slots.cache.keys.fill_(before)
+        engine.slots.cache.values.fill_(-before)
         found.append([])
-        every_step(rows, 10, found[-1].append)
+        every_step(engine, found[-1].append)
     for clean, filled in zip(*found, strict=True):
         assert filled.isfinite().all()
         assert torch.equal(clean, filled)
 
 
 def test_the_cache_is_allocated_once() -> None:
-    lengths, places = (3, 9, 15, 7), set()
-    rows = Rows(model_of("modern"), prompts_of(lengths), lengths)
-    rows.make_cache(20)
-    assert rows.cache is not None
-    shape = rows.cache.keys.shape
+    engine, places, held = begun(model_of("modern"), (3, 9, 15, 7), 10), set(), []
+    cache = engine.slots.cache
+    shape = cache.keys.shape
     assert shape == (2, 4, LIMIT, 2, 4)
 
     def check(_: Tensor) -> None:
-        if rows.cache is not None:
-            assert rows.cache.keys.shape == shape
-            places.add((rows.cache.keys.data_ptr(), rows.cache.values.data_ptr()))
+        assert cache.keys.shape == shape
+        places.add((cache.keys.data_ptr(), cache.values.data_ptr()))
+        held.append([len(text) for text in engine.slots.texts])
 
-    every_step(rows, 8, check)
+    every_step(engine, check)
+    assert engine.slots.cache is cache
     assert len(places) == 1
-    every_step(rows, 1, check)  # the shortest row crosses the limit, and no row is cached
-    assert rows.cache is None
+    assert held[0] == [3, 9, 0, 7]
+    assert held[8] == [11, 0, 0, 0]
+    assert held[9] == [0, 0, 0, 0]  # the shortest row crosses the limit, and no row is cached
 
 
 def test_the_cache_is_as_large_as_what_it_will_hold() -> None:
-    rows = Rows(model_of("gpt2"), prompts_of((3, 15, 5)), (3, 15, 5))
-    rows.make_cache(4)
-    assert rows.cache is not None
-    assert rows.cache.capacity == 9
-    rows = Rows(model_of("gpt2"), prompts_of((12, 15)), (12, 15))
-    rows.make_cache(4)
-    assert rows.cache is None
+    model = model_of("gpt2")
+    assert begun(model, (3, 15, 5), 4).slots.capacity == 9
+    assert begun(model, (12, 15), 4).slots.capacity == 1  # no row is cached
 
 
 def test_rows_past_the_limit_are_read_together_and_the_others_go_on(
@@ -202,12 +217,10 @@ def test_rows_past_the_limit_are_read_together_and_the_others_go_on(
 
 def test_equal_lengths_need_no_index() -> None:
     """Said or unsaid; they write slices, and causality is the kernel's own."""
-    model, tokens = model_of("gpt2"), prompts_of((4, 4))
-    rows = Rows(model, tokens, (4, 4))
-    rows.make_cache(5)
-    assert rows.cache is not None
-    every_step(rows, 5, lambda _: None)
-    assert rows.cache.ends is None
+    model = model_of("gpt2")
+    engine = begun(model, (4, 4), 5)
+    every_step(engine, lambda _: None)
+    assert engine.slots.cache.ends is None
     said = together(model, prompts_of((4, 4), width=6), 13, lengths=[4, 4])
     assert said == together(model, prompts_of((4, 4), width=6)[:, :4], 13)
 
@@ -223,14 +236,18 @@ def test_a_draft_takes_the_length_of_its_row() -> None:
 @pytest.mark.parametrize("lengths", [(0, 3), (6, 1), (2,), (2, 2, 2), ()])
 def test_lengths_that_cannot_be_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"lengths is \[.*\]: for each of 2 rows 1 to 5 is needed"):
-        next(generate(model_of("gpt2"), torch.ones(2, 5, dtype=torch.long), 3, lengths=lengths))
+        next(
+            generate_tokens(
+                model_of("gpt2"), torch.ones(2, 5, dtype=torch.long), 3, lengths=lengths
+            )
+        )
 
 
 def test_ids_outside_the_vocabulary_count_where_they_are_text() -> None:
     tokens = torch.tensor([[1, 2, 3], [4, 37, 0]])
-    assert len(list(generate(model_of("gpt2"), tokens, 2, lengths=[3, 1]))) == 2
+    assert len(list(generate_tokens(model_of("gpt2"), tokens, 2, lengths=[3, 1]))) == 2
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        next(generate(model_of("gpt2"), tokens, 2, lengths=[3, 2]))
+        next(generate_tokens(model_of("gpt2"), tokens, 2, lengths=[3, 2]))
 
 
 # -- the cache and attention by themselves
