@@ -5,6 +5,7 @@ part of Python, starts in a few milliseconds, and leaves the wording of errors t
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
@@ -135,12 +136,12 @@ def add_flags(
 
 
 def help_text(field: Field[Any], default: Any) -> str:
-    """A field's sentence with its default, where there is one that the sentence does not tell."""
+    """A field's sentence with its default, which may take the place of one that it tells."""
     text = field.metadata["help"]
     if isinstance(default, bool):
         default = "yes" if default else "no"
     if default not in (None, MISSING, ()):
-        text += f" (default: {default})"
+        text = re.sub(r" \(default: [^()]*\)$", "", text) + f" (default: {default})"
     return text.replace("%", "%%")
 
 

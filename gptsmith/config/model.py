@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from .fields import setting, suggestion
+from .fields import SettingError, setting, suggestion
 
 Activation = Literal["gelu_tanh", "gelu_erf", "relu2"]
 Block = Literal["gpt2", "modern"]
@@ -42,7 +42,7 @@ class GPTConfig:
         None, "activation function of the MLP (default: gelu_tanh, or relu2 in the modern block)"
     )
     n_kv_head: int | None = setting(
-        None, "key and value heads of the modern block; must divide n_head (default: n_head)"
+        None, "key and value heads of the modern block; must divide n_head (default: as n_head)"
     )
     bias: bool = setting(
         None, "biases in linear layers and norms (default: yes, but not in the modern block)"
@@ -67,39 +67,41 @@ class GPTConfig:
             value, optional = getattr(self, name), name in ("n_inner", "n_kv_head")
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not whole and not (value is None and optional):
-                raise ValueError(f"{name} is {value!r}: a whole number of at least 1 is needed")
+                raise SettingError(name, f"is {value!r}: a whole number of at least 1 is needed")
         for name, choice in {"block": Block, "activation": Activation, "init": Init}.items():
             value = getattr(self, name)
             if value not in get_args(choice) and not (name == "activation" and value is None):
                 known = ", ".join(get_args(choice))
-                raise ValueError(f"{name} is {value!r}: one of {known} is needed")
+                raise SettingError(name, f"is {value!r}: one of {known} is needed")
         for name in ("dropout", "norm_eps"):
             if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: a number is needed")
+                raise SettingError(name, f"is {getattr(self, name)!r}: a number is needed")
         for name in ("bias", "qkv_bias", "tie_weights"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name != "tie_weights"):
-                raise ValueError(f"{name} is {value!r}: true or false is needed")
+                raise SettingError(name, f"is {value!r}: true or false is needed")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: 0 <= dropout < 1 is needed")
+            raise SettingError("dropout", f"is {self.dropout}: 0 <= dropout < 1 is needed")
         if not 0 < self.norm_eps < float("inf"):
-            raise ValueError(f"norm_eps is {self.norm_eps}: a positive number is needed")
+            raise SettingError("norm_eps", f"is {self.norm_eps}: a positive number is needed")
         self._check_heads()
         self._complete_block()
 
     def _check_heads(self) -> None:
         """Raise ValueError for heads that do not divide the channels, or one another."""
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
-                f"try n_embd {-(-self.n_embd // self.n_head) * self.n_head}"
+            raise SettingError(
+                "n_embd",
+                f"{self.n_embd} is not a multiple of n_head {self.n_head}: "
+                f"try n_embd {-(-self.n_embd // self.n_head) * self.n_head}",
             )
         if self.n_head % self.kv_heads:
-            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+            raise SettingError("n_kv_head", f"{self.n_kv_head} must divide n_head {self.n_head}")
         if self.modern and self.head_size % 2:
-            raise ValueError(
-                f"n_embd {self.n_embd} / n_head {self.n_head} gives {self.head_size} channels per "
-                "head: rotary positions rotate them in pairs, so an even number is needed"
+            raise SettingError(
+                "n_embd",
+                f"{self.n_embd} / n_head {self.n_head} gives {self.head_size} channels per "
+                "head: rotary positions rotate them in pairs, so an even number is needed",
             )
 
     def _complete_block(self) -> None:
@@ -114,17 +116,22 @@ class GPTConfig:
                 object.__setattr__(self, name, value)
         if self.modern:
             if self.activation != "relu2":
-                raise ValueError(f"activation is {self.activation}: the modern block has relu2")
+                raise SettingError(
+                    "activation", f"is {self.activation}: the modern block has relu2"
+                )
             if self.bias or self.qkv_bias:
                 raise ValueError("the modern block has no biases: bias and qkv_bias must be false")
             if self.init == "book":
-                raise ValueError("init is book, which is for block gpt2: leave it out")
+                raise SettingError("init", "is book, which is for block gpt2: leave it out")
         elif self.activation == "relu2":
-            raise ValueError("activation is relu2, which is the modern block's: add block modern")
+            raise SettingError(
+                "activation", "is relu2, which is the modern block's: add block modern"
+            )
         elif self.kv_heads < self.n_head:
-            raise ValueError(
-                f"n_kv_head {self.n_kv_head} is below n_head {self.n_head}, which only the modern "
-                "block can have: add block modern"
+            raise SettingError(
+                "n_kv_head",
+                f"{self.n_kv_head} is below n_head {self.n_head}, which only the modern "
+                "block can have: add block modern",
             )
 
     @property
@@ -231,7 +238,7 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in former.items():
         if value not in FORMER_SWITCHES[name] or type(value) is not type(FORMER_SWITCHES[name][0]):
             known = ", ".join(map(str, FORMER_SWITCHES[name])).lower()
-            raise ValueError(f"{name} is {value!r}: one of {known} is needed")
+            raise SettingError(name, f"is {value!r}: one of {known} is needed")
     modern = [name for name, value in former.items() if value == FORMER_SWITCHES[name][1]]
     if modern and len(modern) < len(FORMER_SWITCHES):
         raise ValueError(

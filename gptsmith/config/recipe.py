@@ -160,7 +160,8 @@ def starting_settings(what: str | Path | None) -> tuple[RunSettings, str]:
     """The settings that a recipe, a .toml file or data stands for, and a name for the run."""
     known = recipes()
     if what is None:
-        raise ValueError(f"train what? A recipe ({', '.join(known)}), a .toml file, or data")
+        what = f"a recipe ({', '.join(known)}), a .toml file or data"
+        raise ValueError(f"nothing was named to train on: {what} is needed")
     word, path = str(what), Path(what)
     if word in known:
         return read_toml(known[word]), word

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.fields import SettingError
 from ..machine import environment
 from ..model.cache import KVCache
 from ..model.gpt import GPT
@@ -251,8 +252,8 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
 def check_model(model: GPT) -> None:
     """Raise ValueError for what step.cpp does not compute."""
     if model.config.modern or model.device.type != "cpu":
-        raise ValueError(
-            "compile is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
+        raise SettingError(
+            "compile", "is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
         )
 
 

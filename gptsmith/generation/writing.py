@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.fields import SettingError
 from ..config.settings import GREEDY, SamplingSettings
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
@@ -187,7 +188,7 @@ def jobs_of(
         raise ValueError(f"max_new_tokens is {max_tokens}: at least 0 is needed")
     V = model.config.vocab_size
     if sampling.top_k is not None and sampling.top_k > V:
-        raise ValueError(f"top_k is {sampling.top_k}: at most the vocabulary, {V}, is needed")
+        raise SettingError("top_k", f"is {sampling.top_k}: at most the vocabulary, {V}, is needed")
     if not all(0 <= min(prompt) <= max(prompt) < V for prompt in prompts):
         raise ValueError(f"the prompt has ids outside the vocabulary: 0 to {V - 1} are needed")
     how: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "beyond_context": True}

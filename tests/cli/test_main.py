@@ -329,7 +329,7 @@ def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("trian", "no command 'trian', did you mean 'train'?"),
         ("--halp", "no command '--halp'"),
-        ("train", "train what?"),
+        ("train", "a .toml file or data is needed"),
         ("train shakespere", "did you mean 'shakespeare'?"),
         ("train finetune-gtp2", "did you mean 'finetune-gpt2'?"),
         ("train nothing.toml", "no settings file at nothing.toml"),
@@ -410,7 +410,7 @@ def test_settings_that_no_run_can_have(flags: str, said: str, refused: Callable[
     ("flags", "said"),
     [
         ("--top-k 0", "--top-k is 0: at least 1"),
-        (f"--top-k {V + 1}", f"top_k is {V + 1}: at most the vocabulary, {V}"),
+        (f"--top-k {V + 1}", f"--top-k is {V + 1}: at most the vocabulary, {V}"),
         ("--top-p 0", "--top-p is 0.0"),
         ("--top-p nan", "--top-p is nan"),
         ("--min-p 2", "--min-p is 2.0"),

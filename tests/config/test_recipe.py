@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptsmith.config.fields import Bytes
 from gptsmith.config.model import GPTConfig
 from gptsmith.config.recipe import (
     parse_value,
     read_toml,
     recipes,
+    run_settings,
     sections,
     to_toml,
     updated,
@@ -142,6 +144,12 @@ def test_overrides_find_their_section() -> None:
         ("two", Literal["one", "two"], "two"),
         (True, bool, True),
         (False, bool | None, False),
+        ("5GB", Bytes, 5 * 10**9),
+        ("1.5 kib", Bytes, 1536),
+        (7, Bytes | None, 7),
+        ("8", Literal[8, 4], 8),
+        (4, Literal[8, 4], 4),
+        ("a/b", Path, Path("a/b")),
     ],
 )
 def test_words_become_values(value: Any, hint: Any, expected: Any) -> None:
@@ -169,6 +177,10 @@ def test_words_become_values(value: Any, hint: Any, expected: Any) -> None:
         ("tow", Literal["one", "two"], "did you mean 'two'?"),
         ([1], int, "a whole number"),
         ({"a": 1}, float, "a number"),
+        ("5 PB", Bytes, "a size such as 500MB or 5GB"),
+        ("3", Literal[8, 4], "8 or 4"),
+        (8.5, Literal[8, 4], "8 or 4"),
+        (3, Path, "a path"),
     ],
 )
 def test_what_is_no_value_is_refused_by_name(value: Any, hint: Any, said: str) -> None:
@@ -235,3 +247,23 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_an_unknown_name_suggests_a_known_one() -> None:
     with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
         updated(TrainingSettings(), {"learning_rat": 1})
+    with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+        with_overrides(RunSettings(), {"learning_rat": 1})
+
+
+def test_a_fresh_run_begins_with_a_recipe_a_file_data_or_settings(tmp_path: Path) -> None:
+    text, own = tmp_path / "plays.txt", tmp_path / "own.toml"
+    text.write_text("to be")
+    own.write_text("[training]\nsteps = 7\n")
+    default = read_toml(recipes()["default"])
+    for what, choices, name in ((text, {}, "plays"), (None, {"data": str(text)}, "plays")):
+        settings = replace(default, data=DataSettings(data=str(text)))
+        assert run_settings(what, choices) == (settings, name)
+    assert run_settings("shakespeare", {})[0] == read_toml(recipes()["shakespeare"])
+    found, name = run_settings(own, {"n_layer": 3})
+    assert (found.training.steps, found.model.n_layer, name) == (7, 3, "own")
+    given = RunSettings(data=DataSettings(data=str(text)))
+    found, name = run_settings(given, {"steps": 5})
+    assert (found, name) == (replace(given, training=TrainingSettings(steps=5)), "plays")
+    with pytest.raises(ValueError, match="n_layer cannot go with --from"):
+        run_settings(text, {"n_layer": 3, "start_from": "gpt2"})
