@@ -53,7 +53,7 @@ VERBS = {
     "export": Verb("write a model in another format", add_export, export),
     "quantize": Verb("write a model in 8 or 4 bits, and what that costs", add_quantize, quantize),
     "serve": Verb("serve a model by OpenAI's API", add_serve, serve),
-    "bench": Verb("measure how fast this machine trains, generates or serves", add_bench, bench),
+    "bench": Verb("measure how fast this machine trains and generates", add_bench, bench),
 }
 
 

@@ -117,23 +117,6 @@ class MachineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadSettings:
-    """What a server is asked for while it is measured."""
-
-    clients: int = setting(8, "clients, each asking again as soon as it is answered")
-    seconds: float = setting(20.0, "seconds measured, from when every client has been answered")
-    prompt_tokens: int = setting(32, "tokens of a prompt, which are random")
-    max_tokens: int = setting(128, "new tokens asked for")
-    seed: int = setting(0, "of the prompts and of what is drawn after them")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "clients", "prompt_tokens", "max_tokens")
-        at_least(self, 0, "seed")
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}: above 0 is needed")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What is shown and kept on the way; none of it changes what is learned."""
 

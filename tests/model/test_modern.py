@@ -25,7 +25,6 @@ from gptsmith.cli.main import main
 from gptsmith.config import cost
 from gptsmith.config.describe import block_terms, describe, forward_stages, terms
 from gptsmith.config.model import MODERN
-from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.data.shards import Dataset
 from gptsmith.model.cache import KVCache
@@ -380,16 +379,3 @@ def test_a_run_goes_on_bit_for_bit_and_is_a_nanochat(
     assert main(["sample", "through", "--prompt", "the", "--max-tokens", "12"]) == 0
     assert len(capsys.readouterr().out) > 3
     assert main(["evaluate", "through", "--data", "through/data"]) == 0
-
-
-def test_the_profile_of_a_step_knows_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "train", "shakespeare-modern", "--rows", "2", "--steps", "2"]
-    assert main([*words, "--optimizer", "muon", "--profile", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["profile"]
-    parts = {part["part"]: part for part in found["parts"]}
-    config = read_toml(recipes()["shakespeare-modern"]).model
-    flops = cost.flops_per_token(config, training=True) * 2 * config.context_length
-    inside = [part for name, part in parts.items() if not name.startswith("optimizer")]
-    assert sum(part["gigaflops"] for part in inside) == pytest.approx(flops / 1e9)
-    assert parts["norms"]["milliseconds"] > 0
-    assert parts["activation"]["backward_milliseconds"] > 0
