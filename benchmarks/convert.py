@@ -79,9 +79,7 @@ def carry(name: str, options: argparse.Namespace, results: Results) -> None:
             seconds, memory = convert(words)
             weights = weight_bytes(config)
             sizes = {"memory_bytes": memory, "weight_bytes": weights}
-            results.add(
-                {"preset": options.preset, "conversion": title, "seconds": seconds, **sizes}
-            )
+            results.add({"conversion": title, "seconds": seconds, **sizes})
             within = "yes" if memory <= weights + GB else "NO"
             row = f"{title:<28}{seconds:>9.1f}{memory / GB:>9.2f}G{weights / GB:>9.2f}G  {within}"
             print(row, flush=True)

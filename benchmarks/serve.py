@@ -460,9 +460,11 @@ def fitted(model: str, load: Load, asked: dict[str, Any]) -> Load:
     return replace(load, **dict(zip(names, found, strict=True)))
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure a server at an address, or serve a model and measure that."""
-    known = parser(__doc__)
+    words, known = sys.argv[1:], parser(__doc__)
+    end = words.index("--") if "--" in words else len(words)
+    words, flags = words[:end], words[end + 1 :]
     known.add_argument("model", metavar="MODEL|URL", help="what is served, or is asked")
     known.add_argument("--clients", type=int, metavar="N", help="that ask at once (default: 8)")
     known.add_argument("--seconds", type=float, metavar="X", help="measured (default: 20)")
@@ -470,19 +472,18 @@ def main(words: Sequence[str] | None = None) -> None:
     known.add_argument("--max-tokens", type=int, metavar="N", help="of each answer (default: 128)")
     known.add_argument("--seed", type=int, metavar="S", help="random seed for prompts and sampling")
     known.add_argument("--api-key", metavar="KEY", help="default: GPTSMITH_API_KEY")
-    known.add_argument("serve", nargs="*", metavar="-- FLAG", help="flags for gptsmith serve")
     options = known.parse_args(words)
     names = {each.name for each in fields(Load)}
     asked = {name: value for name, value in vars(options).items() if name in names}
     asked = {name: value for name, value in asked.items() if value is not None}
     load, key, results = Load(**asked), options.api_key or api_key(), Results(options.out)
     if "://" in options.model:
-        if options.serve:
-            raise ValueError(f"{options.serve[0]} is for gptsmith serve: that server runs already")
+        if flags:
+            raise ValueError(f"{flags[0]} is for gptsmith serve, but that server runs already")
         found = measure(Server.at(options.model, key), load, keep=results.add)
     else:
         load = fitted(options.model, load, asked)
-        flags = [*options.serve, *(["--api-key", options.api_key] if options.api_key else [])]
+        flags += ["--api-key", options.api_key] if options.api_key else []
         with served(command(options.model, flags)) as (address, memory):
             found = measure(Server.at(address, key), load, memory, results.add)
     results.add({"model": options.model, **found})

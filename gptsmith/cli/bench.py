@@ -155,6 +155,7 @@ def measure_generation(
     """The figures of greedy generation: of one measurement, or a table of several."""
     rows = wanted.row_counts()
     use_huge_pages()
+    from ..machine.devices import choose
     from .timing import bench_generate, fitting
 
     prompt, new = fitting(config, wanted.prompt_tokens, wanted.max_tokens)
@@ -165,7 +166,8 @@ def measure_generation(
         raise ValueError("max_tokens is 1, which is no decoding: at least 2 are needed")
     long = min(LONG_PROMPT, config.context_length) if wanted.prompt_tokens is None else prompt
     shapes = [*((count, prompt, new) for count in rows or [1, 8]), (1, long, 1)]
-    return measure_table(options, [each.dtype for each in machines], shapes, wanted.rounds or 1)
+    dtypes = [choose(each).dtype for each in machines]  # what is impossible is said at once
+    return measure_table(options, dtypes, shapes, wanted.rounds or 1)
 
 
 def render(found: Figures) -> str:
