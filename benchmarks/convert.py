@@ -1,6 +1,6 @@
 """Memory and time of every conversion, for a model of any GPT-2 size with random weights.
 
-    python benchmarks/convert.py FOLDER [--preset gpt2-xl] [--formats huggingface nanogpt ...]
+    python benchmarks/convert.py FOLDER --model gpt2-xl --formats huggingface nanogpt
 
 Each conversion runs in a process of its own, whose largest resident memory is compared with the
 weights in float32. FOLDER gets several times the model's size; what was converted is removed.
@@ -17,13 +17,15 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
+from results import Results, carry_out, parser
 from torch import Tensor
 
 from gptsmith.checkpoint import saved
 from gptsmith.checkpoint.names import parts
 from gptsmith.checkpoint.tensors import Stored
+from gptsmith.cli.opening import described_config
 from gptsmith.config.cost import weight_bytes
-from gptsmith.config.model import PRESETS, GPTConfig
+from gptsmith.config.model import GPTConfig
 from gptsmith.convert.formats import READABLE, WRITABLE
 from gptsmith.machine.files import written_whole
 from gptsmith.tokenizers import gpt2_tokenizer
@@ -55,40 +57,50 @@ def convert(words: list[str]) -> tuple[float, int]:
     )
     begin = time.perf_counter()
     command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"gptsmith {' '.join(words)}: {done.stderr.strip()}")
     return time.perf_counter() - begin, int(done.stdout.split()[-1]) * 1024
 
 
-def main() -> None:
-    """Make the model, carry it to each format and back, and print a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--preset", default="gpt2-xl", choices=PRESETS)
-    parser.add_argument("--dtype", help="as export takes it")
-    parser.add_argument("--formats", nargs="*", default=WRITABLE, choices=WRITABLE)
-    options = parser.parse_args()
-    print(f"{'conversion':<28}{'seconds':>9}{'memory':>10}{'weights':>10}  within weights + 1 GB")
-    for name in options.formats:
-        config = replace(PRESETS[options.preset], **FORMS.get(name, {}))
-        weights = weight_bytes(config)
-        model, there, back = (options.folder / part for part in ("model", "there", "back"))
-        stored = Stored(config=config, fetch=random_fetch(config), tokenizer=gpt2_tokenizer())
+def carry(name: str, options: argparse.Namespace, results: Results) -> None:
+    """A model to a format and back, a row for each way; its files are removed again."""
+    config = replace(described_config(options.model)[0], **FORMS.get(name, {}))
+    model, there, back = (options.folder / part for part in ("model", "there", "back"))
+    stored = Stored(config=config, fetch=random_fetch(config), tokenizer=gpt2_tokenizer())
+    dtype = ["--dtype", options.dtype] if options.dtype else []
+    commands = {f"to {name}": ["export", str(model), str(there), "--to", name, *dtype]}
+    if name in READABLE:
+        commands[f"from {name}"] = ["import", str(there), str(back)]
+    try:
         with written_whole(model) as temporary:
             saved.write(stored, temporary)
-        dtype = ["--dtype", options.dtype] if options.dtype else []
-        commands = {f"to {name}": ["export", str(model), str(there), "--to", name, *dtype]}
-        if name in READABLE:
-            commands[f"from {name}"] = ["import", str(there), str(back)]
         for title, words in commands.items():
             seconds, memory = convert(words)
+            weights = weight_bytes(config)
+            sizes = {"memory_bytes": memory, "weight_bytes": weights}
+            results.add({"conversion": title, "seconds": seconds, **sizes})
             within = "yes" if memory <= weights + GB else "NO"
             row = f"{title:<28}{seconds:>9.1f}{memory / GB:>9.2f}G{weights / GB:>9.2f}G  {within}"
             print(row, flush=True)
-            if words[0] == "export":
-                shutil.rmtree(model)
-        for path in (there, back):
+    finally:
+        for path in (model, there, back):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def main() -> None:
+    """Carry a model to each format and back."""
+    known = parser(__doc__)
+    known.add_argument("folder", type=Path, help="where there is room for several such models")
+    known.add_argument("--model", metavar="PRESET|RECIPE", default="gpt2-xl")
+    known.add_argument("--dtype", help="as export takes it")
+    known.add_argument("--formats", nargs="*", default=WRITABLE, choices=WRITABLE)
+    options = known.parse_args()
+    results = Results(options.out)
+    print(f"{'conversion':<28}{'seconds':>9}{'memory':>10}{'weights':>10}  within weights + 1 GB")
+    for name in options.formats:
+        carry(name, options, results)
+
+
 if __name__ == "__main__":
-    main()
+    carry_out(main)

@@ -1,6 +1,6 @@
 """What one GPU does with GPT-2: a plain nanoGPT-style step, and gptsmith's in the same minutes.
 
-    python benchmarks/gpu.py --data TEXT    one NVIDIA H200, under ten minutes
+    python benchmarks/gpu.py --data TEXT    one GPU, under ten minutes on an NVIDIA H200
     python benchmarks/gpu.py --toy          the same at toy size on a CPU, under a minute
 
 Also nanoGPT's GPU recipe for Shakespeare as a command, the chip's own matrix rate, and a check of
@@ -25,29 +25,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from results import Results, Row, carry_out, parser
 from torch import Tensor, nn
 
-# A machine with a GPU may have the checkout and not the package.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from gptsmith.cli.timing import RandomTokens
+from gptsmith.cli.timing import fresh_trainer
 from gptsmith.config import cost
 from gptsmith.config.model import PRESETS, GPTConfig
-from gptsmith.config.settings import MachineSettings, RunSettings, TrainingSettings
+from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import devices, environment
 from gptsmith.model.gpt import GPT
 from gptsmith.model.loss import NOT_LEARNED
-from gptsmith.training.start import make_trainer
 
-Row = dict[str, Any]
 Step = Callable[[int], float | Tensor]  # the steps done -> the loss
 
-ROOT = Path(__file__).resolve().parent.parent
 RATIO_GOAL, SHARE_GOAL = 1.5, 0.5  # of the plain step's tokens/s; of the measured bf16 matrix rate
 LOSS_GOAL, SECONDS_GOAL = 1.4697, 20.0  # the loss: nanoGPT's README, of its character model
 CASE_SECONDS = 150.0  # the longest that a case may take; compiling is most of it
@@ -185,17 +179,15 @@ def plain_step(scale: Scale, micro: int, compiles: str) -> Step:
 
 def our_step(scale: Scale, micro: int, compiles: str, dtype: str, optimizer: str) -> Step:
     """A step as `gptsmith train` does it; one that does other than asked is an error."""
-    config, total = scale.config, scale.warm_up + scale.steps
     how: Any = {"device": scale.device.type, "dtype": dtype, "compile": compiles}
-    machine = devices.choose(MachineSettings(micro_batch=micro, **how))
-    device = devices.prepare_machine(machine)
-    what: Any = {"optimizer": optimizer, "learning_rate": 6e-4, "steps": total}
-    training = TrainingSettings(batch_tokens=scale.batch_rows * config.context_length, **what)
-    settings = RunSettings(model=config, training=training, machine=machine)
-    stream = RandomTokens(config.vocab_size, config.context_length * scale.batch_rows * 4 + 1)
-    dataset: Any = SimpleNamespace(train=stream)
-    model = GPT(config).to(device).train()
-    trainer = make_trainer(model, settings, dataset, scale.batch_rows, device)
+    trainer = fresh_trainer(
+        scale.config,
+        MachineSettings(micro_batch=micro, **how),
+        rows=scale.batch_rows,
+        steps=scale.warm_up + scale.steps,
+        optimizer=optimizer,
+        learning_rate=6e-4,
+    )
 
     def step(done: int) -> float:
         report = trainer.step(done)
@@ -328,12 +320,10 @@ def run_command(
 
     `watch` is called ten times a second, and at the end, with the seconds since the start.
     """
-    folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     # Files, not pipes, which a compiler's worker that lives on would keep open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(words, stdout=out, stderr=err, env=environment, process_group=0)
+        process = subprocess.Popen(words, stdout=out, stderr=err, process_group=0)
         try:
             while process.poll() is None and time.perf_counter() - started < seconds:
                 time.sleep(0.1)
@@ -381,8 +371,8 @@ def run_shakespeare(data: Path, folder: Path, flags: str, seconds: float) -> Row
 class Table:
     """The rows so far, shown and kept as they come; nothing is begun once the time is spent."""
 
-    def __init__(self, scale: Scale, out: Path, seconds: float) -> None:
-        self.scale, self.path, self.rows = scale, out / "results.json", list[Row]()
+    def __init__(self, scale: Scale, results: Results, seconds: float) -> None:
+        self.scale, self.results = scale, results
         self.deadline = time.monotonic() + seconds
         self.matrix_rate: float | None = None  # TFLOP/s
 
@@ -394,8 +384,7 @@ class Table:
         late = {"error": "skipped: the time is spent"}
         row |= measure(min(left, CASE_SECONDS)) if left > self.scale.least_seconds else late
         row["case_seconds"] = time.perf_counter() - started
-        self.rows.append(row)
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        self.results.add(row)
         return row
 
     def case(self, kind: str, options: dict[str, Any], seconds: float) -> Row:
@@ -409,7 +398,7 @@ class Table:
 
     def steps(self, who: str, micro: int | None = None) -> list[Row]:
         """The steps of one of the two that were measured."""
-        good = [row for row in self.rows if row.get("who") == who and "error" not in row]
+        good = [row for row in self.results.rows if row.get("who") == who and "error" not in row]
         return [row for row in good if micro in (None, row["micro"])]
 
     def best_micro(self) -> int:
@@ -530,7 +519,7 @@ def conclude(table: Table) -> None:
         print(f"  {what}: {best['name']}, {best['micro']} rows")
         print(f"    {ratio:.2f} times the plain step's best (goal {RATIO_GOAL})")
         print(f"    {best.get('share', 0):.3f} of the matrix rate (goal over {SHARE_GOAL})")
-    walls = [r["goal_reached"]["wall_seconds"] for r in table.rows if r.get("goal_reached")]
+    walls = [r["goal_reached"]["wall_seconds"] for r in table.results.rows if r.get("goal_reached")]
     when = f"in {min(walls):.1f} s" if walls else "not reached"
     print(f"  Shakespeare at {LOSS_GOAL}: {when} (goal under {SECONDS_GOAL:.0f} s)", flush=True)
 
@@ -542,36 +531,35 @@ def toy_text(path: Path) -> Path:
     return path
 
 
-def main() -> int:
+def main() -> None:
     """Measure everything or, as a process of its own, one case."""
-    parser = argparse.ArgumentParser(description="Time GPT-2 on a GPU, beside a plain step.")
-    add = parser.add_argument
+    known = parser(__doc__)
+    add = known.add_argument
     add("--toy", action="store_true", help="toy sizes, on the CPU")
     add("--seconds", type=float, default=540.0, help="time for everything (default: 540)")
     add("--data", type=Path, help="Shakespeare's text; without it, that part is left out")
-    add("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="for results.json")
     add("--case", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = known.parse_args()
     scale = TOY if options.toy else FULL
     if options.case:
         print("\n" + json.dumps(run_case(scale, *json.loads(options.case))))
-        return 0
+        return
     if scale.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA GPU here: try --toy")
+        raise ValueError("PyTorch finds no CUDA GPU here: try --toy")
     environment.share_cores()
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(scale, options.out, options.seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        data = options.data
-        if options.toy and options.data is None:
-            data = toy_text(Path(folder) / "text.txt")
-        measure_matrices(table)
-        measure_steps(table)
-        measure_shakespeare(table, data, Path(folder))
-        measure_rest(table)
-    conclude(table)
-    return 0
+    table = Table(scale, Results(options.out), options.seconds)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            data = options.data
+            if options.toy and options.data is None:
+                data = toy_text(Path(folder) / "text.txt")
+            measure_matrices(table)
+            measure_steps(table)
+            measure_shakespeare(table, data, Path(folder))
+            measure_rest(table)
+    finally:
+        conclude(table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    carry_out(main)

@@ -1,6 +1,6 @@
 """Text to GPT-2 tokens on disk: gptsmith, and nanoGPT's way, in turn on the same files.
 
-    python benchmarks/prepare.py TEXT [--megabytes 100]
+    python benchmarks/prepare.py TEXT --megabytes 100
 
 TEXT is any long plain text; its paragraphs, drawn at random, make the files: one document per line
 of a .jsonl, and one plain text. For documents, nanoGPT maps tiktoken over a dataset of the library
@@ -20,17 +20,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from results import Results, carry_out, over, parser
 
 from gptsmith.machine.environment import cores
 from gptsmith.tokenizers import open_tokenizer
 
 END = 50256  # <|endoftext|>
-PAIRS = 3
 
 
 @lru_cache
@@ -114,7 +115,7 @@ def run(words: list[str]) -> tuple[float, float]:
         peak = max(peak, sum(memory(process.pid)) / 1e6)
         time.sleep(0.05)
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+        raise ValueError(f"{' '.join(words)} ended with {process.returncode}")
     return time.perf_counter() - started, peak
 
 
@@ -128,45 +129,50 @@ def memory(pid: int) -> Iterator[int]:
         return
 
 
-def compare(source: Path, way: str, folder: Path) -> None:
+def compare(source: Path, way: str, folder: Path, pairs: int, results: Results) -> None:
     """Print tokens per second of gptsmith and another way, in turn, and their ratio."""
     ours, theirs, rows = folder / "ours", folder / "theirs.bin", []
     prepare = ["-m", "gptsmith", "prepare", str(source), "--tokenizer", "gpt2", "--out", str(ours)]
     other = [__file__, "--way", way, str(source), str(theirs)]
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         shutil.rmtree(ours, ignore_errors=True)
         shutil.rmtree(f"{theirs}.cache", ignore_errors=True)
         rows.append((*run([sys.executable, *prepare]), *run([sys.executable, *other])))
+        names = ("our_seconds", "our_megabytes", "their_seconds", "their_megabytes")
+        results.add({"source": source.name, "way": way, **dict(zip(names, rows[-1], strict=True))})
     tokens = theirs.stat().st_size / 2 / 1e6
     mine, my_memory, their, their_memory = map(statistics.median, zip(*rows, strict=True))
-    ratios = sorted(row[2] / row[0] for row in rows)
     print(
         f"{source.name}, {tokens:.1f} million tokens: gptsmith {tokens / mine:.2f} million/s in "
         f"{my_memory:.0f} MB, {way} {tokens / their:.2f} in {their_memory:.0f} MB: "
-        f"{ratios[0]:.1f} to {ratios[-1]:.1f} times",
+        f"{over(row[2] / row[0] for row in rows)} times",
         flush=True,
     )
 
 
 def main() -> None:
     """Make the files and compare."""
-    parser = argparse.ArgumentParser(description="Time the preparation of text.")
-    parser.add_argument("text", type=Path, nargs="?", help="a long plain text")
-    parser.add_argument("--megabytes", type=float, default=100.0, help="of each file")
-    parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("text", type=Path, nargs="?", help="a long plain text")
+    known.add_argument("--megabytes", type=float, default=100.0, help="of each file")
+    known.add_argument("--pairs", type=int, default=3, help="of runs, in turn (default: 3)")
+    known.add_argument("--way", nargs=3, help=argparse.SUPPRESS)
+    options = known.parse_args()
     if options.way:
         way, source, out = options.way
         WAYS[way](Path(source), Path(out))
         return
     if options.text is None:
-        parser.error("a text is needed")
+        known.error("a text is needed")
+    results, ways = Results(options.out), ["dataset_map", "lean_pool"]
+    if find_spec("datasets") is None:
+        ways.remove("dataset_map")
+        print("dataset_map: not installed: datasets")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        lines, whole = make_files(options.text, options.megabytes, folder)
-        for source, way in ((lines, "dataset_map"), (lines, "lean_pool"), (whole, "one_call")):
-            compare(source, way, folder)
+        lines, whole = make_files(options.text, options.megabytes, Path(name))
+        for source, way in [*((lines, way) for way in ways), (whole, "one_call")]:
+            compare(source, way, Path(name), options.pairs, results)
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(main)

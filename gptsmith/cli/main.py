@@ -35,7 +35,7 @@ VERBS = {
     "export": "export a model to another format",
     "quantize": "quantize a model to 8 or 4 bits, and measure what it costs",
     "serve": "serve a model through OpenAI's API",
-    "bench": "measure how fast this machine trains, generates or serves",
+    "bench": "measure how fast this machine trains and generates",
 }
 
 

@@ -1,6 +1,6 @@
-"""What this machine does with a model: training and generation, timed.
+"""Training and generation, timed: fresh weights and random tokens cost what real ones do.
 
-Fresh weights and random tokens, which cost what real ones do; knows nothing of runs.
+Knows nothing of runs, flags or what is shown.
 """
 
 import statistics
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,27 @@ from torch import Tensor
 from ..checkpoint.saved import load_folder
 from ..config import cost
 from ..config.model import GPTConfig
-from ..config.settings import GREEDY, MachineSettings, TrainingSettings
-from ..data.batches import Batches
+from ..config.settings import GREEDY, MachineSettings, RunSettings, TrainingSettings
 from ..generation.compiled import open_decoder
 from ..generation.writing import generate_tokens
 from ..machine import devices
+from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
-from ..training.float8 import prepare_model
 from ..training.loop import Trainer
-from ..training.optimizers import make_optimizers
+from ..training.start import make_trainer
 
-WARM_UP = 2  # steps that also set things up, and are not counted
-WARM_UP_TOKENS = 8
+WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed: they also set things up
 PROMPT_TOKENS, NEW_TOKENS = 32, 128  # where the context has room for them
+
+
+def fresh_model(config: GPTConfig) -> GPT:
+    """A model that was taught nothing: the same weights every time."""
+    torch.manual_seed(0)
+    return GPT(config)
+
+
+# -- training
 
 
 class RandomTokens:
@@ -43,68 +50,48 @@ class RandomTokens:
         return len(self.tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids from `start` up to `stop`."""
+        """The ids from `start` up to `stop`: (stop - start,) int64."""
         return self.tokens[start:stop]
 
 
-def bench_train(
-    config: GPTConfig,
-    settings: MachineSettings,
-    *,
-    rows: int,
-    steps: int,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-) -> dict[str, Any]:
-    """Time whole optimizer steps on `rows` windows of the context length."""
-    machine = devices.choose_to_learn(replace(settings, micro_batch=rows))
-    trainer = make_trainer(config, machine, rows=rows, steps=steps + WARM_UP, optimizer=optimizer)
-    seconds = [trainer.step(done).seconds for done in range(steps + WARM_UP)][WARM_UP:]
-    return training_figures(config, machine, trainer, seconds)
-
-
-def make_trainer(
-    config: GPTConfig,
-    machine: MachineSettings,
-    *,
-    rows: int,
-    steps: int,
-    optimizer: Literal["adamw", "muon"],
+def fresh_trainer(
+    config: GPTConfig, settings: MachineSettings, *, rows: int, **training: Any
 ) -> Trainer:
-    """Fresh weights and random tokens, ready to step; `machine` is chosen already."""
-    device = devices.prepare_machine(machine)
-    model = fresh_model(config).to(device)
-    prepare_model(model, machine)
-    how = machine.compile
-    if how == "auto":  # as long runs find
-        how = "yes" if device.type == "cuda" else "no"
-    T = config.context_length
-    training = TrainingSettings(steps=steps, batch_tokens=rows * T, optimizer=optimizer)
-    stream = RandomTokens(config.vocab_size, T * rows * 4 + 1)
-    return Trainer(
-        model=model.train(),
-        optimizers=make_optimizers(model, training),
-        batches=Batches(stream, T, rows, seed=0),
-        settings=training,
-        device=device,
-        dtype=machine.dtype,
-        micro_batch=rows,
-        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
-        compiled=how,
+    """Fresh weights, ready to learn from random tokens, `rows` windows of the context at a step.
+
+    `training` are further TrainingSettings. A micro-batch that is not set is the whole batch.
+    """
+    machine = devices.choose_to_learn(settings)
+    device, compile = devices.prepare_machine(machine), machine.compile
+    if compile == "auto":  # what long runs come to
+        compile = "yes" if device.type == "cuda" else "no"
+    run = RunSettings(
+        model=config,
+        training=TrainingSettings(batch_tokens=rows * config.context_length, **training),
+        machine=replace(machine, compile=compile, micro_batch=machine.micro_batch or rows),
     )
+    tokens = RandomTokens(config.vocab_size, 4 * run.training.batch_tokens + 1)
+    return make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)
 
 
-def training_figures(
-    config: GPTConfig, machine: MachineSettings, trainer: Trainer, seconds: Sequence[float]
+def bench_train(
+    config: GPTConfig, settings: MachineSettings, *, rows: int, steps: int, **training: Any
 ) -> dict[str, Any]:
+    """Time so many whole optimizer steps, as `fresh_trainer` makes them."""
+    trainer = fresh_trainer(config, settings, rows=rows, steps=WARM_UP + steps, **training)
+    seconds = [trainer.step(done).seconds for done in range(WARM_UP + steps)]
+    return training_figures(trainer, seconds[WARM_UP:])
+
+
+def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, Any]:
     """What steps that took so many seconds each say of the machine."""
-    tokens = trainer.settings.batch_tokens
-    median = statistics.median(seconds)
-    peak = devices.peak_flops(trainer.device)
+    config, tokens = trainer.model.config, trainer.settings.batch_tokens
+    median, peak = statistics.median(seconds), devices.peak_flops(trainer.device)
     flops = cost.flops_per_token(config, training=True) * tokens / median
     return {
         "device": str(trainer.device),
-        "dtype": machine.dtype,
-        "threads": machine.threads,
+        "dtype": trainer.dtype,
+        "threads": torch.get_num_threads(),
         "compiled": trainer.compiled != "no",
         "parameters": cost.parameter_count(config),
         "batch_tokens": tokens,
@@ -117,57 +104,7 @@ def training_figures(
     }
 
 
-def bench_generate(
-    config: GPTConfig,
-    settings: MachineSettings,
-    *,
-    rows: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    folder: Path | None = None,
-) -> dict[str, Any]:
-    """Time greedy generation: the first token (prefill), and those after it (decode).
-
-    With a `folder`, which `find_model` found, it is the model there, else one with fresh weights.
-    """
-    fitting(config, prompt_tokens, max_tokens)
-    if settings.dtype == "auto":
-        settings = replace(settings, dtype="float32")
-    machine = devices.choose(settings)
-    device = devices.prepare_machine(machine)
-    how = devices.loading(machine.dtype, device)
-    if folder is None:
-        model = fresh_model(config).to(device, how["dtype"]).eval()
-        if how["bits"] is not None:
-            pack_model(model, how["bits"])
-    else:
-        model, _ = load_folder(folder, **how)
-    prepare_model(model, machine)
-    prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
-    decoder = open_decoder(model, settings.compile)
-    list(
-        generate_tokens(
-            model, prompt, min(WARM_UP_TOKENS, max_tokens), sampling=GREEDY, decoder=decoder
-        )
-    )
-    times, steps = [time.perf_counter()], []
-    for step in generate_tokens(model, prompt, max_tokens, sampling=GREEDY, decoder=decoder):
-        devices.synchronize(device)
-        times.append(time.perf_counter())
-        steps.append(step)
-    return {
-        "device": str(device),
-        "dtype": machine.dtype,
-        "threads": machine.threads,
-        "compiled": decoder is not None and decoder.takes(rows),  # decoding
-        "parameters": cost.parameter_count(config),
-        "rows": rows,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": max_tokens,
-        **generation_figures(times, rows, prompt_tokens),
-        "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
-        "tokens": torch.stack(steps, dim=1).tolist(),
-    }
+# -- generation
 
 
 def fitting(config: GPTConfig, prompt: int | None, new: int | None) -> tuple[int, int]:
@@ -188,22 +125,58 @@ def fitting(config: GPTConfig, prompt: int | None, new: int | None) -> tuple[int
     return prompt, new
 
 
-def fresh_model(config: GPTConfig) -> GPT:
-    """A model that was taught nothing: the same weights every time."""
-    torch.manual_seed(0)
-    return GPT(config)
+def bench_generate(
+    config: GPTConfig,
+    settings: MachineSettings,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Time greedy generation: the first token (prefill), and those after it (decode).
 
-
-def varied_model(config: GPTConfig) -> GPT:
-    """A fresh model that does not repeat itself: equal tokens of two systems then mean something.
-
-    Its blocks are large beside its embeddings, which else make the last token the likeliest.
+    With a `folder`, which `find_model` found, it is the model there, else one with fresh weights.
     """
-    model = fresh_model(config)
-    with torch.no_grad():
-        for parameter in model.h.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
+    machine = devices.choose(settings)
+    device = devices.prepare_machine(machine)
+    model = model_to_time(config, machine, device, folder)
+    prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
+    decoder = open_decoder(model, machine.compile)
+    how: dict[str, Any] = {"sampling": GREEDY, "decoder": decoder}
+    list(generate_tokens(model, prompt, min(WARM_UP_TOKENS, max_tokens), **how))
+    times, steps = [time.perf_counter()], []
+    for step in generate_tokens(model, prompt, max_tokens, **how):
+        devices.synchronize(device)
+        times.append(time.perf_counter())
+        steps.append(step)
+    return {
+        "device": str(device),
+        "dtype": machine.dtype,
+        "threads": machine.threads,
+        "compiled": decoder is not None and decoder.takes(rows),  # decoding
+        "parameters": cost.parameter_count(config),
+        "rows": rows,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": max_tokens,
+        **generation_figures(times, rows, prompt_tokens),
+        "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
+        "tokens": torch.stack(steps, dim=1).tolist(),
+    }
+
+
+def model_to_time(
+    config: GPTConfig, machine: MachineSettings, device: torch.device, folder: Path | None
+) -> GPT:
+    """The model of a folder, or a fresh one, as the (chosen) settings of the machine want it."""
+    how = devices.loading(machine.dtype, device)
+    if folder is not None:
+        model, _ = load_folder(folder, **how)
+    else:
+        model = fresh_model(config).to(device, how["dtype"]).eval()
+        if how["bits"] is not None:
+            pack_model(model, how["bits"])
+    model.attend_by(WAYS[machine.attention])
     return model
 
 

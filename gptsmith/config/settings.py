@@ -160,22 +160,6 @@ class InferenceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadSettings:
-    """What a server is asked for while it is measured."""
-
-    clients: int = setting(8, "clients that ask again as soon as they are answered")
-    seconds: float = setting(20.0, "seconds measured, once every client has been answered")
-    prompt_tokens: int = setting(32, "tokens of a prompt, which are random")
-    max_tokens: int = setting(128, "new tokens per request")
-    seed: int = setting(0, "random seed for the prompts and for sampling")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "clients", "prompt_tokens", "max_tokens")
-        at_least(self, 0, "seed")
-        above(self, 0, "seconds")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportSettings:
     """What is shown and kept on the way; none of it changes what is learned."""
 

@@ -30,6 +30,18 @@ def human_flops(count: float) -> str:
     return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
 
 
+def three_digits(value: float) -> str:
+    """0.98765 -> "0.988"; all digits of a longer whole part: 1234.5 -> "1,234"."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".removesuffix(".")
+
+
+def spread(median: float, lowest: float, highest: float) -> str:
+    """(2.5, 1, 3) -> "2.50 (1.00 to 3.00)"; one value alone is "2.50"."""
+    if lowest == highest:
+        return three_digits(median)
+    return f"{three_digits(median)} ({three_digits(lowest)} to {three_digits(highest)})"
+
+
 def _scaled(count: float, step: int, units: tuple[str, ...]) -> str:
     *smaller, unit = units
     for smaller_unit in smaller:

@@ -23,15 +23,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 # What `share_cores` and `use_huge_pages` set for PyTorch.
 FOR_TORCH = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
 
-# What keeps libraries of Hugging Face's from the network, and quiet.
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-
 
 def cores() -> int:
     """CPU cores that this process may use."""
@@ -134,14 +125,6 @@ def use_huge_pages() -> None:
 def set_for_torch(name: str) -> None:
     """Set a variable of the environment as we want it, unless somebody has."""
     os.environ.setdefault(name, FOR_TORCH[name])
-
-
-def variables_for_others() -> dict[str, str]:
-    """The environment of a process that runs another library: offline, and set as well as ours.
-
-    What we set for PyTorch is set for it too, so that it is no less lucky on a busy machine.
-    """
-    return FOR_TORCH | dict(os.environ) | OFFLINE
 
 
 def cache_folder() -> Path:

@@ -20,7 +20,7 @@ from ..config.fields import SettingError
 from ..config.model import GPTConfig
 from ..config.recipe import read_toml, to_toml, with_overrides
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
-from ..data.batches import Batches
+from ..data.batches import Batches, Tokens
 from ..data.prepare import prepare
 from ..data.shards import Dataset, is_dataset
 from ..machine import devices
@@ -71,7 +71,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     rows = batch_rows(settings.training, model.config)
     machine = with_micro_batch(machine, model.config, rows, device, position)
     settings = replace(settings, model=model.config, machine=machine)
-    trainer = make_trainer(model, settings, dataset, rows, device)
+    trainer = make_trainer(model, settings, dataset.train, rows, device)
     refuse_what_would_fail_later(dataset, tokenizer, settings)
     trial = try_out(trainer, display)
     if machine.compile == "auto":
@@ -274,14 +274,14 @@ def with_micro_batch(
 
 
 def make_trainer(
-    model: GPT, settings: RunSettings, dataset: Dataset, rows: int, device: torch.device
+    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
 ) -> Trainer:
-    """What the loop works on."""
+    """What the loop works on: a model on its device, to learn from batches of `rows` windows."""
     machine = settings.machine
     assert machine.micro_batch is not None
     prepare_model(model, machine)
     batches = Batches(
-        dataset.train,
+        tokens,
         model.config.context_length,
         rows,
         seed=settings.training.seed,

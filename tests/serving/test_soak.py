@@ -16,11 +16,9 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from serve import Crowd, Failure, Load, Server, ask
 
 from gptsmith import GPTConfig, save
-from gptsmith.cli.client import Failure, Server, ask
-from gptsmith.cli.crowd import Crowd
-from gptsmith.config.settings import LoadSettings
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -65,8 +63,8 @@ def text_of(address: str, probe: dict[str, Any]) -> str:
 def test_many_clients_for_a_while(server: tuple[int, str]) -> None:
     pid, address = server
     quiet = [text_of(address, probe) for probe in PROBES]
-    settings = LoadSettings(clients=CLIENTS, prompt_tokens=40, max_tokens=60, seconds=SECONDS)
-    crowd = Crowd(Server.at(address), settings)
+    load = Load(clients=CLIENTS, prompt_tokens=40, max_tokens=60, seconds=SECONDS)
+    crowd = Crowd(Server.at(address), load)
     process, begun = psutil.Process(pid), time.monotonic()
     settled, probed = 0, 0
 

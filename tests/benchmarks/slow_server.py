@@ -1,12 +1,13 @@
 """A server that answers at known times and goes wrong in known ways, with no model behind it.
 
-Run by test_load.py as a program; its last word is JSON that says how it behaves. At /sent it tells
+Run by test_serve.py as a program; its last word is JSON that says how it behaves. At /sent it tells
 what it was asked for.
 """
 
 import asyncio
 import json
 import os
+import socket
 import sys
 import time
 from typing import Any
@@ -109,4 +110,9 @@ async def stream(asked: dict[str, Any], send: Any) -> None:
 
 if HOW["start"] == "die":
     sys.exit("gptsmith: there is no such model: train one")
-uvicorn.run(app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=1)
+with socket.socket() as bound:
+    bound.bind(("127.0.0.1", 0))
+    bound.listen(128)  # so that who comes before uvicorn is up waits
+    print(f"serving at http://127.0.0.1:{bound.getsockname()[1]} at once", flush=True)
+    how = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+    uvicorn.Server(uvicorn.Config(app, **how)).run(sockets=[bound])

@@ -1,39 +1,47 @@
 """Where a training step's time goes, by part of the model, forward and backward.
 
-A clock is told whenever another part begins, so that the parts divide a step without gap or
-overlap. Knows nothing of how a step is made beyond the methods that it calls.
+    python benchmarks/profile_training.py gpt2 --rows 4 --steps 10
+    python benchmarks/profile_training.py RECIPE --optimizer muon --dtype bf16 --device cuda
+
+Steps with and without the clock take turns, so that a machine that slows down slows both. A clock
+is told whenever another part begins, so that the parts divide a step without gap or overlap.
 
 PyTorch's backward pass runs the nodes of the graph in the reverse of the order in which the forward
 pass made them, on one thread. So a node that does nothing, put where the forward pass goes from one
 part to the next, marks the same border on the way back.
-
-Letters:  C channels    T context    M matrices of one shape, R their shorter side
 """
+
+# Letters:  C channels    T context    M matrices of one shape, R their shorter side
 
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal
 
 import torch
+from results import Results, carry_out, parser
 from torch import Tensor
 
-from ..config import cost
-from ..config.model import GPTConfig
-from ..config.settings import MachineSettings
-from ..config.tables import columns
-from ..machine import devices
-from ..machine.dtypes import COMPUTE_DTYPES
-from ..model.gpt import GPT
-from ..training.loop import Trainer
-from ..training.muon import ITERATIONS, Muon
-from .timing import WARM_UP, make_trainer, training_figures
+from gptsmith.cli.bench import render
+from gptsmith.cli.flags import add_flags, given
+from gptsmith.cli.opening import described_config
+from gptsmith.cli.timing import WARM_UP, fresh_trainer, training_figures
+from gptsmith.config import cost
+from gptsmith.config.model import GPTConfig
+from gptsmith.config.recipe import updated
+from gptsmith.config.settings import MachineSettings
+from gptsmith.config.tables import columns
+from gptsmith.machine import devices
+from gptsmith.machine.dtypes import COMPUTE_DTYPES
+from gptsmith.model.gpt import GPT
+from gptsmith.training.loop import Trainer
+from gptsmith.training.muon import ITERATIONS, Muon
 
-# The parts, as they are shown. Weights have the names that accounting.block_components gives them.
+# The parts, as they are shown. Weights have the names that cost.block_components gives them.
 EMBEDDINGS, NORMS, ATTENTION, ACTIVATION = "embeddings", "norms", "attention", "activation"
 QUERY_KEY_VALUE, HEADS_TO_STREAM = "attn.c_attn", "attn.c_proj"
 STREAM_TO_MLP, MLP_TO_STREAM = "mlp.c_fc", "mlp.c_proj"
@@ -48,20 +56,6 @@ Times = dict[tuple[str, Way], float]  # seconds by part and direction
 
 LONG_ENOUGH, LARGEST_SIDE = 0.02, 8192  # seconds and rows of the product that gives the matrix rate
 REPETITIONS = 5
-
-
-@dataclass(frozen=True)
-class Part:
-    """One row: times in milliseconds per step, medians over the profiled steps."""
-
-    part: str
-    forward_milliseconds: float
-    backward_milliseconds: float
-    milliseconds: float  # both, and what belongs to neither
-    share: float  # of the sum of all parts
-    gigaflops: float  # of the matrix products, per step; 0 where there are none
-    gigaflops_per_second: float | None
-    of_matrix_rate: float | None  # None also where the products are not in the run's precision
 
 
 # ---- The clock -----------------------------------------------------------------------------------
@@ -229,7 +223,7 @@ def optimizer_name(optimizer: Any) -> str:
 def training_flops(config: GPTConfig, tokens: int) -> dict[str, float]:
     """Of each part with matrix products, their FLOPs for so many tokens, forward and backward.
 
-    Together they are accounting.flops_per_token for each token: 6 for every weight, and for each
+    Together they are cost.flops_per_token for each token: 6 for every weight, and for each
     block and each of T tokens 12 C, the half that causality hides included.
     """
     weights = {
@@ -283,58 +277,46 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
 # ---- The profile ---------------------------------------------------------------------------------
 
 
-def profile_train(
-    config: GPTConfig,
-    settings: MachineSettings,
-    *,
-    rows: int,
-    steps: int,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-) -> dict[str, Any]:
-    """What `bench_train` finds, and under "profile" where the time of as many more steps went.
-
-    Steps with and without the clock take turns, so that a machine that slows down slows both.
-    """
-    if settings.compile not in ("auto", "no"):
-        raise ValueError(
-            "--profile cannot tell the parts of a compiled model apart: leave out --compile"
-        )
-    machine = devices.choose_to_learn(replace(settings, micro_batch=rows, compile="no"))
-    # One more than are taken: a last step would load no batch, which has its row here.
-    total = WARM_UP + 2 * (steps + 1) + 1
-    trainer = make_trainer(config, machine, rows=rows, steps=total, optimizer=optimizer)
-    clock, plain, profiled = Clock(trainer.device), [], []
+def profile(trainer: Trainer, steps: int) -> Iterator[tuple[float, Times]]:
+    """Seconds of a step as it is, and the times of the parts of the next one, so many times."""
+    clock = Clock(trainer.device)
     for done in range(WARM_UP):
         trainer.step(done)
-    for done in range(WARM_UP, total - 1, 2):
+    for pair in range(steps + 1):
         clock.start()
-        trainer.step(done)
-        plain.append(sum(clock.stop().values()))
+        trainer.step(WARM_UP + 2 * pair)
+        plain = sum(clock.stop().values())
         with watched(trainer, clock):
             clock.start()
-            trainer.step(done + 1)
-            profiled.append(clock.stop())
-    figures = training_figures(config, machine, trainer, plain[1:])
-    rate, side = matrix_rate(trainer.device, COMPUTE_DTYPES[machine.dtype])
-    parts, whole = make_parts(config, trainer, profiled[1:], rate)
+            trainer.step(WARM_UP + 2 * pair + 1)
+            times = clock.stop()
+        if pair:  # the first of them sets things up too
+            yield plain, times
+
+
+def summary(trainer: Trainer, found: Sequence[tuple[float, Times]]) -> dict[str, Any]:
+    """What training steps are like, and under "profile" their parts: medians over the steps."""
+    figures = training_figures(trainer, [plain for plain, _ in found])
+    rate, side = matrix_rate(trainer.device, COMPUTE_DTYPES[trainer.dtype])
+    parts, whole = make_parts(trainer, [times for _, times in found], rate)
     profile = {
-        "steps": steps,
-        "parts": [asdict(part) for part in parts],
-        "sum": asdict(whole),
+        "steps": len(found),
+        "parts": parts,
+        "sum": whole,
         "step_milliseconds": figures["step_milliseconds"],
-        "overhead": whole.milliseconds / figures["step_milliseconds"] - 1,
+        "overhead": whole["milliseconds"] / figures["step_milliseconds"] - 1,
         "matrix_gigaflops_per_second": rate / 1e9,
         "matrix_side": side,
-        "matrix_dtype": machine.dtype,
+        "matrix_dtype": trainer.dtype,
     }
     return {**figures, "profile": profile}
 
 
 def make_parts(
-    config: GPTConfig, trainer: Trainer, steps: Sequence[Times], rate: float
-) -> tuple[list[Part], Part]:
+    trainer: Trainer, steps: Sequence[Times], rate: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows and their sum, from the times of some steps: each time is the median over them."""
-    flops = training_flops(config, trainer.settings.batch_tokens)
+    flops = training_flops(trainer.model.config, trainer.settings.batch_tokens)
     optimizers = {optimizer_name(each): each for each in trainer.optimizers}
     rates: dict[str, float | None] = dict.fromkeys(flops, rate)
     for name, optimizer in optimizers.items():
@@ -357,20 +339,22 @@ def make_parts(
 
 def make_part(
     name: str, seconds: Sequence[float], flops: float | None, rate: float | None, whole: float
-) -> Part:
-    """A row, from its seconds in each of WAYS and those of the whole step."""
-    forward, backward, _ = seconds
+) -> dict[str, Any]:
+    """A row, from its seconds in each of WAYS and those of the whole step.
+
+    Without matrix products there is no speed; without a rate in their precision, no share of it.
+    """
     speed = flops / sum(seconds) if flops else None
-    return Part(
-        part=name,
-        forward_milliseconds=1000 * forward,
-        backward_milliseconds=1000 * backward,
-        milliseconds=1000 * sum(seconds),
-        share=sum(seconds) / whole,
-        gigaflops=(flops or 0.0) / 1e9,
-        gigaflops_per_second=None if speed is None else speed / 1e9,
-        of_matrix_rate=None if speed is None or rate is None else speed / rate,
-    )
+    return {
+        "part": name,
+        "forward_milliseconds": 1000 * seconds[0],
+        "backward_milliseconds": 1000 * seconds[1],
+        "milliseconds": 1000 * sum(seconds),  # with what belongs to neither pass
+        "share": sum(seconds) / whole,
+        "gigaflops": (flops or 0.0) / 1e9,
+        "gigaflops_per_second": None if speed is None else speed / 1e9,
+        "of_matrix_rate": None if speed is None or rate is None else speed / rate,
+    }
 
 
 # ---- As a person reads it ------------------------------------------------------------------------
@@ -383,19 +367,14 @@ NOTES = (
 )
 
 
-def render(profile: dict[str, Any]) -> str:
-    """The profile that `profile_train` found, as a table."""
-    parts = [Part(**values) for values in (*profile["parts"], profile["sum"])]
-    shown = [
-        fixed([part.forward_milliseconds for part in parts]),
-        fixed([part.backward_milliseconds for part in parts]),
-        fixed([part.milliseconds for part in parts]),
-        [f"{part.share:.1%}" for part in parts],
-        fixed([part.gigaflops for part in parts]),
-        fixed([part.gigaflops_per_second for part in parts]),
-        [percent(part.of_matrix_rate) for part in parts],
-    ]
-    names = [part.part for part in parts]
+def render_profile(profile: dict[str, Any]) -> str:
+    """The profile as a table."""
+    parts = [*profile["parts"], profile["sum"]]
+    names, forward, backward, both, shares, flops, speeds, of_rate = zip(
+        *(part.values() for part in parts), strict=True
+    )
+    shown = [fixed(forward), fixed(backward), fixed(both), map(percent, shares)]
+    shown += [fixed(flops), fixed(speeds), map(percent, of_rate)]
     lines = columns([TITLES, *zip(names, *shown, strict=True)], "<>>>>>>>")
     side, rate = profile["matrix_side"], profile["matrix_gigaflops_per_second"]
     lines += [
@@ -420,3 +399,45 @@ def fixed(values: Sequence[float | None]) -> list[str]:
 def percent(value: float | None) -> str:
     """0.125 -> "12.5%"; nothing for None."""
     return "" if value is None else f"{value:.1%}"
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Profile the steps of fresh weights on random tokens."""
+    known = parser(__doc__)
+    known.add_argument("model", metavar="MODEL|PRESET|RECIPE")
+    known.add_argument("--rows", type=int, default=4, help="of a step (default: 4)")
+    known.add_argument("--steps", type=int, default=10, help="that are profiled (default: 10)")
+    known.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    add_flags(known, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+    options = known.parse_args()
+    if min(options.rows, options.steps) < 1:
+        raise ValueError(f"{options.rows} rows, {options.steps} steps: at least 1 is needed")
+    config, title, _ = described_config(options.model)
+    machine = updated(MachineSettings(), given(options, MachineSettings), "profile_training")
+    trainer = fresh_trainer(
+        config,
+        replace(machine, compile="no"),  # the parts of a compiled model cannot be told apart
+        rows=options.rows,
+        optimizer=options.optimizer,
+        # One more than are taken: a last step would load no batch, which has its row here.
+        steps=WARM_UP + 2 * (options.steps + 1) + 1,
+    )
+    results, found = Results(options.out), []
+    try:
+        for plain, times in profile(trainer, options.steps):
+            found.append((plain, times))
+            parts = {" ".join(key): seconds for key, seconds in times.items()}
+            results.add({"seconds": plain, "profiled_seconds": parts})
+    finally:
+        if found:
+            whole = summary(trainer, found)
+            results.add({"model": title, **whole})
+            shown = render_profile(whole.pop("profile"))
+            print(f"train: {title}\n{render(whole)}\n\n{shown}")
+
+
+if __name__ == "__main__":
+    carry_out(main)

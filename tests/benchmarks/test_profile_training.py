@@ -1,21 +1,22 @@
 """Where a step's time goes: without gap or overlap, on the right row, and changing nothing."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import profile_training
 import pytest
 import torch
+from profile_training import Clock, muon_flops, training_flops, watched
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptsmith.cli import profile
-from gptsmith.cli.main import main
-from gptsmith.cli.profile import Clock, muon_flops, training_flops, watched
-from gptsmith.cli.timing import make_trainer
+from gptsmith.cli.timing import fresh_trainer
 from gptsmith.config import cost
 from gptsmith.config.model import PRESETS, GPTConfig
+from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
 from gptsmith.model import gpt
 from gptsmith.training.loop import Trainer
@@ -41,10 +42,10 @@ def trainer_of(
     optimizer: Any = "muon", dtype: Any = "float32", attention: Any = "kernel"
 ) -> Trainer:
     machine = MachineSettings(device="cpu", dtype=dtype, attention=attention, compile="no")
-    return make_trainer(TINY, machine, rows=ROWS, steps=9, optimizer=optimizer)
+    return fresh_trainer(TINY, machine, rows=ROWS, steps=9, optimizer=optimizer)
 
 
-def timed_step(trainer: Trainer, done: int = 0) -> tuple[profile.Times, float, float]:
+def timed_step(trainer: Trainer, done: int = 0) -> tuple[profile_training.Times, float, float]:
     """The times of a step's parts, and two others of it: from inside, and from outside."""
     clock = Clock(trainer.device)
     with watched(trainer, clock):
@@ -56,7 +57,7 @@ def timed_step(trainer: Trainer, done: int = 0) -> tuple[profile.Times, float, f
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_arithmetic_is_that_of_accounting(name: str) -> None:
+def test_the_arithmetic_is_that_of_cost(name: str) -> None:
     config = PRESETS[name]
     parts = training_flops(config, 7)
     assert sum(parts.values()) == 7 * cost.flops_per_token(config, training=True)
@@ -182,32 +183,46 @@ def test_watching_changes_nothing(dtype: str) -> None:
     assert len(clock.marks) == marks
 
 
+Call = Callable[..., tuple[dict[str, Any], str]]
+
+
 @pytest.fixture
 def bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """`gptsmith bench WHAT` of a tiny untied model with more words: status, stdout, stderr."""
-    monkeypatch.setattr(profile, "LONG_ENOUGH", 1e-9)  # one small product gives the rate
-    recipe = tmp_path / "tiny.toml"
+) -> Call:
+    """`profile_training.py` with these words: the last line of its file, and what it shows."""
+    monkeypatch.setattr(profile_training, "LONG_ENOUGH", 1e-9)  # one small product gives the rate
+    out = tmp_path / "results.jsonl"
 
-    def call(what: str, *words: str, tied: bool = False) -> tuple[int, str, str]:
-        recipe.write_text(f"[model]\n{UNTIED.replace('false', 'true') if tied else UNTIED}")
-        status = main(["bench", what, str(recipe), "--steps", "3", "--device", "cpu", *words])
-        return status, *capsys.readouterr()
+    def call(*words: object) -> tuple[dict[str, Any], str]:
+        given = map(str, [*words, "--device", "cpu", "--out", out])
+        monkeypatch.setattr(sys, "argv", ["profile_training.py", *given])
+        profile_training.main()
+        return json.loads(out.read_text().splitlines()[-1]), capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[bool], Path]:
+    """A tiny model, its head tied or not."""
+    path = tmp_path / "tiny.toml"
+
+    def write(tied: bool) -> Path:
+        path.write_text(f"[model]\n{UNTIED.replace('false', 'true') if tied else UNTIED}")
+        return path
+
+    return write
 
 
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "tied"), [("adamw", "float32", True), ("muon", "bf16", False)]
 )
-def test_json_and_table_carry_the_profile(
-    optimizer: str, dtype: str, tied: bool, bench: Callable[..., tuple[int, str, str]]
+def test_the_file_and_the_table_have_the_profile(
+    optimizer: str, dtype: str, tied: bool, bench: Call, recipe: Callable[[bool], Path]
 ) -> None:
-    words = ["--profile", "--optimizer", optimizer, "--dtype", dtype]
-    status, out, err = bench("train", *words, "--json", tied=tied)
-    assert status == 0, err
-    found = json.loads(out)
+    words = ["--steps", 3, "--optimizer", optimizer, "--dtype", dtype]
+    found, shown = bench(recipe(tied), *words)
     measured = found["profile"]
     parts = {part.pop("part"): part for part in measured["parts"]}
     assert list(parts) == [*INSIDE, *OPTIMIZERS[optimizer], *BESIDE]
@@ -227,28 +242,56 @@ def test_json_and_table_carry_the_profile(
     overhead = measured["sum"]["milliseconds"] / found["step_milliseconds"] - 1
     assert measured["overhead"] == pytest.approx(overhead)
     assert found["parameters"] == cost.parameter_count(config)
-
-    status, out, err = bench("train", *words, tied=tied)
-    assert status == 0, err
-    table = out[out.index("forward ms") :].splitlines()
+    table = shown[shown.index("forward ms") :].splitlines()
     for line, name in zip(table[1:], [*parts, "sum"], strict=False):
         assert line.startswith(name)
     assert "100.0%" in table[len(parts) + 1]
 
 
 def test_muon_has_no_share_of_a_rate_in_another_precision(
-    bench: Callable[..., tuple[int, str, str]],
+    bench: Call, recipe: Callable[[bool], Path]
 ) -> None:
-    _, out, _ = bench("train", "--profile", "--optimizer", "muon", "--dtype", "float32", "--json")
-    measured = json.loads(out)["profile"]
+    words = ["--steps", 3, "--optimizer", "muon", "--dtype", "float32"]
+    measured = bench(recipe(False), *words)[0]["profile"]
     shares = {part["part"]: part["of_matrix_rate"] for part in measured["parts"]}
     assert shares["optimizer Muon"] is None
     assert measured["sum"]["of_matrix_rate"] is None
     assert shares["mlp.c_fc"] > 0
 
 
+def test_the_modern_block_has_the_same_parts(bench: Call) -> None:
+    words = "shakespeare-modern --rows 2 --steps 2 --optimizer muon".split()
+    found, _ = bench(*words)
+    parts = {part["part"]: part for part in found["profile"]["parts"]}
+    config = read_toml(recipes()["shakespeare-modern"]).model
+    flops = cost.flops_per_token(config, training=True) * 2 * config.context_length
+    inside = [part for name, part in parts.items() if not name.startswith("optimizer")]
+    assert sum(part["gigaflops"] for part in inside) == pytest.approx(flops / 1e9)
+    assert parts["norms"]["milliseconds"] > 0
+    assert parts["activation"]["backward_milliseconds"] > 0
+
+
+def test_an_interrupted_profile_is_that_of_the_steps_so_far(
+    bench: Call, recipe: Callable[[bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, done = Trainer.step, []
+
+    def interrupted(trainer: Trainer, number: int) -> Any:
+        done.append(number)
+        if number == profile_training.WARM_UP + 2 * 3:  # the third pair that counts
+            raise KeyboardInterrupt
+        return step(trainer, number)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(recipe(True), "--steps", 90)
+    *steps, whole = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert len(steps) == whole["profile"]["steps"] == 2
+    assert all(line["seconds"] > 0 and line["profiled_seconds"]["norms forward"] for line in steps)
+
+
 def test_the_matrix_rate_is_of_a_product() -> None:
-    rate, side = profile.matrix_rate(torch.device("cpu"), torch.float32)
+    rate, side = profile_training.matrix_rate(torch.device("cpu"), torch.float32)
     assert rate > 1e9
     assert side in (512, 1024, 2048, 4096, 8192)
 
@@ -256,13 +299,12 @@ def test_the_matrix_rate_is_of_a_product() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("train --profile --compile yes", "cannot tell the parts of a compiled model apart"),
-        ("train --optimizer adam", "did you mean 'adamw'?"),
-        ("generate --profile", "say 'bench train'"),
-        ("generate --optimizer muon", "say 'bench train'"),
+        ("--steps 0", "4 rows, 0 steps: at least 1 is needed"),
+        ("--dtype int4", "dtype is int4, which is for using a model"),
     ],
 )
-def test_what_is_refused(words: str, said: str, bench: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, err = bench(*words.split())
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert said in err
+def test_what_is_refused(
+    words: str, said: str, bench: Call, recipe: Callable[[bool], Path]
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        bench(recipe(True), *words.split())

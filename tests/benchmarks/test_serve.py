@@ -1,4 +1,4 @@
-"""A server under load: figures against known times, and whatever can go wrong on the way.
+"""The load of a server: figures against known times, and whatever can go wrong on the way.
 
 The server is `slow_server`, a program that answers at known times; `gptsmith serve` is measured by
 the last test here.
@@ -22,14 +22,25 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import results
+import serve
+from serve import (
+    Answer,
+    Crowd,
+    Failure,
+    Load,
+    Server,
+    answered,
+    ask,
+    figures,
+    measure,
+    model_name,
+    percentiles,
+    render,
+    served,
+)
 
-import gptsmith.cli.load as command
 from gptsmith import GPTConfig, save
-from gptsmith.cli.client import Answer, Failure, Server, answered, ask, model_name
-from gptsmith.cli.crowd import Crowd, figures, measure, percentiles, render
-from gptsmith.cli.load import served
-from gptsmith.cli.main import main
-from gptsmith.config.settings import LoadSettings
 from gptsmith.tokenizers import char_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -55,14 +66,29 @@ def steady() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`gptsmith bench serve` with these words: status, stdout, stderr."""
+Call = Callable[..., tuple[int, str, str, list[dict[str, Any]]]]
 
-    def call(*words: object) -> tuple[int, str, str]:
+
+@pytest.fixture
+def bench(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Call:
+    """`serve.py` with these words: status, stdout, stderr, and the lines of its file."""
+    out = tmp_path / "results.jsonl"
+    monkeypatch.setattr(results.signal, "signal", lambda *handled: None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+    def call(*words: object) -> tuple[int, str, str, list[dict[str, Any]]]:
         capsys.readouterr()
-        status = main(["bench", "serve", *map(str, words)])
-        return status, *capsys.readouterr()
+        out.unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--out", str(out), *map(str, words)])
+        status = 0
+        try:
+            results.carry_out(serve.main)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        lines = out.read_text().splitlines() if out.exists() else []
+        return status, *capsys.readouterr(), [json.loads(line) for line in lines]
 
     return call
 
@@ -75,9 +101,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def settings(**asked: Any) -> LoadSettings:
+def load(**asked: Any) -> Load:
     """A short measurement."""
-    return LoadSettings(**{"clients": 1, "seconds": 0.5, "max_tokens": 6, **asked})
+    return Load(**{"clients": 1, "seconds": 0.5, "max_tokens": 6, **asked})
 
 
 # -- figures of known moments
@@ -115,7 +141,9 @@ def test_percentiles_lie_between_the_nearest_values() -> None:
 
 
 def test_the_figures_are_the_servers(steady: Server) -> None:
-    found = measure(steady, LoadSettings(clients=3, seconds=2, prompt_tokens=7, max_tokens=20))
+    kept: list[dict[str, Any]] = []
+    wanted = Load(clients=3, seconds=2, prompt_tokens=7, max_tokens=20)
+    found = measure(steady, wanted, keep=kept.append)
     first, between = found["first_token_milliseconds"], found["between_events_milliseconds"]
     assert 50 <= first["p50"] <= 90
     assert 9 <= between["p50"] <= 16
@@ -128,13 +156,19 @@ def test_the_figures_are_the_servers(steady: Server) -> None:
     assert 2 <= found["seconds"] < 2.5
     assert found["failed"] == {}
     assert found["memory_megabytes"] is None
-    assert found["answered"] < found["asked"]  # with those before and after
+    assert found["answered"] < found["asked"] == len(kept)  # with those before and after
+    assert {each["new_tokens"] for each in kept} == {7, 14, 20}  # the first are of other lengths
+    assert all(0.05 <= each["first"] - each["started"] <= 0.2 for each in kept)
 
 
-def test_events_of_several_tokens_are_said_to_be(bench: Callable[..., Any]) -> None:
+def test_events_of_several_tokens_are_said_to_be(bench: Call) -> None:
     with slow_server(per_event=4) as server:
-        status, out, err = bench(server, "--clients", 2, "--seconds", 0.5, "--max-tokens", 12)
+        status, out, err, lines = bench(
+            server, "--clients", 2, "--seconds", 0.5, "--max-tokens", 12
+        )
     assert status == 0, err
+    assert lines[-1]["tokens_per_event"] == 4
+    assert sum("started" in line for line in lines) == lines[-1]["asked"] == len(lines) - 1
     rows = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
     assert rows["tokens per event"].strip() == "4.00"
     assert rows["failed, of all asked"].strip().startswith("0 of")
@@ -142,7 +176,7 @@ def test_events_of_several_tokens_are_said_to_be(bench: Callable[..., Any]) -> N
 
 def test_every_prompt_is_another_and_the_first_answers_differ_in_length() -> None:
     with slow_server(first=0.0, every=0.001) as server:
-        measure(server, settings(clients=4, prompt_tokens=9, max_tokens=8))
+        measure(server, load(clients=4, prompt_tokens=9, max_tokens=8))
         with answered(server, "/sent") as response:
             sent = json.loads(response.read())
     prompts = [tuple(each["prompt"]) for each in sent]
@@ -159,7 +193,7 @@ def test_every_prompt_is_another_and_the_first_answers_differ_in_length() -> Non
 
 def test_a_seed_asks_the_same_again(steady: Server) -> None:
     def prompt(seed: int) -> Any:
-        return Crowd(steady, settings(seed=seed)).question(client=2, request=3)
+        return Crowd(steady, load(seed=seed)).question(client=2, request=3)
 
     assert prompt(5) == prompt(5) != prompt(6)
 
@@ -170,7 +204,7 @@ def test_a_seed_asks_the_same_again(steady: Server) -> None:
 def test_refusals_are_counted_and_their_time_is_waited_for() -> None:
     refused = {"refused": [3, 6, 9], "retry_after": 1, "first": 0.0, "every": 0.001}
     with slow_server(**refused) as server:
-        found = measure(server, settings(seconds=2.5))
+        found = measure(server, load(seconds=2.5))
         with answered(server, "/sent") as response:
             sent = json.loads(response.read())
     # Had it come back early, it would have been told so, which is another kind.
@@ -192,12 +226,13 @@ def test_refusals_are_counted_and_their_time_is_waited_for() -> None:
         ("strange", "an answer that is not of OpenAI's form: TypeError"),
     ],
 )
-def test_no_half_answer_is_an_answer(end: str, kind: str, bench: Callable[..., Any]) -> None:
+def test_no_half_answer_is_an_answer(end: str, kind: str, bench: Call) -> None:
     with slow_server(end=end) as server:
-        status, out, err = bench(server, "--clients", 2, "--seconds", 5, "--max-tokens", 6)
+        status, out, err, lines = bench(server, "--clients", 2, "--seconds", 5, "--max-tokens", 6)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert re.search(f"no request was answered: 2 x ({kind})", err)
+    assert re.match(kind, lines[0]["failed"])
 
 
 def test_an_unknown_path_is_a_failure(steady: Server) -> None:
@@ -207,11 +242,11 @@ def test_an_unknown_path_is_a_failure(steady: Server) -> None:
 
 
 def test_a_stream_that_says_nothing_more_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptsmith.cli.client.SILENCE", 0.3)
+    monkeypatch.setattr("serve.SILENCE", 0.3)
     with slow_server(every=30) as server:
         began = time.monotonic()
         with pytest.raises(ValueError, match=r"1 x nothing came for 0\.3 s"):
-            measure(server, settings())
+            measure(server, load())
     assert time.monotonic() - began < 20
 
 
@@ -220,7 +255,7 @@ def test_too_short_a_time_is_told() -> None:
         slow_server(first=1, every=0.001) as server,
         pytest.raises(ValueError, match=r"no token within 0\.1 s: none came: give it more"),
     ):
-        measure(server, settings(seconds=0.1))
+        measure(server, load(seconds=0.1))
 
 
 def test_what_no_client_expects_is_not_waited_for(
@@ -229,29 +264,31 @@ def test_what_no_client_expects_is_not_waited_for(
     def broken(*question: Any) -> Answer:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gptsmith.cli.crowd.ask", broken)
+    monkeypatch.setattr("serve.ask", broken)
     with pytest.raises(ZeroDivisionError):
-        measure(steady, settings(clients=2))
+        measure(steady, load(clients=2))
 
 
-def test_a_wrong_key_is_told_in_a_line(bench: Callable[..., Any]) -> None:
+def test_a_wrong_key_is_told_in_a_line(bench: Call) -> None:
     with slow_server(key="sesame") as server:
         assert model_name(server) == "toy"
-        status, out, err = bench(server, "--api-key", "simsim")
+        status, out, err, _ = bench(server, "--api-key", "simsim")
         assert (status, out) == (2, "")
         assert err.endswith("/v1/models: HTTP 401 invalid_api_key: that is no key\n")
         assert "sesame" not in repr(server)
-        status, _, err = bench(server, "--api-key", "sesame", "--seconds", 0.1, "--max-tokens", 3)
+        status, _, err, _ = bench(
+            server, "--api-key", "sesame", "--seconds", 0.1, "--max-tokens", 3
+        )
         assert status == 0, err
 
 
-def test_where_nobody_listens_is_told_in_a_line(bench: Callable[..., Any]) -> None:
+def test_where_nobody_listens_is_told_in_a_line(bench: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        status, out, err = bench(address)
+        status, out, err, _ = bench(address)
     assert (status, out) == (2, "")
-    assert err == f"gptsmith: {address}/v1/models: nobody listens\n"
+    assert err == f"serve.py: {address}/v1/models: nobody listens\n"
 
 
 @pytest.mark.parametrize(
@@ -259,24 +296,19 @@ def test_where_nobody_listens_is_told_in_a_line(bench: Callable[..., Any]) -> No
     [
         ("https://127.0.0.1:1", "is no address of plain HTTP"),
         ("http://", "is no address of plain HTTP"),
-        ("http://127.0.0.1:1 --threads 2 --dtype bf16", "--threads and --dtype: a server that"),
+        ("http://127.0.0.1:1 -- --threads 2", "--threads is for gptsmith serve"),
         ("http://127.0.0.1:1 --clients 0", "clients is 0: at least 1 is needed"),
         ("http://127.0.0.1:1 --seconds 0", "seconds is 0.0: above 0 is needed"),
-        ("http://127.0.0.1:1 --rows 2", "--rows are of generation: say 'bench generate'"),
-        ("http://127.0.0.1:1 --profile", "--profile are of training: say 'bench train'"),
         ("nowhere", "no model at nowhere"),
     ],
 )
-def test_mistakes_are_told_in_a_line(given: str, complaint: str, bench: Callable[..., Any]) -> None:
-    status, out, err = bench(*given.split())
+def test_mistakes_are_told_in_a_line(given: str, complaint: str, bench: Call) -> None:
+    before, *after = given.split(" -- ")
+    flags = ["--", *after[0].split()] if after else []
+    status, out, err, _ = bench("--seed", 0, *before.split(), *flags)
     assert (status, out) == (2, "")
     assert complaint in err
     assert err.count("\n") == 1
-
-
-def test_what_is_of_serving_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "generate", "gpt2", "--clients", "3", "--api-key", "k"]) == 2
-    assert "--clients and --api-key are of serving" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -312,34 +344,34 @@ def test_memory_is_the_childs() -> None:
     before = servers_of(psutil.Process())
     with served(words()) as (address, memory):
         (number,) = servers_of(psutil.Process()) - before
-        found = measure(Server.at(address), settings(), memory)["memory_megabytes"]
+        found = measure(Server.at(address), load(), memory)["memory_megabytes"]
         actual = psutil.Process(number).memory_info().rss / 1e6
     assert found["end"] == pytest.approx(actual, rel=0.1)
     assert 5 < found["start"] <= found["peak"] >= found["end"]
     assert is_over(number)
 
 
-def test_the_command_starts_measures_and_ends_a_server(
-    folder: Path, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_the_program_starts_measures_and_ends_a_server(
+    folder: Path, bench: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    original, before = command.program, servers_of(psutil.Process())
+    original, before = serve.command, servers_of(psutil.Process())
 
-    def program(options: Any) -> list[str]:
-        asked.append(original(options))
+    def command(model: str, flags: list[str]) -> list[str]:
+        asked.append(original(model, flags))
         return words(key="k")
 
-    monkeypatch.setattr(command, "program", program)
-    flags = "--clients 2 --seconds 0.3 --json --api-key k --dtype bf16 --threads 1 --slots 3"
-    status, out, err = bench(folder, *flags.split())
+    monkeypatch.setattr(serve, "command", command)
+    flags = "--clients 2 --seconds 0.3 --api-key k -- --dtype bf16 --threads 1 --slots 3"
+    status, out, err, lines = bench(folder, *flags.split())
     assert status == 0, err
-    found = json.loads(out)
-    assert (found["prompt_tokens"], found["max_tokens"]) == (3, 9)  # as the context holds
-    assert found["memory_megabytes"]["peak"] > 5
+    assert (lines[-1]["prompt_tokens"], lines[-1]["max_tokens"]) == (3, 9)  # as the context holds
+    assert lines[-1]["memory_megabytes"]["peak"] > 5
+    assert "resident megabytes" in out
     assert servers_of(psutil.Process()) == before
-    serve = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--host", "127.0.0.1"]
-    assert asked[0][: len(serve) + 2] == [*serve, "--port", "0"]
-    rest = asked[0][len(serve) + 2 :]
+    head = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--host", "127.0.0.1"]
+    assert asked[0][: len(head) + 2] == [*head, "--port", "0"]
+    rest = asked[0][len(head) + 2 :]
     pairs = dict(zip(rest[::2], rest[1::2], strict=True))
     assert pairs == {"--dtype": "bf16", "--threads": "1", "--slots": "3", "--api-key": "k"}
 
@@ -347,25 +379,26 @@ def test_the_command_starts_measures_and_ends_a_server(
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ({"start": "die"}, "gptsmith: the server ended: there is no such model: train one\n"),
-        ({"dies_at": 20}, "gptsmith: the server ended: the lights went out\n"),
+        ({"start": "die"}, "serve.py: the server ended: there is no such model: train one\n"),
+        ({"dies_at": 20}, "serve.py: the server ended: the lights went out\n"),
     ],
 )
 def test_a_server_that_dies_is_told_with_its_last_line(
     how: dict[str, Any],
     line: str,
     folder: Path,
-    bench: Callable[..., Any],
+    bench: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(command, "program", lambda options: words(**how))
-    status, out, err = bench(folder, "--seconds", 30)
+    monkeypatch.setattr(serve, "command", lambda model, flags: words(**how))
+    status, out, err, lines = bench(folder, "--seconds", 30)
     assert (status, out, err) == (2, "", line)
+    assert sum("started" in each for each in lines) == (0 if "start" in how else 12)
 
 
 def test_a_running_server_that_dies_is_measured_up_to_there() -> None:
     with slow_server(dies_at=30) as server:
-        found = measure(server, settings(clients=3, seconds=3))
+        found = measure(server, load(clients=3, seconds=3))
     broken = found["failed"]
     assert broken.pop("nobody listens") >= 1
     assert sum(broken.values()) >= 1
@@ -375,38 +408,52 @@ def test_a_running_server_that_dies_is_measured_up_to_there() -> None:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
 )
-def test_a_signal_ends_the_server_too(number: int, status: int, folder: Path) -> None:
+def test_a_signal_ends_the_server_and_keeps_what_was_measured(
+    number: int, status: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.jsonl"
     program = (
-        "import sys, gptsmith.commands.load as load; from gptsmith.cli import main\n"
-        f"load.program = lambda options: {words()!r}\n"
-        "load.fitted = lambda model, settings, asked: settings\n"  # which imports PyTorch
-        f"sys.exit(main(['bench', 'serve', {str(folder)!r}, '--seconds', '60']))"
+        "import sys, serve, results\n"
+        f"serve.command = lambda model, flags: {words()!r}\n"
+        "serve.fitted = lambda model, load, asked: load\n"  # which imports PyTorch
+        "results.carry_out(serve.main)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
-    seen = psutil.Process(parent.pid)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, "toy", "--max-tokens", "6", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     until = time.monotonic() + 60
-    while not (found := servers_of(seen)) and time.monotonic() < until:
+    while not (out.exists() and out.read_text().count("\n") > 30) and time.monotonic() < until:
         time.sleep(0.05)
-    (server,) = found
-    while not psutil.Process(server).net_connections("tcp4") and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(1)  # it measures
+    (server,) = servers_of(psutil.Process(parent.pid))
     os.kill(parent.pid, number)
-    assert parent.wait(30) == status
+    shown, said = parent.communicate(timeout=30)
+    assert parent.returncode == status
     assert is_over(server)
-    assert b"Traceback" not in parent.stderr.read()  # type: ignore[union-attr]
+    assert "Traceback" not in said
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum("started" in line for line in lines) > 30
+    if number == signal.SIGINT:  # what a person stops is summed up
+        assert lines[-1]["interrupted"]
+        assert lines[-1]["generated_tokens_per_second"] > 0
+        assert lines[-1]["failed"] == {}
+        assert "8 clients for" in shown
 
 
 def test_a_model_is_served_and_measured(
-    tmp_path: Path, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bench: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTSMITH_API_KEY", "sesame")  # which both sides read
     model = scrambled(GPTConfig(**TINY | {"context_length": 40}))
     save(model, char_tokenizer("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "), tmp_path / "toy")
-    flags = "--clients 3 --seconds 1 --prompt-tokens 5 --max-tokens 30 --slots 2 --threads 1"
-    status, out, err = bench(tmp_path / "toy", *flags.split(), "--compile", "no", "--json")
+    flags = "--clients 3 --seconds 1 --prompt-tokens 5 --max-tokens 30"
+    served_with = "-- --slots 2 --threads 1 --compile no"
+    status, _, err, lines = bench(tmp_path / "toy", *flags.split(), *served_with.split())
     assert status == 0, err
-    found = json.loads(out)
+    found = lines[-1]
     assert found["failed"] == {}
     assert found["answered"] > 3
     ratio = found["prompt_tokens_per_second"] / found["generated_tokens_per_second"]
