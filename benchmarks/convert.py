@@ -21,9 +21,9 @@ from results import Results, carry_out, parser
 from torch import Tensor
 
 from gptsmith.checkpoint import saved
+from gptsmith.checkpoint.described import described_config
 from gptsmith.checkpoint.names import parts
 from gptsmith.checkpoint.tensors import Stored
-from gptsmith.cli.opening import described_config
 from gptsmith.config.cost import weight_bytes
 from gptsmith.config.model import GPTConfig
 from gptsmith.convert.formats import READABLE, WRITABLE

@@ -37,8 +37,8 @@ from results import Results, carry_out, over, parser, ratios
 from torch import Tensor, nn
 
 from gptsmith.checkpoint import saved
+from gptsmith.checkpoint.described import described_config
 from gptsmith.cli.bench import alone, rows_text
-from gptsmith.cli.opening import described_config
 from gptsmith.cli.timing import (
     WARM_UP_TOKENS,
     fitting,

@@ -26,13 +26,12 @@ import torch
 from results import Results, carry_out, parser
 from torch import Tensor
 
+from gptsmith.checkpoint.described import described_config
 from gptsmith.cli.bench import render
-from gptsmith.cli.flags import add_flags, given
-from gptsmith.cli.opening import described_config
+from gptsmith.cli.flags import add_flags, chosen
 from gptsmith.cli.timing import WARM_UP, fresh_trainer, training_figures
 from gptsmith.config import cost
 from gptsmith.config.model import GPTConfig
-from gptsmith.config.recipe import updated
 from gptsmith.config.settings import MachineSettings
 from gptsmith.config.tables import columns
 from gptsmith.machine import devices
@@ -416,7 +415,7 @@ def main() -> None:
     if min(options.rows, options.steps) < 1:
         raise ValueError(f"{options.rows} rows, {options.steps} steps: at least 1 is needed")
     config, title, _ = described_config(options.model)
-    machine = updated(MachineSettings(), given(options, MachineSettings), "profile_training")
+    machine = chosen(options, MachineSettings)
     trainer = fresh_trainer(
         config,
         replace(machine, compile="no"),  # the parts of a compiled model cannot be told apart

@@ -54,7 +54,7 @@ class BenchSettings:
         None, "generate: default 32, and 1024 for prefill, or what the context holds"
     )
     max_tokens: int | None = setting(None, "generate: default 128, or what the context holds")
-    rounds: int | None = setting(None, "generate: how often everything is measured (default: 1)")
+    rounds: int | None = setting(None, "generate: measure everything N times, and show a table")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompt_tokens", "max_tokens", "rounds")

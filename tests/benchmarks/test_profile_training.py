@@ -19,6 +19,7 @@ from gptsmith.config.model import PRESETS, GPTConfig
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
 from gptsmith.model import gpt
+from gptsmith.model.attention import by_kernel
 from gptsmith.training.loop import Trainer
 from gptsmith.training.muon import Muon
 
@@ -145,9 +146,10 @@ def test_what_is_slow_is_on_its_row(
     assert times[part, "backward"] >= 2 * NAP
 
 
-def test_slow_attention_is_on_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt, "attend", slow(gpt.attend))
-    times, _, _ = timed_step(trainer_of("adamw", "bf16"))
+def test_slow_attention_is_on_its_row() -> None:
+    trainer = trainer_of("adamw", "bf16")
+    trainer.model.attend_by(slow(by_kernel))
+    times, _, _ = timed_step(trainer)
     assert times["attention", "forward"] >= TINY.n_layer * NAP
     assert times["attention", "backward"] >= TINY.n_layer * 2 * NAP
 
@@ -300,7 +302,7 @@ def test_the_matrix_rate_is_of_a_product() -> None:
     ("words", "said"),
     [
         ("--steps 0", "4 rows, 0 steps: at least 1 is needed"),
-        ("--dtype int4", "dtype is int4, which is for using a model"),
+        ("--dtype int4", "--dtype is 'int4': one of auto, float32, bf16, fp16, fp8 is needed"),
     ],
 )
 def test_what_is_refused(

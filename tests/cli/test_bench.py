@@ -163,7 +163,7 @@ def test_the_table_of_two_precisions(
     each = [(m["round"], m["dtype"], m["rows"], m["max_tokens"]) for m in found["measurements"]]
     cases = [(d, *case) for d in ("float32", "int8") for case in ((2, 8), (1, 1))]
     assert each == [(number, *case) for number in (1, 2, 3) for case in cases]
-    assert all(asked["threads"] == "1" for asked in told)
+    assert all(asked["threads"] == 1 for asked in told)
     assert err.splitlines()[0] == "round 1 of 3: gptsmith, float32, 2 rows, 4 + 8 tokens"
     assert "tokens" not in found
     # As one measurement alone has them.
