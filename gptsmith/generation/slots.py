@@ -17,7 +17,8 @@ from ..model.gpt import GPT
 from .compiled import CompiledDecoder, Decoder
 from .graphs import GraphDecoder
 
-MOST_PADDING = 2  # times the tokens that are read, for which one pass is better than several
+# What several passes may cost more than one that is mostly padding: measured, as the next.
+PADDING = 1.5
 SHORTEST_SHARED = 16  # tokens; copying fewer is not worth it
 
 
@@ -56,10 +57,12 @@ class Slots:
         self.capacity = self.cache.capacity
         self.texts: list[list[int]] = [[] for _ in range(count)]  # the tokens in the cache
         self.exact = in_chunks and isinstance(decoder, CompiledDecoder)
+        cuda = model.device.type == "cuda"
+        self.pass_cost = 512 if cuda else 16  # of any pass, in tokens that are read beside others
         # Tokens of prompts that are read in one step, at most.
         self.chunk = count * self.capacity
         if in_chunks:
-            self.chunk = 512 if model.device.type == "cuda" else 64
+            self.chunk = 512 if cuda else 64
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -102,28 +105,28 @@ class Slots:
 
         Else prompts are read whole, in the fastest way: by the compiled step where tokens are few;
         where they are many by PyTorch, which is up to 2.5 times as fast with them, and in one pass
-        if not too much of it is padding.
+        if not too much of it is padding. benchmarks/notes.md has the figures.
         """
-        within = [span for span in spans if not span.past]
+        past, within = [s for s in spans if s.past], [s for s in spans if not s.past]
         tokens = sum(len(span.tokens) for span in within)
-        found: list[tuple[Callable[[Sequence[Span]], Tensor], list[Span]]] = []
         few = isinstance(self.decoder, CompiledDecoder) and self.decoder.takes(tokens)
         if self.exact or few:
-            found.append((self.read_compiled, within))
-        elif not self.in_chunks and self.padding_pays(within, tokens):
-            found.append((self.read_every_slot, within))
+            passes = [(self.read_compiled, within)]
         else:
-            found.append((self.read_every_slot, [s for s in within if len(s.tokens) == 1]))
-            found += [(self.read_alone, [s]) for s in within if len(s.tokens) > 1]
-        found.append((self.read_past, [span for span in spans if span.past]))
-        return [(read, some) for read, some in found if some]
+            single = [span for span in within if len(span.tokens) == 1]
+            passes = [(self.read_every_slot, single)]
+            passes += [(self.read_alone, [span]) for span in within if len(span.tokens) > 1]
+            if not self.in_chunks and self.padding_pays(within, len(passes)):
+                passes = [(self.read_every_slot, within)]
+        return [(read, some) for read, some in [*passes, (self.read_past, past)] if some]
 
-    def padding_pays(self, spans: Sequence[Span], tokens: int) -> bool:
-        """Whether spans of so many tokens in all are read in one pass, and fit behind what every
-        slot holds."""
+    def padding_pays(self, spans: Sequence[Span], passes: int) -> bool:
+        """Whether one pass of every slot, filled up to the longest span, is faster than several,
+        and its padding fits behind what the slots hold."""
         T = max((len(span.tokens) for span in spans), default=0)
+        apart = sum(len(span.tokens) for span in spans) + passes * self.pass_cost
         fits = max(map(len, self.texts)) + T <= self.capacity
-        return fits and len(self) * T <= MOST_PADDING * tokens
+        return fits and len(self) * T <= PADDING * apart
 
     # -- a pass
 

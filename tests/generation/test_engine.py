@@ -165,6 +165,20 @@ def test_logits_are_the_same_to_the_bit_beside_others_and_in_parts(
     assert torch.equal(torch.cat(found), expected)
 
 
+def test_padding_never_leaves_the_cache() -> None:
+    """Beside a slot that is nearly full, a longer span cannot be read in the same pass."""
+    model = scrambled(GPTConfig(**SIZES))
+    slots = Slots(model, 2)
+    texts = [prompt_of(LIMIT), prompt_of(6, seed=1)]
+    for parts in ((LIMIT - 1, 3), (LIMIT, 6)):
+        starts = [len(text) for text in slots.texts]
+        spans = [Span(i, texts[i][starts[i] : parts[i]], 1) for i in range(2)]
+        logits = slots.read(spans)
+        for i in range(2):
+            expected = logits_of(model, texts[i][: parts[i]])[-1]
+            assert (logits[i] - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_whatever_lies_in_the_cache() -> None:
     model, engine = engine_of("compiled", slots=2)
     job = job_of(prompt_of(70), 20)
