@@ -1,22 +1,24 @@
 """The verb that serves a model through OpenAI's API: serve."""
 
-import contextlib
 import ipaddress
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue
+from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Self
+from typing import Any
 
 from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
-from ..machine.terminal import tell
 from .flags import Parser, add_flags, chosen
 from .opening import MODEL_HELP, open_writer
 
+LOG = logging.getLogger(__name__)
 EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
 MOST_LINES = 1000  # that wait to be read; what comes then is not said
 LAST_SECONDS = 1.0  # in which the last lines have to be read
@@ -36,29 +38,29 @@ def run(options: Namespace) -> None:
     check_extra()
     from ..serving.app import make_app
     from ..serving.guard import Guard
-    from ..serving.http import Server, listen, url
+    from ..serving.http import UvicornServer, listen, url
 
     key = api_key() if settings.api_key is None else settings.api_key
-    with listen(settings.host, settings.port) as bound, Teller() as teller:
-        served = open_served(options, settings, teller)
+    with listen(settings.host, settings.port) as bound, logging_aside():
+        served = open_served(options, settings)
         guarded = Guard(
             make_app(served, with_key=key is not None),
             api_key=key,
             most_bytes=settings.max_request_bytes,
-            seen=recorder(served.metrics, teller if settings.log_requests else None),
+            seen=recorder(served.metrics, log_requests=settings.log_requests),
         )
         if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-            teller.say("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
+            LOG.info("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
         cache = served.service.engine.slots.cache
         room = (
             f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
         )
         what = f"serving {served.name} at {url(bound)}"
-        server = Server(
+        server = UvicornServer(
             guarded,
             drain=settings.drain,
-            ready=lambda: teller.say(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
-            ending=lambda: teller.say(
+            ready=lambda: LOG.info(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
+            ending=lambda: LOG.info(
                 f"finishing what is begun, in at most {settings.drain} s; Ctrl-C ends it at once"
             ),
         )
@@ -72,53 +74,51 @@ def check_extra() -> None:
         raise ImportError(f"serving needs {missing[0]}, an extra: pip install 'gptsmith[serve]'")
 
 
-class Teller(logging.Handler):
-    """Tells lines, and what is logged, in a thread of its own: who does not read them, or cannot
-    be written to, holds nobody up."""
+class LossyQueueHandler(QueueHandler):
+    """Puts records into a queue as long as it is short; those that nobody has read for too long
+    are dropped."""
 
-    def __enter__(self) -> Self:
-        self.lines: Queue[str | None] = Queue(MOST_LINES)
-        self.thread = Thread(target=self.run, name="teller", daemon=True)
-        self.thread.start()
-        return self
+    queue: SimpleQueue[Any]
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        logging.getLogger().removeHandler(self)
-        with contextlib.suppress(Full):
-            self.lines.put(None, timeout=LAST_SECONDS)
-        self.thread.join(LAST_SECONDS)
-        if self.thread.is_alive() and kind is None:  # it holds what Python would wait for
-            os._exit(0)
-
-    def say(self, text: str) -> None:
-        """Tell a line, soon."""
-        with contextlib.suppress(Full):
-            self.lines.put_nowait(text)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Tell what is logged."""
-        self.say(self.format(record))
-
-    def run(self) -> None:
-        """Line after line, to the last."""
-        while (text := self.lines.get()) is not None:
-            with contextlib.suppress(OSError):
-                tell(text)
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Put a record into the queue, or drop it."""
+        if self.queue.qsize() < MOST_LINES:
+            super().enqueue(record)
 
 
-def open_served(options: Namespace, settings: ServingSettings, teller: Teller) -> Any:
+@contextmanager
+def logging_aside() -> Iterator[None]:
+    """Write what is logged, to standard error and in a thread of its own: who does not read it, or
+    cannot be written to, holds nobody up."""
+    queue = SimpleQueue[Any]()
+    handler, listener = LossyQueueHandler(queue), QueueListener(queue, logging.StreamHandler())
+    logging.getLogger("gptsmith").setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
+    logging.getLogger().addHandler(handler)
+    listener.start()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        # It waits for the last line to be written, which may be never.
+        stopping = Thread(target=listener.stop, daemon=True)
+        stopping.start()
+        stopping.join(LAST_SECONDS)
+    if stopping.is_alive():
+        os._exit(0)  # the listener holds what Python would wait for
+
+
+def open_served(options: Namespace, settings: ServingSettings) -> Any:
     """The model that the flags ask for, ready to be served."""
     use_huge_pages()
     folder, model, tokenizer, decoder = open_writer(options, options.model)
     from ..serving.chat import ends_of, open_template
-    from ..serving.handler import Served
+    from ..serving.handler import ServedModel
     from ..serving.metrics import Metrics
     from ..serving.worker import Service
 
-    logging.basicConfig(format="%(message)s", handlers=[teller])  # of what goes wrong inside
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
     service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
-    return Served(
+    return ServedModel(
         service=service,
         tokenizer=tokenizer,
         name=settings.name or Path(options.model).resolve().name,
@@ -130,13 +130,13 @@ def open_served(options: Namespace, settings: ServingSettings, teller: Teller) -
     )
 
 
-def recorder(metrics: Any, teller: Teller | None) -> Any:
-    """What takes down each request: in the figures, and as a line where there is a teller."""
+def recorder(metrics: Any, *, log_requests: bool) -> Callable[[Any], None]:
+    """What takes down each request: in the figures, and as a line of the log where wanted."""
     from ..serving.guard import Access, line
 
     def seen(access: Access) -> None:
         metrics.finished(access.path, access.status, access.seconds)
-        if teller is not None:
-            teller.say(line(access))
+        if log_requests:
+            LOG.info(line(access))
 
     return seen

@@ -1,15 +1,20 @@
 """What a client is told when something goes wrong: OpenAI's errors, in one line.
 
-Knows nothing of what is asked, only of what pydantic says against it.
+Knows nothing of what is asked, only of what Pydantic says against it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_SHOWN = 40  # characters of what was sent; it may be megabytes
+from pydantic import BaseModel
+from starlette.responses import Response
 
-# What pydantic calls a mistake, and what it wanted. The rest it says well itself.
+HUNG_UP = 499  # what nginx writes of a client that left before its answer was whole
+MOST_SHOWN = 40  # characters of what was sent; it may be megabytes
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # of an error, by its status
+
+# What Pydantic calls a mistake, and what it wanted. The rest it says well itself.
 WANTED = {
     "bool_type": "true or false is needed",
     "dict_type": "an object is needed",
@@ -31,8 +36,23 @@ WANTED = {
 }
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong, in one line, with what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The answer where something went wrong."""
+
+    error: ErrorDetail
+
+
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form: what was got, what was wanted, what to do."""
+    """An error in OpenAI's form, with its status: what was got, what was wanted, what to do."""
 
     def __init__(
         self,
@@ -44,18 +64,18 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self.body = error_body(status, message, param=param, code=code)
+        self.status, self.headers = status, headers
+        kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+        line = as_unicode(" ".join(message.split()))
+        param = None if param is None else as_unicode(param)
+        self.body = ErrorResponse(
+            error=ErrorDetail(message=line, type=kind, param=param, code=code)
+        )
 
-
-def error_body(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """The JSON of an error."""
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    line = " ".join(message.split())
-    return {"error": {"message": line, "type": kind, "param": param, "code": code}}
+    def response(self) -> Response:
+        """The error as an answer."""
+        content, kind = self.body.model_dump_json(), "application/json"
+        return Response(content, self.status, headers=self.headers, media_type=kind)
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -69,7 +89,7 @@ def stopping() -> ApiError:
 
 
 def mistake(errors: Sequence[Any]) -> ApiError:
-    """The first of the errors that pydantic found in a request."""
+    """The first of the errors that Pydantic found in a request."""
     error = errors[0]
     path = [str(part) for part in error["loc"] if part != "body"]
     name, kind, context = ".".join(path), error["type"], error.get("ctx", {})
@@ -95,5 +115,11 @@ def shown(value: Any) -> str:
         text = json.dumps(value)
         return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
     text = json.dumps(value[:MOST_SHOWN], ensure_ascii=False)[1:-1].replace('\\"', '"')
-    text = text.encode(errors="backslashreplace").decode()  # half of a pair is no character
+    text = as_unicode(text)
     return f"'{text}'" if len(value) <= MOST_SHOWN else f"'{text}…'"
+
+
+def as_unicode(text: str) -> str:
+    """Text without halves of UTF-16 pairs, which a client may send and UTF-8 cannot hold: escapes
+    stand in their place."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,12 +1,13 @@
-"""The fields of a request that have several forms: what they may be, and what is made of them.
+"""What the objects of a request have in common, and its fields that have several forms.
 
-Knows nothing of the requests that they are fields of.
+Knows nothing of the requests that they are parts of. A field of several forms is checked by a
+function, which settles on one of them: a union of types would report an error for each form.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from ..config.fields import suggestion
 from .errors import refused, shown
@@ -27,8 +28,8 @@ def nullable(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = null
 
 
-class Asked(BaseModel):
-    """An object in a request: unknown fields are errors, and null is as if it were not there."""
+class RequestObject(BaseModel):
+    """An object in a request: unknown fields are errors, and null is the same as no field."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -42,7 +43,7 @@ class Asked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
-        """The fields that say something; an error for one that there is not."""
+        """The fields that are not null; raises ApiError for one that is unknown or unsupported."""
         if not isinstance(values, dict):
             return values
         given = {name: value for name, value in values.items() if value is not None}
@@ -89,7 +90,7 @@ def checked_stop(value: Any) -> list[str]:
 
 
 def checked_content(value: Any) -> str:
-    """What a message says, the parts of a list as lines."""
+    """The text of a message; the parts of a list become lines."""
     if isinstance(value, str):
         return value
     if not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
@@ -102,7 +103,7 @@ def checked_content(value: Any) -> str:
 
 
 def checked_bias(value: Any) -> dict[int, float]:
-    """Ids, which JSON writes as texts, and what is added to their logits."""
+    """Token ids, which JSON writes as texts, and what is added to their logits."""
     if not isinstance(value, dict):
         raise ValueError("an object of ids and numbers is needed")
     for id, number in value.items():
@@ -113,54 +114,48 @@ def checked_bias(value: Any) -> dict[int, float]:
     return {int(id): float(number) for id, number in value.items()}
 
 
-def schema(*kinds: dict[str, Any]) -> WithJsonSchema:
-    """What the description of the API says of a field that is checked by a function."""
-    return WithJsonSchema({"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0])
+# -- their types, and those of their forms, from which the description is made
 
 
-TEXT, ID = {"type": "string"}, {"type": "integer", "minimum": 0}
-IDS = {"type": "array", "items": ID, "minItems": 1}
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+IdText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Weight = Annotated[float, Field(ge=-100, le=100)]
+
 Prompt = Annotated[
     list[str] | list[list[int]],
-    PlainValidator(checked_prompt),
-    schema(
-        TEXT,
-        {"type": "array", "items": TEXT, "minItems": 1},
-        IDS,
-        {"type": "array", "items": IDS, "minItems": 1},
+    PlainValidator(
+        checked_prompt,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)],
     ),
 ]
 Stop = Annotated[
     list[str],
-    PlainValidator(checked_stop),
-    schema(
-        word := {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP},
-        {"type": "array", "items": word, "maxItems": MOST_STOPS},
+    PlainValidator(
+        checked_stop,
+        json_schema_input_type=StopString
+        | Annotated[list[StopString], Field(max_length=MOST_STOPS)],
     ),
 ]
 Content = Annotated[
-    str,
-    PlainValidator(checked_content),
-    schema(
-        TEXT,
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": TEXT},
-                "required": ["type", "text"],
-            },
-        },
-    ),
+    str, PlainValidator(checked_content, json_schema_input_type=str | list[TextPart])
 ]
-Bias = Annotated[
+LogitBias = Annotated[
     dict[int, float],
-    PlainValidator(checked_bias),
-    schema(
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        }
+    PlainValidator(
+        checked_bias,
+        json_schema_input_type=Annotated[
+            dict[IdText, Weight], Field(json_schema_extra={"additionalProperties": False})
+        ],
     ),
 ]

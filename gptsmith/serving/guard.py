@@ -5,7 +5,6 @@ application, so that a stream passes through it piece by piece.
 """
 
 import hmac
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import error_body
+from .errors import HUNG_UP, ApiError, refused
 
 Headers = list[tuple[bytes, bytes]]
 
 GUARDED = "/v1/"  # below it a key is needed, and nothing is kept by caches
-HUNG_UP = 499  # what nginx writes of a client that left before its answer was whole
 MOST_LETTERS = 200  # of anything in the record
 
 SAFETY: Headers = [
@@ -47,28 +45,6 @@ def line(access: Access) -> str:
     took = f"{access.seconds:,.2f} s" if long else f"{1000 * access.seconds:.1f} ms"
     asked = f'{access.client} "{access.method} {access.path}"'
     return f"{asked} {access.status} {took} {access.bytes:,} bytes"
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """An answer in place of the application's."""
-
-    status: int
-    message: str
-    code: str | None = None
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-
-    async def send(self, send: Send) -> None:
-        """Answers in the form of OpenAI's errors."""
-        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            *self.headers,
-        ]
-        start = {"type": "http.response.start", "status": self.status, "headers": headers}
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
 
 
 class Guard:
@@ -104,16 +80,14 @@ class Guard:
         begun = time.perf_counter()
         # Anywhere in the path, because what a proxy put before it may be left on.
         guarded = GUARDED in f"{scope['path']}/"
-        visit = _Visit(receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
+        exchange = _Exchange(scope, receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
         try:
             refusal = self._refusal(_headers(scope), guarded)
-            if refusal is None:
-                await self.app(scope, visit.receive, visit.send)
-            else:
-                await refusal.send(visit.send)
+            answer = self.app if refusal is None else refusal.response()
+            await answer(scope, exchange.receive, exchange.send)
         except Exception:
-            visit.failed = True
-            if not visit.refused:  # else the caller has an answer, and the application stumbled
+            exchange.failed = True
+            if not exchange.refused:  # else the caller has an answer, and the application stumbled
                 raise
         finally:
             self.seen(
@@ -121,27 +95,27 @@ class Guard:
                     client=_plain(scope["client"][0]) if scope.get("client") else "-",
                     method=_plain(scope["method"]),
                     path=_plain(scope["path"]),
-                    status=visit.outcome(),
+                    status=exchange.outcome(),
                     seconds=time.perf_counter() - begun,
-                    bytes=visit.bytes,
+                    bytes=exchange.bytes,
                 )
             )
 
-    def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> _Refusal | None:
+    def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> ApiError | None:
         """Why a request does not come in, as far as its headers tell."""
         if guarded and self.key is not None and not _has_key(headers, self.key):
             given = b"authorization" in headers
-            return _Refusal(
+            return ApiError(
                 401,
                 "the API key is not the one of this server: ask whoever runs it"
                 if given
                 else "no API key was given: send it as the header 'Authorization: Bearer KEY'",
-                "invalid_api_key",
-                ((b"www-authenticate", b"Bearer"),),
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
-            return _Refusal(400, "Content-Length is not a number of bytes: send one, or none")
+            return refused("Content-Length is not a number of bytes: send one, or none")
         digits = length.lstrip(b"0") or b"0"
         # Compared by their length first: Python refuses to read numbers of thousands of digits.
         if len(digits) > len(str(self.most_bytes)) or int(digits) > self.most_bytes:
@@ -149,11 +123,13 @@ class Guard:
         return None
 
 
-class _Visit:
+class _Exchange:
     """One request's two directions, counted."""
 
-    def __init__(self, receive: Receive, send: Send, most_bytes: int, headers: Headers) -> None:
-        self._receive, self._send = receive, send
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, most_bytes: int, headers: Headers
+    ) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
         self._room = most_bytes
         self._most_bytes = most_bytes
         self._headers = headers
@@ -183,7 +159,7 @@ class _Visit:
         if self._room >= 0:
             return message
         if not self._status:  # else it has begun to answer, and may end that
-            await _too_large(self._most_bytes).send(self.send)
+            await _too_large(self._most_bytes).response()(self._scope, self.receive, self.send)
             self.refused = True
         return {"type": "http.disconnect"}
 
@@ -203,10 +179,9 @@ class _Visit:
         await self._send(message)
 
 
-def _too_large(most_bytes: int) -> _Refusal:
-    return _Refusal(
-        413, f"the body is larger than {most_bytes:,} bytes: send less at once", "body_too_large"
-    )
+def _too_large(most_bytes: int) -> ApiError:
+    message = f"the body is larger than {most_bytes:,} bytes: send less at once"
+    return ApiError(413, message, code="body_too_large")
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

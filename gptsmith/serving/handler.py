@@ -6,47 +6,52 @@ Knows nothing of routes, of the engine's steps, or of who may ask.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
+from pydantic import BaseModel
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Send
 
 from ..generation.job import Job
 from ..generation.text import Text
 from ..generation.writing import prompt_ids
 from ..tokenizers import Tokenizer
-from .answers import DONE, Answer, ChatAnswer, CompletionAnswer, event, usage
+from .answers import DONE, Builder, ChatCompletionBuilder, CompletionBuilder, Usage, event
 from .chat import ChatTemplate
 from .errors import ApiError, refused, shown, stopping
 from .metrics import Metrics
-from .requests import ChatRequest, CompletionRequest, jobs, too_long
-from .streams import Writing, best, together, whole_texts
-from .wire import EVENTS, Watched, begin, send_json, send_part
+from .requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    jobs,
+    too_long,
+)
+from .streams import Batch, EventStream, PendingChoice, best, merged, while_connected, whole_texts
 from .worker import QueueFull, Service, Stream
 
 LOG = logging.getLogger(__name__)
 LONG = 20_000  # characters that take some milliseconds to encode: longer texts go to a thread
 
-Request = CompletionRequest | ChatRequest
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedModel:
     """A model behind the API, and how it is called."""
 
     service: Service
     tokenizer: Tokenizer
     name: str
+    metrics: Metrics
     aliases: frozenset[str] = frozenset()  # other names that a request may use
     ends: frozenset[int] = frozenset()  # tokens that end a text
     template: ChatTemplate | None = None
     timeout: float = 600.0  # seconds that a request may take
-    metrics: Metrics | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     # -- what is asked
@@ -61,7 +66,7 @@ class Served:
                 code="model_not_found",
             )
 
-    def check_count(self, prompts: int, request: Request) -> None:
+    def check_count(self, prompts: int, request: GenerationRequest) -> None:
         """Raise ApiError for more texts at once than could ever be taken."""
         most = self.service.slots + self.service.waiting
         if (count := prompts * request.candidates) > most:
@@ -89,23 +94,23 @@ class Served:
 
     # -- what is answered
 
-    async def complete(self, request: CompletionRequest) -> Response:
+    async def complete(self, request: CompletionRequest, http: Request) -> BaseModel | Response:
         """Continue texts."""
-        deadline = time.monotonic() + self.timeout
+        begun = time.monotonic()
         self.check_name(request.model)
         self.check_count(len(request.prompt), request)
         rows = await self.rows(request.prompt)
-        echoes = [""] * len(rows)
+        echoes = None
         if request.echo:
             echoes = [
                 prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
                 for prompt in request.prompt
             ]
-        return self.answer(request, rows, echoes, CompletionAnswer, deadline)
+        return await self.answer(request, http, rows, echoes, begun=begun)
 
-    async def chat(self, request: ChatRequest) -> Response:
+    async def chat(self, request: ChatCompletionRequest, http: Request) -> BaseModel | Response:
         """Go on with a conversation."""
-        deadline = time.monotonic() + self.timeout
+        begun = time.monotonic()
         self.check_name(request.model)
         self.check_count(1, request)
         if (template := self.template) is None:
@@ -114,57 +119,61 @@ class Served:
                 "text to /v1/completions",
                 code="no_chat_template",
             )
-        messages = request.spoken()
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
         size = sum(len(text) for message in messages for text in message.values())
         if size > self.longest_prompt:
             raise too_long(f"{size:,} characters", self.service.config.context_length)
         ids = await aside(lambda: template.ids(messages), size)
         ids = ids or prompt_ids(self.tokenizer, "")  # a template may say nothing
-        return self.answer(request, [ids], [""], ChatAnswer, deadline)
+        return await self.answer(request, http, [ids], begun=begun)
 
-    def answer(
+    async def answer(
         self,
-        request: Request,
+        request: GenerationRequest,
+        http: Request,
         rows: Sequence[list[int]],
-        echoes: Sequence[str],
-        kind: type[Answer],
-        deadline: float,
-    ) -> Response:
-        """The answer to a request for texts after these prompts, worked out when it is sent."""
+        echoes: Sequence[str] | None = None,
+        *,
+        begun: float,
+    ) -> BaseModel | Response:
+        """The answer, whole or streamed, to a request for texts after these prompts. Errors from
+        before the first event are raised."""
+        with_logprobs = request.alternatives is not None
+        kind = (
+            CompletionBuilder if isinstance(request, CompletionRequest) else ChatCompletionBuilder
+        )
+        builder = kind(
+            self.name,
+            self.tokenizer,
+            logprobs=with_logprobs,
+            include_usage=request.include_usage,
+        )
+        deadline = begun + self.timeout
         asked = jobs(request, rows, self.service.config, ends=self.ends, deadline=deadline)
-        with_tokens = request.alternatives is not None
-        answer = kind(self.name, self.tokenizer, logprobs=with_tokens, counted=request.counted)
-        prompt_tokens = sum(map(len, rows))
-
-        async def work(send: Send) -> None:
-            writings = [
-                Writing(
-                    stream,
-                    Text(
-                        self.tokenizer,
-                        stop=request.stop,
-                        echo=echoes[number // request.candidates],
-                        with_tokens=with_tokens,
-                        with_end=kind.with_end,
-                    ),
-                    begun=deadline - self.timeout,
-                    metrics=self.metrics,
-                )
-                for number, stream in enumerate(self.submit(asked))
-            ]
-            try:
-                if request.stream:
-                    await send_events(send, writings, answer, prompt_tokens)
-                else:
-                    texts = await whole_texts(writings)
-                    told = best(texts, writings, request.n, request.candidates)
-                    await send_json(send, answer.whole(told, usage_of(writings, prompt_tokens)))
-            finally:
-                if self.metrics is not None:
-                    self.metrics.tokens("prompt", prompt_tokens)
-                    self.metrics.tokens("generated", sum(text.tokens for text in writings))
-
-        return Watched(work)
+        choices = [
+            PendingChoice(
+                stream,
+                Text(
+                    self.tokenizer,
+                    stop=request.stop,
+                    echo=echoes[number // request.candidates] if echoes else "",
+                    with_tokens=with_logprobs,
+                    with_end=kind.with_end,
+                ),
+                self.metrics,
+                begun=begun,
+            )
+            for number, stream in enumerate(self.submit(asked))
+        ]
+        read = sum(map(len, rows))
+        self.metrics.tokens("prompt", read)
+        if request.stream:
+            batches = merged(choices)
+            first = await while_connected(http, anext(batches))
+            return EventStream(events(builder, first, batches, lambda: usage(read, choices)))
+        texts = await while_connected(http, whole_texts(choices))
+        told = best(texts, choices, request.n, request.candidates)
+        return builder.whole(told, usage(read, choices))
 
     def submit(self, asked: Sequence[Job]) -> list[Stream]:
         """The jobs' streams; ApiError where there is no room for them now."""
@@ -186,30 +195,33 @@ async def aside(work: Callable[[], T], size: int) -> T:
         raise refused(str(error)) from error
 
 
-async def send_events(
-    send: Send, writings: Sequence[Writing], answer: Answer, prompt_tokens: int
-) -> None:
-    """All pieces of all texts as events. What goes wrong after the first is an event too."""
+async def events(
+    builder: Builder,
+    first: Batch,
+    rest: AsyncGenerator[Batch, None],
+    usage: Callable[[], Usage],
+) -> AsyncGenerator[bytes, None]:
+    """All pieces of all choices as server-sent events; what goes wrong is an event too."""
     begun = set[int]()
-    async with aclosing(together(writings)) as batches:
+
+    def encoded(batch: Batch) -> bytes:
+        chunks = []
+        for index, piece in batch:
+            chunks.append(event(builder.chunk(index, piece, first=index not in begun)))
+            begun.add(index)
+        return b"".join(chunks)
+
+    async with aclosing(rest):
+        yield encoded(first)
         try:
-            async for batch in batches:
-                if not begun:
-                    await begin(send, EVENTS)
-                events = []
-                for number, piece in batch:
-                    events.append(event(answer.part(number, piece, first=number not in begun)))
-                    begun.add(number)
-                await send_part(send, b"".join(events))
+            async for batch in rest:
+                yield encoded(batch)
         except (Exception, asyncio.CancelledError) as error:
-            if not begun:
-                raise
-            # Who is not told by the server that ends has left, and hears nothing.
+            # Cancelled means that the server ends, or that the client left and hears nothing.
             told = failed(error) if isinstance(error, Exception) else stopping()
-            await send_part(send, event(told.body), last=True)
+            yield event(told.body)
             return
-    end = event(answer.count(usage_of(writings, prompt_tokens))) if answer.counted else b""
-    await send_part(send, end + DONE, last=True)
+    yield (event(builder.last_chunk(usage())) if builder.include_usage else b"") + DONE
 
 
 def failed(error: Exception) -> ApiError:
@@ -220,6 +232,7 @@ def failed(error: Exception) -> ApiError:
     return ApiError(500, "the server failed at this request: whoever runs it can read why")
 
 
-def usage_of(writings: Sequence[Writing], prompt_tokens: int) -> dict[str, int]:
+def usage(read: int, choices: Sequence[PendingChoice]) -> Usage:
     """How many tokens were read and generated."""
-    return usage(prompt_tokens, sum(writing.tokens for writing in writings))
+    generated = sum(choice.tokens for choice in choices)
+    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)

@@ -105,7 +105,7 @@ def stop(clock: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
-class Server(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn, which says when it is ready; after the first signal it finishes what is begun."""
 
     def __init__(

@@ -1,11 +1,11 @@
-"""What a request may say, in OpenAI's JSON: checked field by field, and refused in one line.
+"""What a request may say, in OpenAI's JSON: checked field by field, and the engine's jobs for it.
 
-Knows nothing of routes, tokens' text or answers.
+Knows nothing of routes, tokens' text or answers. The models also are the description of the API.
 """
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
 
@@ -13,20 +13,20 @@ from ..config.model import GPTConfig
 from ..config.settings import SamplingSettings
 from ..generation.job import Job
 from .errors import ApiError, refused
-from .fields import Asked, Bias, Content, Prompt, Stop
+from .fields import Content, LogitBias, Prompt, RequestObject, Stop
 
 MOST_CHOICES = 128  # of one prompt, as OpenAI allows
 MOST_ALTERNATIVES = 20
 SEEDS = 2**63  # PyTorch takes whole numbers from -SEEDS to twice that
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestObject):
     """What a stream tells besides its text."""
 
     include_usage: bool = Field(False, description="end with an event that counts the tokens")
 
 
-class Request(Asked):
+class CommonRequest(RequestObject):
     """What both kinds of request may say."""
 
     model: str = Field(description="the name of the model, as /v1/models has it")
@@ -47,7 +47,7 @@ class Request(Asked):
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="the same, for each time that they were"
     )
-    logit_bias: Bias = Field({}, description="added to the logits of these tokens, by id")
+    logit_bias: LogitBias = Field({}, description="added to the logits of these tokens, by id")
     n: int = Field(1, ge=1, le=MOST_CHOICES, description="texts for each prompt")
     stop: Stop = Field([], description="the text ends before the first of these")
     seed: int | None = Field(
@@ -58,16 +58,26 @@ class Request(Asked):
     user: str | None = Field(None, description="accepted, and not used")
 
     @model_validator(mode="after")
-    def consistent(self) -> "Request":
+    def consistent(self) -> Self:
         """The request, if its fields suit one another."""
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options is for stream true only: leave it out", "stream_options")
         return self
 
     @property
-    def counted(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with a count of its tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def candidates(self) -> int:
+        """Texts generated for each prompt, of which n are told."""
+        return self.n
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt get log-probabilities too."""
+        return False
 
     def sampling(self) -> SamplingSettings:
         """How the next token is chosen."""
@@ -80,7 +90,7 @@ class Request(Asked):
         )
 
 
-class CompletionRequest(Request):
+class CompletionRequest(CommonRequest):
     """Texts to continue."""
 
     unsupported = {"suffix": "GPT-2 writes from left to right, leave it out"}  # noqa: RUF012
@@ -96,7 +106,7 @@ class CompletionRequest(Request):
     echo: bool = Field(False, description="begin each text with its prompt")
 
     @model_validator(mode="after")
-    def possible(self) -> "CompletionRequest":
+    def possible(self) -> Self:
         """The request, if its fields suit one another."""
         if self.best_of is not None and self.best_of < self.n:
             raise refused(f"best_of is {self.best_of}: at least n, {self.n}, is needed", "best_of")
@@ -106,16 +116,26 @@ class CompletionRequest(Request):
 
     @property
     def candidates(self) -> int:
-        """Texts written for each prompt."""
+        """Texts generated for each prompt, of which n are told."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def most_tokens(self) -> int:
+        """New tokens at most."""
+        return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
         """Likeliest tokens told beside each; None for no logprobs."""
         return self.logprobs
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt get log-probabilities too."""
+        return self.echo and self.logprobs is not None
 
-class Message(Asked):
+
+class Message(RequestObject):
     """What somebody said."""
 
     unsupported = dict.fromkeys(
@@ -126,19 +146,14 @@ class Message(Asked):
     content: Content
     name: str | None = None
 
-    def spoken(self) -> dict[str, str]:
-        """The message as a template reads it."""
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": self.content} | name
 
-
-class ResponseFormat(Asked):
+class ResponseFormat(RequestObject):
     """How a message is written: as text."""
 
     type: Literal["text"]
 
 
-class ChatRequest(Request):
+class ChatCompletionRequest(CommonRequest):
     """A conversation to go on with."""
 
     unsupported = dict.fromkeys(
@@ -158,7 +173,7 @@ class ChatRequest(Request):
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
-    def possible(self) -> "ChatRequest":
+    def possible(self) -> Self:
         """The request, if its fields suit one another."""
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs is for logprobs true only", "top_logprobs")
@@ -167,42 +182,43 @@ class ChatRequest(Request):
         return self
 
     @property
-    def candidates(self) -> int:
-        """Texts written for the conversation."""
-        return self.n
+    def most_tokens(self) -> int | None:
+        """New tokens at most; None for as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def alternatives(self) -> int | None:
         """Likeliest tokens told beside each; None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def spoken(self) -> list[dict[str, str]]:
-        """The conversation as a template reads it."""
-        return [message.spoken() for message in self.messages]
 
+GenerationRequest = CompletionRequest | ChatCompletionRequest
 
 # -- as jobs
 
 
 def jobs(
-    request: CompletionRequest | ChatRequest,
+    request: GenerationRequest,
     prompts: Sequence[list[int]],
     config: GPTConfig,
     *,
     ends: frozenset[int],
     deadline: float,
 ) -> list[Job]:
-    """What the engine is to write: `candidates` texts for each prompt, prompt by prompt."""
+    """What the engine is to generate: `candidates` texts for each prompt, prompt by prompt.
+
+    Raises ApiError for what does not fit the model. `deadline` is by time.monotonic.
+    """
     check_sizes(request, prompts, config)
+    limit = config.context_length  # ends a text, whatever was asked for
     seed = secrets.randbits(32) if request.seed is None else request.seed
-    scored = isinstance(request, CompletionRequest) and request.echo
     alternatives = request.alternatives
     if request.candidates > request.n and alternatives is None:
         alternatives = 0  # the likeliest texts are to be found
     return [
         Job(
             prompt=ids,
-            max_tokens=most_tokens(request, config),
+            max_tokens=limit if request.most_tokens is None else min(request.most_tokens, limit),
             sampling=request.sampling(),
             seed=seed + number * request.candidates + candidate,
             ends=ends,
@@ -210,7 +226,7 @@ def jobs(
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             alternatives=alternatives,
-            score_prompt=scored and request.alternatives is not None,
+            score_prompt=request.scores_prompt,
             deadline=deadline,
         )
         for number, ids in enumerate(prompts)
@@ -218,19 +234,8 @@ def jobs(
     ]
 
 
-def most_tokens(request: CompletionRequest | ChatRequest, config: GPTConfig) -> int:
-    """New tokens at most; the context ends a text sooner."""
-    if isinstance(request, CompletionRequest):
-        most = request.max_tokens
-    elif request.max_completion_tokens is not None:
-        most = request.max_completion_tokens
-    else:
-        most = config.context_length if request.max_tokens is None else request.max_tokens
-    return min(most, config.context_length)
-
-
 def check_sizes(
-    request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], config: GPTConfig
+    request: GenerationRequest, prompts: Sequence[list[int]], config: GPTConfig
 ) -> None:
     """Raise ApiError for what does not fit the model."""
     V, limit = config.vocab_size, config.context_length

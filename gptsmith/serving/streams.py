@@ -1,29 +1,37 @@
-"""The texts of one request while they are written: streams of news, read together.
+"""The choices of one answer while they are generated: read together, as long as their client is
+there.
 
-Knows nothing of JSON or HTTP, but for the errors that a client is told.
+Knows nothing of JSON, but for the errors that a client is told.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ..generation.job import News
 from ..generation.text import Piece, Text, joined
-from .errors import ApiError, stopping
+from .errors import HUNG_UP, ApiError, stopping
 from .metrics import Metrics
 from .worker import Stream
 
 LOG = logging.getLogger(__name__)
 
+Batch = list[tuple[int, Piece]]  # with the index of each piece's choice
+Arrived = asyncio.Queue[tuple[int, Piece] | Exception]
+T = TypeVar("T")
 
-class Writing:
-    """One text while it is written."""
 
-    def __init__(
-        self, stream: Stream, text: Text, metrics: Metrics | None = None, *, begun: float
-    ) -> None:
+class PendingChoice:
+    """One choice while its text is generated."""
+
+    def __init__(self, stream: Stream, text: Text, metrics: Metrics, *, begun: float) -> None:
         """`begun` is when the request came, by time.monotonic."""
         self.stream, self.text, self.metrics = stream, text, metrics
         self.last = begun  # when the latest token came, or the request
@@ -36,10 +44,8 @@ class Writing:
             raise failure(news)
         if news.token is not None:
             now = time.monotonic()
-            if self.metrics is not None and self.tokens:
-                self.metrics.next_token(now - self.last)
-            elif self.metrics is not None:
-                self.metrics.first_token(now - self.last)
+            told = self.metrics.next_token if self.tokens else self.metrics.first_token
+            told(now - self.last)
             self.last = now
             self.tokens += 1
             self.logprob += news.token.logprob or 0.0
@@ -49,6 +55,21 @@ class Writing:
     def mean_logprob(self) -> float:
         """The mean log-probability of its tokens, by which the best are chosen."""
         return self.logprob / max(self.tokens, 1)
+
+    async def read(self, index: int, pieces: Arrived) -> None:
+        """Put the pieces of the text into a queue, and stop the engine once it has ended."""
+        try:
+            async for news in self.stream:
+                if piece := self.push(news):
+                    pieces.put_nowait((index, piece))
+                if piece.finish is not None:
+                    return
+            raise stopping()
+        except Exception as error:
+            pieces.put_nowait(error)
+        finally:
+            self.stream.cancel()  # a stop string is known here only
+            self.metrics.tokens("generated", self.tokens)
 
 
 def failure(news: News) -> ApiError:
@@ -64,67 +85,86 @@ def failure(news: News) -> ApiError:
     return ApiError(500, "the model failed at this request: whoever runs the server can read why")
 
 
-async def together(writings: Sequence[Writing]) -> AsyncGenerator[list[tuple[int, Piece]], None]:
-    """All pieces of all texts as they come, several at a time, each with its text's number.
+async def merged(choices: Sequence[PendingChoice]) -> AsyncGenerator[Batch, None]:
+    """All pieces of all choices as they come, several at a time, each with its choice's index.
 
     When the reader leaves, the texts that are not finished are given up.
     """
-    arrived = asyncio.Queue[tuple[int, Piece] | Exception]()
-    readers = [
-        asyncio.create_task(read(number, writing, arrived))
-        for number, writing in enumerate(writings)
-    ]
-    unfinished = len(writings)
+    pieces = Arrived()
+    readers = [asyncio.create_task(each.read(index, pieces)) for index, each in enumerate(choices)]
+    unfinished = len(choices)
     try:
         while unfinished:
-            batch = [await arrived.get()]
-            while not arrived.empty():
-                batch.append(arrived.get_nowait())
-            pieces = [item for item in batch if not isinstance(item, Exception)]
-            if pieces:
-                yield pieces
+            batch = [await pieces.get()]
+            while not pieces.empty():
+                batch.append(pieces.get_nowait())
+            good = [item for item in batch if not isinstance(item, Exception)]
+            if good:
+                yield good
             for item in batch:
                 if isinstance(item, Exception):
                     raise item
-            unfinished -= sum(piece.finish is not None for _, piece in pieces)
+            unfinished -= sum(piece.finish is not None for _, piece in good)
     finally:
-        for writing, reader in zip(writings, readers, strict=True):
-            writing.stream.cancel()
+        for choice, reader in zip(choices, readers, strict=True):
+            choice.stream.cancel()
             reader.cancel()
 
 
-async def read(
-    number: int, writing: Writing, arrived: asyncio.Queue[tuple[int, Piece] | Exception]
-) -> None:
-    """Put the pieces of one text where they are awaited, and stop the engine once it has ended."""
-    try:
-        async for news in writing.stream:
-            if piece := writing.push(news):
-                arrived.put_nowait((number, piece))
-            if piece.finish is not None:
-                writing.stream.cancel()  # a stop string is known here only
-                return
-        raise stopping()
-    except Exception as error:
-        arrived.put_nowait(error)
-
-
-async def whole_texts(writings: Sequence[Writing]) -> list[Piece]:
+async def whole_texts(choices: Sequence[PendingChoice]) -> list[Piece]:
     """The texts, once all are finished."""
-    pieces: list[list[Piece]] = [[] for _ in writings]
-    async with aclosing(together(writings)) as batches:
+    pieces: list[list[Piece]] = [[] for _ in choices]
+    async with aclosing(merged(choices)) as batches:
         async for batch in batches:
-            for number, piece in batch:
-                pieces[number].append(piece)
+            for index, piece in batch:
+                pieces[index].append(piece)
     return [joined(parts) for parts in pieces]
 
 
-def best(texts: Sequence[Piece], writings: Sequence[Writing], n: int, of: int) -> list[Piece]:
+def best(texts: Sequence[Piece], choices: Sequence[PendingChoice], n: int, of: int) -> list[Piece]:
     """Of every `of` texts the n of highest mean log-probability, best first; all where n is of."""
     chosen = list[int]()
     for start in range(0, len(texts), of):
         group = list(range(start, start + of))
         if n < of:
-            group = sorted(group, key=lambda i: writings[i].mean_logprob, reverse=True)[:n]
+            group = sorted(group, key=lambda i: choices[i].mean_logprob, reverse=True)[:n]
         chosen += group
     return [texts[i] for i in chosen]
+
+
+# -- as long as the client is there
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which is cancelled where the client hangs up before it is done."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:  # the time to finish what is begun is over
+        raise stopping() from None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait((working, leaving))
+    if working.cancelled():
+        raise ApiError(HUNG_UP, "the client has left")
+    return working.result()
+
+
+async def hung_up(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, whose generator is closed with the answer, whatever ends it."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as they come, as long as the client listens."""
+        async with aclosing(self.events):
+            await super().__call__(scope, receive, send)

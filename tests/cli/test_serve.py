@@ -170,11 +170,11 @@ def test_a_model_that_anybody_may_use_is_noted(
     key: str,
     noted: bool,
 ) -> None:
-    from gptsmith.serving.http import Server
+    from gptsmith.serving.http import UvicornServer
 
     monkeypatch.setenv("GPTSMITH_API_KEY", key)
     guards = []
-    monkeypatch.setattr(Server, "run", lambda self, sockets: guards.append(self.config.app))
+    monkeypatch.setattr(UvicornServer, "run", lambda self, sockets: guards.append(self.config.app))
     assert main(["serve", str(folder), "--host", host, "--port", "0"]) == 0
     assert ("may use the model: set GPTSMITH_API_KEY" in capsys.readouterr().err) is noted
     assert guards[0].key == (key.encode() or None)

@@ -9,8 +9,8 @@ from typing import Any
 from gptsmith import GPT
 from gptsmith.serving.app import make_app
 from gptsmith.serving.guard import Access, Guard
-from gptsmith.serving.handler import Served
-from gptsmith.serving.http import Server, listen, url
+from gptsmith.serving.handler import ServedModel
+from gptsmith.serving.http import UvicornServer, listen, url
 from gptsmith.serving.metrics import Metrics
 from gptsmith.serving.worker import Service
 from gptsmith.tokenizers import Tokenizer
@@ -19,7 +19,7 @@ from gptsmith.tokenizers import Tokenizer
 class Running:
     """A server that runs, and what it has taken down."""
 
-    def __init__(self, address: str, served: Served, accesses: list[Access]) -> None:
+    def __init__(self, address: str, served: ServedModel, accesses: list[Access]) -> None:
         self.url, self.served, self.accesses = address, served, accesses
 
     def wait_until_idle(self) -> float:
@@ -48,12 +48,12 @@ def serving(
         slow_down(service, step_seconds)
     metrics = Metrics(service.counts, slots=slots)
     names: dict[str, Any] = {"name": "toy", "aliases": frozenset({"models/toy"})}
-    served = Served(service=service, tokenizer=tokenizer, metrics=metrics, **(names | how))
+    served = ServedModel(service=service, tokenizer=tokenizer, metrics=metrics, **(names | how))
     accesses: list[Access] = []
     ready = threading.Event()
     with listen("127.0.0.1", 0) as bound:
         app = Guard(make_app(served), api_key=key, most_bytes=1 << 20, seen=accesses.append)
-        server = Server(app, drain=5, ready=ready.set)
+        server = UvicornServer(app, drain=5, ready=ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

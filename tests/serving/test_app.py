@@ -15,8 +15,9 @@ import torch
 
 from gptsmith import GPT, GPTConfig, complete
 from gptsmith.config.settings import SamplingSettings
-from gptsmith.serving import schema
+from gptsmith.serving.answers import ChatCompletion, Completion
 from gptsmith.serving.chat import ChatTemplate
+from gptsmith.serving.errors import ErrorResponse
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer
 from tests.conftest import TINY, scrambled
 from tests.serving.running import Running, serving
@@ -377,13 +378,13 @@ def test_the_models_are_one(server: Running) -> None:
 def test_answers_are_as_they_are_described(server: Running, talker: Running) -> None:
     body = {"model": "toy", "max_tokens": 3, "logprobs": 1, "echo": True}
     found = httpx2.post(f"{server.url}/v1/completions", json=body)
-    schema.Completion.model_validate(found.json(), strict=True, extra="forbid")
+    Completion.model_validate(found.json(), strict=True, extra="forbid")
     chat = {"model": "toy", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
     chat |= {"logprobs": True, "top_logprobs": 1}
     found = httpx2.post(f"{talker.url}/v1/chat/completions", json=chat)
-    schema.ChatCompletion.model_validate(found.json(), strict=True, extra="forbid")
+    ChatCompletion.model_validate(found.json(), strict=True, extra="forbid")
     found = httpx2.get(f"{server.url}/v1/none")
-    schema.Failure.model_validate(found.json(), strict=True, extra="forbid")
+    ErrorResponse.model_validate(found.json(), strict=True, extra="forbid")
     described = httpx2.get(f"{server.url}/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/health"} <= described["paths"].keys()
     for path in described["paths"].values():

@@ -13,15 +13,10 @@ from gptsmith import GPTConfig
 from gptsmith.config.settings import SamplingSettings
 from gptsmith.generation.job import Job, News, Scored
 from gptsmith.generation.text import Piece, Text, joined
-from gptsmith.serving.answers import (
-    ChatAnswer,
-    CompletionAnswer,
-    completion_logprobs,
-    encoded,
-    token_name,
-)
-from gptsmith.serving.errors import ApiError, mistake
-from gptsmith.serving.requests import ChatRequest, CompletionRequest, jobs
+from gptsmith.serving.answers import ChatCompletionBuilder, CompletionBuilder, event
+from gptsmith.serving.errors import ApiError, mistake, refused
+from gptsmith.serving.logprobs import completion_logprobs, token_name
+from gptsmith.serving.requests import ChatCompletionRequest, CompletionRequest, jobs
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY
 
@@ -40,8 +35,8 @@ def refusal(kind: type, body: object) -> tuple[str, str | None]:
     else:
         raise AssertionError(f"{body} was accepted")
     assert found.status == 400
-    assert found.body["error"]["type"] == "invalid_request_error"
-    return found.body["error"]["message"], found.body["error"]["param"]
+    assert found.body.error.type == "invalid_request_error"
+    return found.body.error.message, found.body.error.param
 
 
 def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
@@ -151,7 +146,7 @@ def test_a_completion_that_cannot_be_is_refused_in_a_line(said, message, param) 
 )
 def test_a_chat_that_cannot_be_is_refused_in_a_line(said, message) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    assert refusal(ChatRequest, body | said)[0] == message
+    assert refusal(ChatCompletionRequest, body | said)[0] == message
 
 
 @pytest.mark.parametrize("body", [3, [1], "x", None])
@@ -161,13 +156,13 @@ def test_a_body_that_is_no_object_is_refused(body: object) -> None:
 
 def test_an_enormous_list_of_mistakes_is_refused_at_its_first() -> None:
     with pytest.raises(ValidationError) as caught:
-        ChatRequest.model_validate({"model": "m", "messages": [1] * 100_000})
+        ChatCompletionRequest.model_validate({"model": "m", "messages": [1] * 100_000})
     assert len(caught.value.errors()) == 1
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists), st.data())
 def test_whatever_is_sent_is_taken_or_refused_in_a_line(value: object, data: st.DataObject) -> None:
-    for kind in (CompletionRequest, ChatRequest):
+    for kind in (CompletionRequest, ChatCompletionRequest):
         name = data.draw(st.sampled_from(sorted(kind.model_fields)))
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
         if kind is CompletionRequest:
@@ -178,7 +173,7 @@ def test_whatever_is_sent_is_taken_or_refused_in_a_line(value: object, data: st.
             message, _ = refusal(kind, body | {name: value})
             assert len(message) < 200
             assert "\n" not in message
-            json.loads(encoded({"message": message}))
+            json.loads(refused(message).body.model_dump_json())
 
 
 # -- what is taken
@@ -242,7 +237,7 @@ def test_a_prompt_is_scored_where_its_logprobs_are_told() -> None:
 def test_a_chat_goes_on_to_the_context_limit_unless_told() -> None:
     def most(**said: int) -> int:
         messages = [{"role": "user", "content": "hi"}]
-        request = ChatRequest.model_validate({"model": "m", "messages": messages} | said)
+        request = ChatCompletionRequest.model_validate({"model": "m", "messages": messages} | said)
         return asked(request)[0].max_tokens
 
     assert most() == CONFIG.context_length
@@ -269,7 +264,7 @@ def test_a_chat_goes_on_to_the_context_limit_unless_told() -> None:
 def test_what_does_not_fit_the_model_is_refused(said, rows, message, code) -> None:
     with pytest.raises(ApiError, match=message) as caught:
         asked(CompletionRequest.model_validate({"model": "m"} | said), rows)
-    assert caught.value.body["error"]["code"] == code
+    assert caught.value.body.error.code == code
 
 
 # -- tokens to text
@@ -398,14 +393,16 @@ def test_the_chosen_token_is_among_the_likeliest_and_json_can_hold_all() -> None
     tokens = [Scored(97, -math.inf, ((98, -0.5), (99, -1.5))), Scored(98, -0.5, ((98, -0.5),))]
     text = Text(tokenizer, with_tokens=True)
     piece = joined([text.push(News(JOB, token=token)) for token in tokens])
-    told = json.loads(encoded(completion_logprobs(tokenizer, piece.tokens)))
+    told = json.loads(event(completion_logprobs(tokenizer, piece.tokens))[len("data: ") :])
     assert told == {
         "tokens": ["a", "b"],
         "token_logprobs": [-9999.0, -0.5],
         "top_logprobs": [{"b": -0.5, "c": -1.5, "a": -9999.0}, {"b": -0.5}],
         "text_offset": [0, 1],
     }
-    chat = ChatAnswer("m", tokenizer, logprobs=True).choice(0, piece)["logprobs"]["content"]
+    chat = ChatCompletionBuilder("m", tokenizer, logprobs=True).choice(0, piece)["logprobs"][
+        "content"
+    ]
     assert chat[1] == {
         "token": "b",
         "logprob": -0.5,
@@ -415,11 +412,16 @@ def test_the_chosen_token_is_among_the_likeliest_and_json_can_hold_all() -> None
 
 
 def test_half_a_pair_of_utf_16_is_written_as_an_escape() -> None:
-    assert json.loads(encoded({"a": "\ud800é"})) == {"a": "\ud800é"}
+    """UTF-8 has no way to write it; a message may quote one that a client sent."""
+    error = refused("what\ud800é", param="\udfff")
+    told = json.loads(error.response().body)["error"]
+    assert (told["message"], told["param"]) == ("what\\ud800é", "\\udfff")
 
 
 def test_all_events_of_an_answer_have_one_id_and_two_answers_have_two() -> None:
     tokenizer = byte_tokenizer()
-    answers = [CompletionAnswer("m", tokenizer, logprobs=False) for _ in range(2)]
-    parts = [[a.part(0, Piece("x"), first=first)["id"] for first in (True, False)] for a in answers]
+    answers = [CompletionBuilder("m", tokenizer, logprobs=False) for _ in range(2)]
+    parts = [
+        [a.chunk(0, Piece("x"), first=first)["id"] for first in (True, False)] for a in answers
+    ]
     assert parts[0][0] == parts[0][1] != parts[1][0]

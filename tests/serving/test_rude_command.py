@@ -19,7 +19,7 @@ import httpx2
 import pytest
 
 from gptsmith import GPTConfig, save
-from gptsmith.serving.http import Server, listen
+from gptsmith.serving.http import UvicornServer, listen
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
 
@@ -197,7 +197,7 @@ def test_of_two_that_begin_at_once_at_a_port_one_is_told() -> None:
     with listen("127.0.0.1", 0) as first, listen(*first.getsockname()) as second:
         first.listen()
         with pytest.raises(ValueError, match=r"port \d+ of 127\.0\.0\.1 is taken: choose another"):
-            Server(app, drain=1).run(sockets=[second])
+            UvicornServer(app, drain=1).run(sockets=[second])
     assert ended == ["lifespan.shutdown"]
 
 

@@ -14,7 +14,7 @@ from schemathesis.checks import CHECKS
 from gptsmith import GPT, GPTConfig
 from gptsmith.serving.app import make_app
 from gptsmith.serving.chat import ChatTemplate
-from gptsmith.serving.handler import Served
+from gptsmith.serving.handler import ServedModel
 from gptsmith.serving.metrics import Metrics
 from gptsmith.serving.worker import Service
 from gptsmith.tokenizers import byte_tokenizer
@@ -71,7 +71,7 @@ def described() -> Any:
     """What such a server says of itself, known before any runs: a test is made of each path."""
     service = Service(toy(), slots=1)
     metrics = Metrics(service.counts, slots=1)
-    served = Served(service=service, tokenizer=TOKENIZER, name="toy", metrics=metrics)
+    served = ServedModel(service=service, tokenizer=TOKENIZER, name="toy", metrics=metrics)
     return make_app(served).openapi()
 
 

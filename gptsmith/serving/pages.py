@@ -1,20 +1,21 @@
-"""/docs: the server's manual, as Swagger UI, from files on this machine.
+"""The pages for people: / to write with the model, and /docs to try the API out.
 
-Knows nothing of the endpoints: the application describes itself in openapi.json. The files are of
-the distribution `fastapi-offline`, found by its list of files and never imported; nothing is
-fetched from anywhere else, and the page's security policy forbids it.
+Knows nothing of the endpoints: the application describes itself in openapi.json. Each page runs
+what this server holds, and asks nobody else: its security policy forbids it.
 """
 
+import re
+from base64 import b64encode
+from hashlib import sha256
 from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from .guard import GUARDED
-
+WRITING = Path(__file__).with_name("page.html")
+# Swagger UI's files, found by the distribution's list of files; its code is never imported.
 DISTRIBUTION = "fastapi-offline"
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
 A_DAY = 86_400  # seconds
@@ -26,7 +27,7 @@ POLICY = (
 )
 
 # Addresses are relative, so that the page also works behind a proxy that adds a prefix.
-PAGE = """<!doctype html>
+DOCS = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -63,16 +64,34 @@ SwaggerUIBundle({
 """
 
 
-def add_manual(app: FastAPI, *, with_key: bool = False) -> None:
-    """Adds /docs and its files to an application made with docs_url=None and redoc_url=None.
+def add_page(app: FastAPI) -> None:
+    """Add the page at /, which may run and look as its file says, and talk to this server only."""
+    page = WRITING.read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; script-src {hashes(page, 'script')}; "
+        f"style-src {hashes(page, 'style')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
-    Where callers need a key, the description says so, and the page has a place to type it.
-    """
+    @app.get("/", include_in_schema=False)
+    async def writing() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+
+def hashes(page: str, tag: str) -> str:
+    """What a security policy allows: the contents of these elements of a page, or nothing."""
+    found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, flags=re.DOTALL)
+    sums = (b64encode(sha256(text.encode()).digest()).decode() for text in found)
+    return " ".join(f"'sha256-{sum}'" for sum in sums) or "'none'"
+
+
+def add_docs(app: FastAPI) -> None:
+    """Add /docs and its files to an application made with docs_url=None and redoc_url=None."""
     assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
-    page = PAGE.format(title=escape(app.title))
+    page = DOCS.format(title=escape(app.title))
 
     @app.get("/docs", include_in_schema=False)
-    async def manual() -> Response:
+    async def docs() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     @app.get("/docs/start.js", include_in_schema=False)
@@ -80,18 +99,18 @@ def add_manual(app: FastAPI, *, with_key: bool = False) -> None:
         return Response(START, media_type="text/javascript")
 
     for name in FILES:
-        _add_file(app, f"/docs/{name}", _find(name))
-    if with_key:
-        _ask_for_key(app)
+        add_file(app, f"/docs/{name}", find(name))
 
 
-def _add_file(app: FastAPI, address: str, path: Path) -> None:
+def add_file(app: FastAPI, address: str, path: Path) -> None:
+    """Add a file that browsers may keep."""
+
     @app.get(address, include_in_schema=False)
     async def file() -> Response:
         return FileResponse(path, headers={"Cache-Control": f"max-age={A_DAY}"})
 
 
-def _find(name: str) -> Path:
+def find(name: str) -> Path:
     """Where a file of Swagger UI lies; ImportError where it is not installed."""
     try:
         found = [path for path in distribution(DISTRIBUTION).files or [] if path.name == name]
@@ -102,20 +121,3 @@ def _find(name: str) -> Path:
             f"the installed {DISTRIBUTION} holds no {name}: pip install 'gptsmith[serve]'"
         )
     return Path(found[0].locate())
-
-
-def _ask_for_key(app: FastAPI) -> None:
-    """Writes into openapi.json that what lies under /v1 takes a key."""
-    describe = app.openapi
-
-    def described() -> dict[str, Any]:
-        whole = describe()
-        schemes = whole.setdefault("components", {}).setdefault("securitySchemes", {})
-        schemes["key"] = {"type": "http", "scheme": "bearer"}
-        for path, operations in whole["paths"].items():
-            if path.startswith(GUARDED):
-                for operation in operations.values():
-                    operation["security"] = [{"key": []}]
-        return whole
-
-    app.openapi = described  # type: ignore[method-assign]

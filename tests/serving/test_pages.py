@@ -3,27 +3,25 @@
 import re
 from html.parser import HTMLParser
 from importlib.metadata import PackageNotFoundError
-from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from gptsmith.serving import manual
-from gptsmith.serving.manual import START, add_manual
+from gptsmith import GPT, GPTConfig
+from gptsmith.serving import pages
+from gptsmith.serving.app import make_app
+from gptsmith.serving.handler import ServedModel
+from gptsmith.serving.metrics import Metrics
+from gptsmith.serving.pages import START, add_docs
+from gptsmith.serving.worker import Service
+from gptsmith.tokenizers import byte_tokenizer
+from tests.conftest import TINY
 
 
-def application(**settings: Any) -> FastAPI:
+def application() -> FastAPI:
     app = FastAPI(title="A <b>title</b> & more", docs_url=None, redoc_url=None)
-
-    @app.get("/v1/models")
-    @app.post("/v1/models")
-    async def models() -> None: ...
-
-    @app.get("/health")
-    async def health() -> None: ...
-
-    add_manual(app, **settings)
+    add_docs(app)
     return app
 
 
@@ -105,29 +103,37 @@ def test_the_script_that_starts_it() -> None:
 
 
 def test_the_description_speaks_of_a_key_where_there_is_one() -> None:
-    plain = TestClient(application()).get("/openapi.json").json()
+    service = Service(GPT(GPTConfig(**(TINY | {"vocab_size": 259}))), slots=1)
+    metrics = Metrics(service.counts, slots=1)
+    served = ServedModel(service=service, tokenizer=byte_tokenizer(), name="toy", metrics=metrics)
+    plain = TestClient(make_app(served)).get("/openapi.json").json()
     assert "securitySchemes" not in plain.get("components", {})
-    app = application(with_key=True)
+    for operations in plain["paths"].values():
+        assert not any("security" in operation for operation in operations.values())
+    app = make_app(served, with_key=True)
     for _ in range(2):  # FastAPI keeps the first description
         told = TestClient(app).get("/openapi.json").json()
         assert told["components"]["securitySchemes"] == {
             "key": {"type": "http", "scheme": "bearer"}
         }
-        for operation in told["paths"]["/v1/models"].values():
-            assert operation["security"] == [{"key": []}]
+        guarded = [path for path in told["paths"] if path.startswith("/v1/")]
+        assert len(guarded) == 4
+        for path in guarded:
+            for operation in told["paths"][path].values():
+                assert operation["security"] == [{"key": []}]
         assert "security" not in told["paths"]["/health"]["get"]
     assert not [path for path in told["paths"] if path.startswith("/docs")]
 
 
 def test_an_application_with_fastapis_own_page_is_refused() -> None:
     with pytest.raises(AssertionError, match="CDN"):
-        add_manual(FastAPI())
+        add_docs(FastAPI())
 
 
 def test_what_is_said_where_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(manual, "distribution", missing)
+    monkeypatch.setattr(pages, "distribution", missing)
     with pytest.raises(ImportError, match=r"pip install 'gptsmith\[serve\]'"):
         application()
