@@ -445,7 +445,7 @@ def test_an_archive_that_is_no_model_is_not_taken_for_one(tmp_path: Path) -> Non
 
 FULL = """
 import resource, signal, sys
-from gptsmith.cli import main
+from gptsmith.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(main(sys.argv[1:]))
