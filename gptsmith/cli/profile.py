@@ -27,7 +27,6 @@ from ..config.model import GPTConfig
 from ..config.settings import MachineSettings
 from ..config.tables import columns
 from ..machine import devices
-from ..machine.dtypes import COMPUTE_DTYPES
 from ..model.gpt import GPT
 from ..training.loop import Trainer
 from ..training.muon import ITERATIONS, Muon
@@ -315,7 +314,7 @@ def profile_train(
             trainer.step(done + 1)
             profiled.append(clock.stop())
     figures = training_figures(config, machine, trainer, plain[1:])
-    rate, side = matrix_rate(trainer.device, COMPUTE_DTYPES[machine.dtype])
+    rate, side = matrix_rate(trainer.device, devices.torch_dtype(machine.dtype))
     parts, whole = make_parts(config, trainer, profiled[1:], rate)
     profile = {
         "steps": steps,
