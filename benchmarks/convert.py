@@ -22,9 +22,8 @@ from torch import Tensor
 
 from gptsmith.checkpoint import saved
 from gptsmith.checkpoint.described import described_config
-from gptsmith.checkpoint.names import parts
 from gptsmith.checkpoint.tensors import Stored
-from gptsmith.config.cost import weight_bytes
+from gptsmith.config.cost import components, weight_bytes
 from gptsmith.config.model import GPTConfig
 from gptsmith.convert.formats import READABLE, WRITABLE
 from gptsmith.machine.files import written_whole
@@ -40,7 +39,7 @@ FORMS: dict[str, dict[str, object]] = {
 
 def random_fetch(config: GPTConfig) -> Callable[[str], Tensor]:
     """Weights of the usual size, made when asked for and always the same."""
-    shapes = {name: part.shape for name, part in parts(config).items()}
+    shapes = {part.name: part.shape for part in components(config)}
 
     def fetch(name: str) -> Tensor:
         generator = torch.Generator().manual_seed(crc32(name.encode()))

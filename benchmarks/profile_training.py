@@ -35,7 +35,6 @@ from gptsmith.config.model import GPTConfig
 from gptsmith.config.settings import MachineSettings
 from gptsmith.config.tables import columns
 from gptsmith.machine import devices
-from gptsmith.machine.dtypes import COMPUTE_DTYPES
 from gptsmith.model.gpt import GPT
 from gptsmith.training.loop import Trainer
 from gptsmith.training.muon import ITERATIONS, Muon
@@ -296,7 +295,7 @@ def profile(trainer: Trainer, steps: int) -> Iterator[tuple[float, Times]]:
 def summary(trainer: Trainer, found: Sequence[tuple[float, Times]]) -> dict[str, Any]:
     """What training steps are like, and under "profile" their parts: medians over the steps."""
     figures = training_figures(trainer, [plain for plain, _ in found])
-    rate, side = matrix_rate(trainer.device, COMPUTE_DTYPES[trainer.dtype])
+    rate, side = matrix_rate(trainer.device, devices.torch_dtype(trainer.dtype))
     parts, whole = make_parts(trainer, [times for _, times in found], rate)
     profile = {
         "steps": len(found),

@@ -42,12 +42,14 @@ PURE = {"torch", "math", "typing", "collections", "dataclasses"}
 # What answers quickly does without PyTorch.
 NO_TORCH = (
     "config",
+    "machine.dtypes",
     "machine.environment",
     "machine.files",
     "machine.terminal",
     "tokenizers",
     "data.prepare",
     "checkpoint.folder",
+    "convert.formats",
     "training.schedules",
     "cli.main",
 )

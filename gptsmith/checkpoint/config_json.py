@@ -1,12 +1,14 @@
 """A model's configuration as Hugging Face's `config.json` has it, and back: GPT-2's and NanoChat's.
 
-Knows nothing of files or tensors.
+A quantized model's is the original's with a section about it. Knows nothing of files or tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..config.model import GPTConfig
+from ..config.quantization import VOCABULARY_BITS, check_bits
 
 # Our word for an activation, and the one a Hugging Face config.json uses for the same function.
 HUGGING_FACE_ACTIVATIONS = {
@@ -160,3 +162,56 @@ def _to_nanochat(config: GPTConfig) -> dict[str, Any]:
         "pad_token_id": None,  # NanoChatConfig's own is 1, which need not be padding
         "use_cache": True,
     }
+
+
+# -- a quantized model's
+
+
+MODEL_TYPE = "gptsmith-quantized"  # a name that nobody else takes for a model of theirs
+FORMAT = 1
+
+
+def quantized_json(config: GPTConfig, bits: int) -> dict[str, Any]:
+    """The config.json of a quantized model: the original's, under a type of its own."""
+    theirs = to_hugging_face(config)
+    return {
+        **theirs,
+        "architectures": ["GptsmithQuantized"],
+        "model_type": MODEL_TYPE,
+        "quantization": {
+            "format": FORMAT,
+            "bits": bits,
+            "vocabulary_bits": VOCABULARY_BITS,
+            "model_type": theirs["model_type"],
+        },
+    }
+
+
+def bits_in(theirs: Mapping[str, Any]) -> int | None:
+    """The bits of the model that a config.json describes; None where it is not quantized."""
+    return None if theirs.get("model_type") != MODEL_TYPE else check_bits(_section(theirs)["bits"])
+
+
+def original_json(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the model that a quantized one was made from; any other as it is."""
+    if theirs.get("model_type") != MODEL_TYPE:
+        return dict(theirs)
+    return {**theirs, "model_type": _section(theirs)["model_type"]}
+
+
+def _section(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the quantization, once this version is known to understand it."""
+    section = theirs.get("quantization")
+    if not isinstance(section, dict) or not {"format", "bits", "model_type"} <= section.keys():
+        raise ValueError(
+            'config.json has no "quantization" with format, bits and model_type: it was edited'
+        )
+    if section["format"] != FORMAT:
+        raise ValueError(
+            f"the folder is of quantized format {section['format']!r}, but this version of "
+            f"gptsmith reads format {FORMAT}: quantize the original again, or update gptsmith"
+        )
+    if section.get("vocabulary_bits") != VOCABULARY_BITS:
+        got = section.get("vocabulary_bits")
+        raise ValueError(f"config.json has vocabulary_bits {got!r}: {VOCABULARY_BITS} is needed")
+    return section

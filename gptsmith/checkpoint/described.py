@@ -9,7 +9,7 @@ from ..config.describe import Description
 from ..config.fields import suggestion
 from ..config.model import PRESETS, GPTConfig
 from ..config.recipe import read_toml, recipes
-from .folder import all_shapes, check_tensors, find_model, read_bits, read_config, tensor_bytes
+from .folder import find_model, read_folder
 
 
 def describe(what: GPTConfig | str | Path, *, title: str | None = None) -> Description:
@@ -21,8 +21,8 @@ def describe(what: GPTConfig | str | Path, *, title: str | None = None) -> Descr
     if isinstance(what, GPTConfig):
         return Description(title or "a model", what)
     config, name, folder = described_config(str(what))
-    if folder is not None and (bits := read_bits(folder)) is not None:
-        name += f" (quantized to {bits} bits: {tensor_bytes(folder):,} bytes of weights)"
+    if folder is not None and (found := read_folder(folder)).bits is not None:
+        name += f" (quantized to {found.bits} bits: {found.tensor_bytes:,} bytes of weights)"
     return Description(title or name, config)
 
 
@@ -40,7 +40,5 @@ def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
     if not Path(what).exists():
         hint = suggestion(what, [*PRESETS, *recipes()])
         raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
-    folder = find_model(what)
-    config = read_config(folder)
-    check_tensors(folder, config, all_shapes(folder))
-    return config, str(folder), folder
+    found = read_folder(find_model(what))
+    return found.config, str(found.path), found.path

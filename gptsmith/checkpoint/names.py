@@ -1,4 +1,4 @@
-"""What other systems call our tensors: tables of (ours, theirs, turned), and what fits them.
+"""What other systems call our tensors, as tables, and whether a file's tensors fit them.
 
 Knows nothing of tensors themselves or of files: names and shapes, as a file's header has them.
 """
@@ -6,52 +6,73 @@ Knows nothing of tensors themselves or of files: names and shapes, as a file's h
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from ..config.cost import Component, Shape, components
 from ..config.model import GPTConfig
 
 
-class Row(NamedTuple):
+class WeightName(NamedTuple):
     """A tensor of ours, and those of theirs with the same numbers; {} stands for the layer."""
 
     ours: str
     theirs: tuple[str, ...]  # several lie below one another in ours: query, key and value
-    turned: bool = False  # (in, out) there, (out, in) here, as nn.Linear has it
+    transposed: bool = False  # (in, out) there, (out, in) here, as nn.Linear has it
 
 
-def same(*parts: str) -> list[Row]:
-    """Rows of tensors that are called the same."""
-    return [Row(part, (part,)) for part in parts]
+_COMPONENTS = {
+    part.name.replace("h.0.", "h.{}."): part for part in components(GPTConfig(n_layer=1))
+}
+
+
+def weight_names(
+    modules: Mapping[str, str | tuple[str, ...]],
+    *,
+    embedding: str = ".weight",
+    norm: tuple[str, str] = (".weight", ".bias"),
+    linear: tuple[str, str] = (".weight", ".bias"),
+    transposed: bool = False,
+) -> list[WeightName]:
+    """A system's table, from what it calls each of our modules, or the several that make one.
+
+    `embedding` (the head too), `norm` and `linear` are the endings of its weights and biases;
+    with `transposed` its linear layers have matrices (in, out).
+    """
+    table = []
+    for ours, part in _COMPONENTS.items():
+        module, _, kind = ours.rpartition(".")
+        if module not in modules:
+            continue
+        in_block, names = ours.startswith("h."), modules[module]
+        endings = norm if "ln_" in module else linear if in_block else (embedding, "")
+        ending = endings[0] if kind == "weight" else endings[1]
+        theirs = tuple(f"{name}{ending}" for name in ([names] if isinstance(names, str) else names))
+        is_matrix = in_block and len(part.shape) == 2
+        table.append(WeightName(ours, theirs, transposed and is_matrix))
+    return table
 
 
 PREFIX = "transformer."  # before every name of GPT2LMHeadModel's but the head's; not always there
 
-# ours                                theirs                                    turned
-GPT2 = [  # GPT2LMHeadModel's
-    *same("wte.weight", "wpe.weight", "lm_head.weight", "ln_f.weight", "ln_f.bias"),
-    *same("h.{}.ln_1.weight", "h.{}.ln_1.bias", "h.{}.ln_2.weight", "h.{}.ln_2.bias"),
-    *same("h.{}.attn.c_attn.bias", "h.{}.attn.c_proj.bias"),
-    *same("h.{}.mlp.c_fc.bias", "h.{}.mlp.c_proj.bias"),
-    Row("h.{}.attn.c_attn.weight", ("h.{}.attn.c_attn.weight",), turned=True),
-    Row("h.{}.attn.c_proj.weight", ("h.{}.attn.c_proj.weight",), turned=True),
-    Row("h.{}.mlp.c_fc.weight", ("h.{}.mlp.c_fc.weight",), turned=True),
-    Row("h.{}.mlp.c_proj.weight", ("h.{}.mlp.c_proj.weight",), turned=True),
-]
+_SAME = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in _COMPONENTS}
+OURS = weight_names(_SAME)  # also nanoGPT's
+GPT2 = weight_names(_SAME, transposed=True)  # GPT2LMHeadModel's, whose linear layers are Conv1D
 
 _LAYER = "model.layers.{}."
-_QKV = tuple(f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv")
-NANOCHAT = [  # NanoChatForCausalLM's, the published form of the modern block
-    Row("wte.weight", ("model.embed_tokens.weight",)),
-    Row("lm_head.weight", ("lm_head.weight",)),
-    Row("h.{}.attn.c_attn.weight", _QKV),
-    Row("h.{}.attn.c_proj.weight", (f"{_LAYER}self_attn.o_proj.weight",)),
-    Row("h.{}.mlp.c_fc.weight", (f"{_LAYER}mlp.fc1.weight",)),
-    Row("h.{}.mlp.c_proj.weight", (f"{_LAYER}mlp.fc2.weight",)),
-]
+NANOCHAT = weight_names(  # NanoChatForCausalLM's, the published form of the modern block
+    {  # ours: theirs
+        "wte": "model.embed_tokens",
+        "h.{}.attn.c_attn": tuple(f"{_LAYER}self_attn.{part}_proj" for part in "qkv"),
+        "h.{}.attn.c_proj": f"{_LAYER}self_attn.o_proj",
+        "h.{}.mlp.c_fc": f"{_LAYER}mlp.fc1",
+        "h.{}.mlp.c_proj": f"{_LAYER}mlp.fc2",
+        "lm_head": "lm_head",
+    }
+)
 
 
-class NoWeight(NamedTuple):
+class NoWeights(NamedTuple):
     """Tensors of somebody's files that are no weights, by the pattern of their names."""
 
     pattern: re.Pattern[str]
@@ -59,10 +80,10 @@ class NoWeight(NamedTuple):
 
 
 CAUSAL = "a causal mask, no weight"
-MASKS = NoWeight(re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)"), CAUSAL)  # in older GPT-2s
+MASKS = NoWeights(re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)"), CAUSAL)  # in older GPT-2s
 
 
-def hugging_face(config: GPTConfig) -> list[Row]:
+def hugging_face(config: GPTConfig) -> list[WeightName]:
     """The table of the Hugging Face class that a configuration belongs to."""
     return NANOCHAT if config.modern else GPT2
 
@@ -72,35 +93,50 @@ def full_name(name: str) -> str:
     return name if name.startswith("lm_head") else PREFIX + name
 
 
-TIED = "the tied head, which is wte.weight"
-ZEROS = "zeros, as the model has no such bias"
-
-
-def parts(config: GPTConfig) -> dict[str, Component]:
+def components_by_name(config: GPTConfig) -> dict[str, Component]:
     """Every tensor that the model could have, by our name; some are absent, the head maybe tied."""
     return {part.name: part for part in components(config)}
 
 
-def rows(table: Iterable[Row], config: GPTConfig) -> list[Row]:
-    """A table written out: a row for each layer."""
+def per_layer(table: Iterable[WeightName], config: GPTConfig) -> list[WeightName]:
+    """A table with an entry for each layer in place of one for all."""
     return [
-        Row(row.ours.format(layer), tuple(name.format(layer) for name in row.theirs), row.turned)
-        for row in table
-        for layer in (range(config.n_layer) if "{}" in row.ours else (0,))
+        name._replace(
+            ours=name.ours.format(layer), theirs=tuple(each.format(layer) for each in name.theirs)
+        )
+        for name in table
+        for layer in (range(config.n_layer) if "{}" in name.ours else (0,))
     ]
 
 
-def their_shapes(row: Row, config: GPTConfig, shape: Shape) -> dict[str, Shape]:
+def their_shapes(name: WeightName, config: GPTConfig, shape: Shape) -> dict[str, Shape]:
     """Name and shape of each of their tensors for one of ours, of this shape."""
-    heights = config.attention_rows if len(row.theirs) == 3 else shape[:1]
+    heights = config.attention_rows if len(name.theirs) == 3 else shape[:1]
     shapes = [(height, *shape[1:]) for height in heights]
-    if row.turned:
+    if name.transposed:
         shapes = [shape[::-1] for shape in shapes]
-    return dict(zip(row.theirs, shapes, strict=True))
+    return dict(zip(name.theirs, shapes, strict=True))
+
+
+# -- what a file holds, against what it should
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as its file describes it."""
+
+    file: Path
+    shape: Shape
+    dtype: str  # a word of headers, as in machine/dtypes.py: "F32"
+    start: int  # in the file, in bytes
+    bytes: int
+
+
+TIED = "the tied head, which is wte.weight"
+ZEROS = "zeros, as the model has no such bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
+class TensorMatch:
     """What became of each tensor in a file, and which of ours it does not hold."""
 
     read: dict[str, Shape] = field(default_factory=dict)
@@ -108,61 +144,76 @@ class Account:
     missing: dict[str, str] = field(default_factory=dict)  # our name: why that is well
 
 
-def account(
-    table: Iterable[Row],
+def match_tensors(
+    table: Iterable[WeightName],
     config: GPTConfig,
     found: Mapping[str, Shape],
     *,
-    place: object,
+    source: object,
     kind: str = "GPT-2",
     says: str = "its configuration",
-    ignored: NoWeight | None = None,
+    ignored: NoWeights | None = None,
     zero_biases: bool = False,
-) -> Account:
+) -> TensorMatch:
     """Explain every tensor of a file; ValueError for one that is missing, unknown or misshapen.
 
     `ignored` says which tensors are known to be no weights. With `zero_biases` the file
-    may hold, as zeros, the biases that the model does without. The errors name the `place`, what
+    may hold, as zeros, the biases that the model does without. The errors name the `source`, what
     `says` how the tensors ought to be, and the `kind` of model.
     """
-    check_layers(table, config, found, f"{place} has {{}} layers, but {says} calls for {{}}")
-    ours, result = parts(config), Account()
+    table = list(table)
+    check_layers([each for name in table for each in name.theirs], config, found, source, says)
+    ours, match, expected = components_by_name(config), TensorMatch(), dict[str, Shape]()
     if ignored is not None:
-        known_names = (name for name in found if ignored.pattern.fullmatch(name))
-        result.ignored.update(dict.fromkeys(known_names, ignored.why))
-    known, lacking = dict[str, Shape](), list[str]()
-    for row in rows(table, config):
-        part = ours[row.ours]
+        no_weights = (name for name in found if ignored.pattern.fullmatch(name))
+        match.ignored.update(dict.fromkeys(no_weights, ignored.why))
+    for name in per_layer(table, config):
+        part = ours[name.ours]
         if part.absent and not zero_biases:
             continue
-        shapes = their_shapes(row, config, part.shape)
-        known |= shapes
-        absent = [name for name in shapes if name not in found]
-        if part.absent:
-            result.ignored.update({name: ZEROS for name in shapes if name in found})
-        elif part.tied:
-            result.ignored.update({name: TIED for name in shapes if name in found})
-            result.missing.update({row.ours: TIED} if absent else {})
-        else:
-            lacking += absent
-            result.read.update(shapes)
-    if lacking:
-        raise ValueError(f"{place} lacks {len(lacking)} tensors of a {kind}, {lacking[0]} first")
-    if extra := sorted(found.keys() - known.keys() - result.ignored.keys()):
-        raise ValueError(f"{place} has {len(extra)} tensors no {kind} has, {extra[0]} first")
-    for name in known:
-        if name in found and tuple(found[name]) != known[name]:
-            got, needed = tuple(found[name]), known[name]
-            raise ValueError(f"{place}: {name} is {got}, but {says} calls for {needed}")
-    return result
+        shapes = their_shapes(name, config, part.shape)
+        if not (part.absent or part.tied):
+            match.read.update(shapes)
+            continue
+        there = {each: shape for each, shape in shapes.items() if each in found}
+        match.ignored.update(dict.fromkeys(there, ZEROS if part.absent else TIED))
+        if part.tied and not there:
+            match.missing[name.ours] = TIED
+        expected |= there
+    unexplained = {n: shape for n, shape in found.items() if n not in match.ignored}
+    there = {name: found[name] for name in expected}
+    check_shapes(match.read | expected, unexplained | there, source=source, kind=kind, says=says)
+    return match
+
+
+def check_shapes(
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    *,
+    source: object,
+    kind: str,
+    says: str,
+    note: str = "",
+) -> None:
+    """ValueError for the first tensor of a file that is missing, unknown or misshapen."""
+    if lacking := [name for name in expected if name not in found]:
+        raise ValueError(f"{source} lacks {len(lacking)} tensors of a {kind}, {lacking[0]} first")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{source} has {len(extra)} tensors no {kind} has, {extra[0]} first")
+    for name, needed in expected.items():
+        if (got := tuple(found[name])) != needed:
+            raise ValueError(f"{source}: {name} is {got}, but {says} calls for {needed}{note}")
 
 
 def check_layers(
-    table: Iterable[Row], config: GPTConfig, found: Iterable[str], message: str
+    names: Iterable[str], config: GPTConfig, found: Iterable[str], source: object, says: str
 ) -> None:
-    """ValueError unless a file has as many layers as the configuration, before any is listed."""
-    starts = {name.partition("{}")[0] for row in table for name in row.theirs if "{}" in name}
+    """ValueError unless a file has as many layers as the configuration, before any is listed.
+
+    `names` are those of the blocks' tensors, with {} for the layer.
+    """
+    starts = {name.partition("{}")[0] for name in names if "{}" in name}
     numbers = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})([0-9]+)")
-    layers = {match[1] for name in found if (match := numbers.match(name))}
-    if len(layers) != config.n_layer:
-        raise ValueError(message.format(len(layers), config.n_layer))
+    layers = len({match[1] for name in found if (match := numbers.match(name))})
+    if layers != config.n_layer:
+        raise ValueError(f"{source} has {layers} layers, but {says} calls for {config.n_layer}")

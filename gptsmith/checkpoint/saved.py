@@ -4,7 +4,7 @@ Knows nothing of training: an optimizer is just more tensors, its state just mor
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..config.cost import Shape
+from ..config.cost import components
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
-from ..machine.dtypes import DTYPE_WORDS, DTYPES, dtype_of
+from ..machine.devices import dtype_of
+from ..machine.dtypes import NUMBER_FORMATS, dtype_in_header
 from ..machine.files import read_json, write_json, written_whole
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, load_tokenizer
-from . import folder as on_disk
-from .config_json import to_hugging_face
-from .names import PREFIX, full_name, hugging_face, parts
-from .packing import to_json
+from .config_json import quantized_json, to_hugging_face
+from .folder import CONFIG, find_model, read_folder, safetensors_header
+from .names import PREFIX, TensorMatch, full_name, hugging_face
+from .safetensors import entries_of, fetch_from, write_safetensors, write_shards
 from .tensors import (
     Entry,
     Fetch,
@@ -33,11 +34,9 @@ from .tensors import (
     from_theirs,
     packed_entries,
     packing,
-    safetensors_reader,
     stored_packed,
     to_theirs,
     with_all,
-    write_safetensors,
 )
 
 OPTIMIZER = "training/optimizer.safetensors"
@@ -74,7 +73,7 @@ def stored_model(model: GPT) -> Stored:
     """A model in memory as a stored one, without a tokenizer; a packed one stays packed."""
     get = model.state_dict().__getitem__
     if (bits := packed_bits(model)) is not None:
-        dtype = dtype_of(torch.empty(0, dtype=model.dtype))
+        dtype = dtype_of(model.dtype) or "float32"
         return replace(stored_packed(model.config, bits, get), dtype=dtype)
     return Stored(config=model.config, fetch=get, tokenizer=None)
 
@@ -89,7 +88,7 @@ def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> No
     else:
         entries = hugging_face_entries(stored)
     write_shards(entries, folder, shard_bytes)
-    ids = write_description(stored, folder, dtype=DTYPE_WORDS[stored.dtype])
+    ids = write_description(stored, folder, dtype=NUMBER_FORMATS[stored.dtype].torch)
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
 
 
@@ -98,8 +97,8 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, in
     config, tokenizer = stored.config, stored.tokenizer
     end_of_text = None if tokenizer is None else tokenizer.end_of_text
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    theirs = to_hugging_face(config) if stored.bits is None else to_json(config, stored.bits)
-    write_json(folder / on_disk.CONFIG, {**theirs, **ids, **more})
+    theirs = to_hugging_face(config) if stored.bits is None else quantized_json(config, stored.bits)
+    write_json(folder / CONFIG, {**theirs, **ids, **more})
     if tokenizer is not None:
         tokenizer.save(folder, model_max_length=config.context_length)
     return ids
@@ -113,38 +112,10 @@ def hugging_face_entries(stored: Stored) -> list[Entry]:
     config, table = stored.config, hugging_face(stored.config)
     wider = config if config.modern else replace(config, bias=True, qkv_bias=True)
     fetch = with_all(config, stored.fetch, wider)
-    entries = to_theirs(table, wider, fetch, DTYPES[stored.dtype])
+    entries = to_theirs(table, wider, fetch, stored.dtype)
     if config.modern:
         return entries
     return [entry._replace(name=full_name(entry.name)) for entry in entries]
-
-
-def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
-    """Write one safetensors file, or several of a limited size and the index that lists them."""
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        full = sum(other.bytes for other in shards[-1]) + entry.bytes
-        if shard_bytes is not None and shards[-1] and full > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    if len(shards) == 1:
-        write_safetensors(folder / on_disk.WEIGHTS, entries)
-        return
-    place = dict[str, str]()
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard)
-        place |= {entry.name: name for entry in shard}
-    total = {"total_size": sum(entry.bytes for entry in entries)}
-    write_json(folder / on_disk.WEIGHTS_INDEX, {"metadata": total, "weight_map": place})
-
-
-def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Tensors in memory, of any shapes, as what is to be written."""
-    return [
-        Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
-        for name, tensor in tensors.items()
-    ]
 
 
 # -- reading
@@ -164,8 +135,7 @@ def load(
     quantized folder loads packed, unless it is to be `unpacked`. The tokenizer is None where the
     folder has none. What a manifest lists is verified first.
     """
-    folder = on_disk.find_model(name)
-    return load_folder(folder, device=device, dtype=dtype, bits=bits, unpacked=unpacked)
+    return load_folder(find_model(name), device=device, dtype=dtype, bits=bits, unpacked=unpacked)
 
 
 def load_folder(
@@ -204,28 +174,59 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
 
     No tensor is read but biases.
     """
-    config = on_disk.read_config(folder)
-    found, get = safetensors_reader(on_disk.weight_files(folder))
+    found = read_folder(folder)
+    get = fetch_from(found.tensors)
+    if found.bits is not None:
+        stored = stored_packed(found.config, found.bits, lambda name: get(full_name(name)))
+        stored = replace(stored, tensors=found.match)
+    else:
+        stored = stored_unpacked(folder, found.config, found.match, found.tensors, get)
+        largest = max(found.tensors.values(), key=lambda tensor: tensor.bytes)
+        stored = replace(stored, dtype=dtype_in_header(largest.dtype))
     tokenizer = None
     if with_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-    stored = stored_in(folder, config, found, get)
     check_pair(stored.config, tokenizer, folder)
     return replace(stored, tokenizer=tokenizer)
 
 
-def stored_in(folder: Path, config: GPTConfig, found: Mapping[str, Shape], get: Fetch) -> Stored:
-    """A model in the tensors of its Hugging Face class, without the folder's tokenizer."""
-    account, bits = on_disk.check_tensors(folder, config, found), on_disk.read_bits(folder)
-    if bits is not None:
-        stored = stored_packed(config, bits, lambda name: get(full_name(name)))
-        return replace(stored, account=account)
-    exact = {name.removeprefix(PREFIX): name for name in found}
+def stored_unpacked(
+    folder: Path, config: GPTConfig, match: TensorMatch, names: Iterable[str], get: Fetch
+) -> Stored:
+    """A model in the tensors of its Hugging Face class, which `get` fetches by these names."""
+    exact = {name.removeprefix(PREFIX): name for name in names}
     fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
     if not config.modern:
         config = with_biases_found(config, fetch, exact, folder)
-    dtype = dtype_of(fetch("wte.weight"))
-    return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=account)
+    return Stored(config=config, fetch=fetch, tokenizer=None, tensors=match)
+
+
+def with_biases_found(
+    config: GPTConfig, fetch: Fetch, found: Container[str], folder: Path
+) -> GPTConfig:
+    """The configuration with biases switched on where the tensors have them.
+
+    Tensors are the truth: a folder fine-tuned elsewhere may have learned the biases that were
+    written as zeros, and its "gptsmith" section still calls absent.
+    """
+    absent = [part.name for part in components(config) if part.absent and part.name in found]
+    learned = [name for name in absent if fetch(name).any()]
+    qkv = any(name.endswith("attn.c_attn.bias") for name in learned)
+    rest = any(not name.endswith("attn.c_attn.bias") for name in learned)
+    if learned:
+        warnings.warn(
+            f"{folder} has biases that its config.json calls absent: they are used", stacklevel=3
+        )
+    return replace(config, bias=config.bias or rest, qkv_bias=config.has_qkv_bias or qkv)
+
+
+def check_pair(config: GPTConfig, tokenizer: Tokenizer | None, place: object) -> None:
+    """ValueError where a tokenizer has ids that the model does not."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"but the model's vocabulary only {config.vocab_size:,}: they are no pair"
+        )
 
 
 def build(
@@ -242,9 +243,7 @@ def build(
         put_all_packed(model, packed, torch.device(device))
     weights = {}
     for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
-        tied = name == "lm_head.weight" and stored.config.tie_weights
-        tensor = stored.fetch("wte.weight" if tied else name)
-        weights[name] = tensor.to(dtype).contiguous()
+        weights[name] = stored.tensor(name).to(dtype).contiguous()
     model.load_state_dict(weights, assign=True, strict=False)  # what is packed is there already
     if packed is None:
         model.tie_weights()
@@ -279,38 +278,11 @@ class _NothingDrawn(TorchFunctionMode):
         return function(*inputs, **(options or {}))
 
 
-def with_biases_found(
-    config: GPTConfig, fetch: Fetch, found: Mapping[str, str], folder: Path
-) -> GPTConfig:
-    """The configuration with biases switched on where the tensors have them.
-
-    Tensors are the truth: a folder fine-tuned elsewhere may have learned the biases that were
-    written as zeros, and its "gptsmith" section still calls absent.
-    """
-    absent = [part.name for part in parts(config).values() if part.absent and part.name in found]
-    learned = [name for name in absent if fetch(name).any()]
-    qkv = any(name.endswith("attn.c_attn.bias") for name in learned)
-    rest = any(not name.endswith("attn.c_attn.bias") for name in learned)
-    if learned:
-        warnings.warn(
-            f"{folder} has biases that its config.json calls absent: they are used", stacklevel=3
-        )
-    return replace(config, bias=config.bias or rest, qkv_bias=config.has_qkv_bias or qkv)
-
-
-def check_pair(config: GPTConfig, tokenizer: Tokenizer | None, place: object) -> None:
-    """ValueError where a tokenizer has ids that the model does not."""
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"but the model's vocabulary only {config.vocab_size:,}: they are no pair"
-        )
-
-
 def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's tensors (any shapes) and the training state, as `save` was given them."""
     if not (folder / STATE).is_file() or not (folder / OPTIMIZER).is_file():
         raise ValueError(f"{folder} holds a model but no training state: start from it with --from")
     state = read_json(folder / STATE)
-    shapes, get = safetensors_reader([folder / OPTIMIZER])
-    return {name: get(name) for name in shapes}, state
+    tensors = safetensors_header(folder / OPTIMIZER)
+    get = fetch_from(tensors)
+    return {name: get(name) for name in tensors}, state

@@ -1,31 +1,37 @@
-"""A model's tensors, fetched one at a time: from safetensors, to safetensors, under any names.
+"""A model's tensors, fetched one at a time and under any names: from any file, for any file.
 
 Nothing here ever holds all of a model, so that one as large as the memory can be read, renamed and
-written. Knows nothing of configurations on disk or of other formats' files.
+written. Knows nothing of configurations on disk or of any format of files.
 """
 
-import json
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
-from ..machine.dtypes import DTYPES, HEADER_WORDS, dtype_of
+from ..machine.devices import dtype_of, torch_dtype
+from ..machine.dtypes import NUMBER_FORMATS, dtype_in_header
 from ..machine.files import DamagedError
 from ..model.quantized import pack, unpack
 from ..tokenizers import Tokenizer
-from .folder import tensor_shapes
-from .names import PREFIX, Account, Row, account, parts, rows, their_shapes
+from .names import (
+    PREFIX,
+    TensorInfo,
+    TensorMatch,
+    WeightName,
+    components_by_name,
+    match_tensors,
+    per_layer,
+    their_shapes,
+)
 from .packing import expected_tensors
 
 Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten after use
@@ -48,8 +54,8 @@ class Stored:
     config: GPTConfig
     fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file
     tokenizer: Tokenizer | None
-    dtype: str = "float32"  # one of DTYPES: what its embedding is stored in, or comes closest to
-    account: Account = Account()
+    dtype: str = "float32"  # what most of its numbers are stored in, or come closest to
+    tensors: TensorMatch = TensorMatch()
     packed: Packed | None = None  # its matrices, if they are packed; `fetch` then unpacks them
 
     @property
@@ -57,55 +63,77 @@ class Stored:
         """In how many bits its matrices are packed, or None."""
         return None if self.packed is None else self.packed.bits
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model by our name: of a tied head, the embedding."""
+        tied = name == "lm_head.weight" and self.config.tie_weights
+        return self.fetch("wte.weight" if tied else name)
+
 
 class Entry(NamedTuple):
     """A tensor yet to be written, under somebody's name for it."""
 
     name: str
     shape: Shape
-    dtype: torch.dtype
+    dtype: str
     fetch: Callable[[], Tensor]
 
     @property
     def bytes(self) -> int:
         """What it takes in a file."""
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * NUMBER_FORMATS[self.dtype].bytes
 
-    def read(self) -> Any:
-        """Its numbers as they lie in a file: little-endian, row by row."""
+    def tensor(self) -> Tensor:
+        """Itself, in its number format, row by row in memory; ValueError for another shape."""
         tensor = self.fetch()
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{self.name} is {tuple(tensor.shape)}, but should be {self.shape}")
-        numbers = tensor.detach().cpu().to(self.dtype).contiguous()
-        return numbers.reshape(-1).view(torch.uint8).numpy().data
+        return tensor.detach().cpu().to(torch_dtype(self.dtype)).contiguous()
+
+    def read(self) -> Any:
+        """Its numbers as they lie in a file: little-endian, row by row."""
+        return self.tensor().reshape(-1).view(torch.uint8).numpy().data
 
 
 # -- under other names
 
 
-def from_theirs(table: Iterable[Row], config: GPTConfig, get: Fetch) -> Fetch:
+def from_theirs(table: Iterable[WeightName], config: GPTConfig, get: Fetch) -> Fetch:
     """What fetches our tensors where `get` fetches theirs."""
-    by_name = {row.ours: row for row in rows(table, config)}
+    by_name = {name.ours: name for name in per_layer(table, config)}
 
-    def fetch(name: str) -> Tensor:
-        row = by_name[name]
-        tensors = [get(theirs) for theirs in row.theirs]
-        if row.turned:
+    def fetch(ours: str) -> Tensor:
+        name = by_name[ours]
+        tensors = [get(theirs) for theirs in name.theirs]
+        if name.transposed:
             tensors = [tensor.t() for tensor in tensors]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     return fetch
 
 
-def stored_state(
-    table: Sequence[Row], config: GPTConfig, tensors: Mapping[str, Tensor], **explaining: Any
+def stored_under(
+    table: Sequence[WeightName],
+    config: GPTConfig,
+    shapes: Mapping[str, Shape],
+    get: Fetch,
+    *,
+    dtype: str = "float32",
+    tokenizer: Tokenizer | None = None,
+    **explaining: Any,
 ) -> Stored:
-    """A state dict under their names (any shapes) as a stored model, explained by `account`."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    explained = account(table, config, shapes, **explaining)
-    fetch = from_theirs(table, config, tensors.__getitem__)
-    dtype = dtype_of(fetch("wte.weight"))
-    return Stored(config=config, fetch=fetch, tokenizer=None, dtype=dtype, account=explained)
+    """A model in tensors of these names and shapes, which `match_tensors` checks and explains."""
+    match = match_tensors(table, config, shapes, **explaining)
+    fetch = from_theirs(table, config, get)
+    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, dtype=dtype, tensors=match)
+
+
+def stored_state(
+    table: Sequence[WeightName], config: GPTConfig, state: Mapping[str, Tensor], **explaining: Any
+) -> Stored:
+    """A state dict under their names (any shapes) as a stored model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    stored = stored_under(table, config, shapes, state.__getitem__, **explaining)
+    return replace(stored, dtype=dtype_of(stored.fetch("wte.weight").dtype) or "float32")
 
 
 def first_tokens(count: int, fetch: Fetch) -> Fetch:
@@ -119,26 +147,26 @@ def first_tokens(count: int, fetch: Fetch) -> Fetch:
 
 
 def to_theirs(
-    table: Iterable[Row], config: GPTConfig, fetch: Fetch, dtype: torch.dtype
+    table: Iterable[WeightName], config: GPTConfig, fetch: Fetch, dtype: str
 ) -> list[Entry]:
     """Their tensors of a model, in the table's order; what the model does without is left out."""
-    ours, entries = parts(config), []
-    for row in rows(table, config):
-        part = ours[row.ours]
+    ours, entries = components_by_name(config), []
+    for name in per_layer(table, config):
+        part = ours[name.ours]
         if part.absent or part.tied:
             continue
-        for number, (name, shape) in enumerate(their_shapes(row, config, part.shape).items()):
-            get = partial(_part, row, number, config, fetch)
-            entries.append(Entry(name, shape, dtype, get))
+        for number, (theirs, shape) in enumerate(their_shapes(name, config, part.shape).items()):
+            get = partial(_cut_out, name, number, config, fetch)
+            entries.append(Entry(theirs, shape, dtype, get))
     return entries
 
 
-def _part(row: Row, number: int, config: GPTConfig, fetch: Fetch) -> Tensor:
-    """One of their tensors, cut out of ours and turned."""
-    tensor = fetch(row.ours)
-    if len(row.theirs) > 1:
+def _cut_out(name: WeightName, number: int, config: GPTConfig, fetch: Fetch) -> Tensor:
+    """One of their tensors, cut out of ours and transposed."""
+    tensor = fetch(name.ours)
+    if len(name.theirs) > 1:
         tensor = tensor.split(config.attention_rows)[number]
-    return tensor.t() if row.turned else tensor
+    return tensor.t() if name.transposed else tensor
 
 
 def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
@@ -146,10 +174,10 @@ def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
 
     An absent bias is zeros, and an untied head is the embedding that it was tied to.
     """
-    ours, theirs = parts(config), parts(wider)
+    ours, theirs = components_by_name(config), components_by_name(wider)
 
     def get(name: str) -> Tensor:
-        if name == "lm_head.weight" and config.tie_weights:
+        if ours[name].tied:
             return fetch("wte.weight")
         return torch.zeros(theirs[name].shape) if ours[name].absent else fetch(name)
 
@@ -200,63 +228,36 @@ def with_packed(stored: Stored, packed: Packed) -> Stored:
     return replace(stored, fetch=fetch, packed=packed)
 
 
-# Of a packed matrix: which part it is, and its numbers.
-PACKED_PARTS = {"words": (0, torch.int32), "scales": (1, torch.bfloat16)}
-
-
 def packed_entries(stored: Stored, packed: Packed) -> list[Entry]:
     """The tensors of a packed model's folder; what is not packed is in the model's own numbers."""
     entries = list[Entry]()
-    for name, shape in expected_tensors(stored.config, packed.bits).items():
+    for name, (shape, dtypes) in expected_tensors(stored.config, packed.bits).items():
         ours = name.removeprefix(PREFIX)
         module, _, kind = ours.rpartition(".")
-        get, dtype = partial(stored.fetch, ours), DTYPES[stored.dtype]
-        if kind in PACKED_PARTS:
-            number, dtype = PACKED_PARTS[kind]
-            get = partial(_packed_part, packed, module, number)
+        get, dtype = partial(stored.fetch, ours), stored.dtype
+        if kind in ("words", "scales"):
+            get, (dtype,) = partial(_fetch_packed, packed, module, kind), dtypes
         entries.append(Entry(name, shape, dtype, get))
     return entries
 
 
-def _packed_part(packed: Packed, module: str, number: int) -> Tensor:
-    return packed.fetch(module)[number]
+def _fetch_packed(packed: Packed, module: str, kind: str) -> Tensor:
+    words, scales = packed.fetch(module)
+    return words if kind == "words" else scales
 
 
-# -- safetensors
+# -- in a file of any format that keeps numbers as memory does
 
 
-def safetensors_reader(files: Iterable[Path]) -> tuple[dict[str, Shape], Fetch]:
-    """The shapes of all tensors in some files, and what fetches each.
-
-    A file is opened anew for each, since what has been looked at stays in memory until it closes.
-    """
-    shapes, place = dict[str, Shape](), dict[str, Path]()
-    for path in files:
-        found = tensor_shapes(path)
-        shapes |= found
-        place |= dict.fromkeys(found, path)
-
-    def get(name: str) -> Tensor:
-        try:
-            with safe_open(place[name], framework="pt") as file:
-                return file.get_tensor(name)
-        except SafetensorError as error:
-            raise DamagedError(f"{place[name]} is not a whole safetensors file: {error}") from error
-
-    return shapes, get
+def read_bytes(tensor: TensorInfo) -> np.ndarray:
+    """A tensor's bytes in its file; DamagedError where the file has become shorter."""
+    data = np.fromfile(tensor.file, np.uint8, tensor.bytes, offset=tensor.start)
+    if len(data) < tensor.bytes:
+        raise DamagedError(f"{tensor.file} is cut short: it became smaller while it was read")
+    return data
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
-    """Write tensors to a file, one at a time; `safetensors` itself wants all of them at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.bytes
-        words = {"dtype": HEADER_WORDS[entry.dtype], "shape": entry.shape}
-        header[entry.name] = {**words, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for entry in entries:
-            file.write(entry.read())
+def read_tensor(tensor: TensorInfo) -> Tensor:
+    """A tensor of any shape, in one of the number formats that models are stored in."""
+    data = torch.from_numpy(read_bytes(tensor))
+    return data.view(torch_dtype(dtype_in_header(tensor.dtype))).reshape(tensor.shape)

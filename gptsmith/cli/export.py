@@ -3,31 +3,18 @@
 import json
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from ..config.fields import REQUIRED, Bytes, setting
+from ..convert.formats import DTYPES, WRITABLE
+from ..machine.dtypes import dtype_named
 from ..machine.environment import return_freed_memory
 from .flags import Parser, add_flags, chosen
 from .opening import MODEL_HELP
 
-# As in the table of convert/formats.py, which takes longer to import than help may take.
-READABLE = "huggingface, nanogpt, book, llmc, gguf, tensorflow"
-WRITABLE = "huggingface, nanogpt, book, llmc, gguf, onnx"
-
-# What others call the number formats.
-OTHER_WORDS = {"f32": "float32", "fp32": "float32", "f16": "fp16", "float16": "fp16"}
-OTHER_WORDS |= {"bfloat16": "bf16"}
-
-
-def our_word(text: str) -> str:
-    """What we call a number format."""
-    return OTHER_WORDS.get(text.lower(), text.lower())
-
-
-NumberFormat = Annotated[Literal["float32", "fp16", "bf16"], our_word]
-WrittenFormat = Annotated[Literal["float32", "fp16", "bf16", "q8_0"], our_word]
-
+NumberFormat = Annotated[str, partial(dtype_named, known=DTYPES)]
 DTYPE_HELP = "number format of the weights (default: as stored)"
 SHARD_HELP = "largest file of weights of a Hugging Face folder, as 5GB (default: one file)"
 
@@ -36,11 +23,13 @@ SHARD_HELP = "largest file of weights of a Hugging Face folder, as 5GB (default:
 class ExportSettings:
     """What is written."""
 
-    to: str = setting(REQUIRED, f"one of {WRITABLE}", metavar="FORMAT")
+    to: str = setting(REQUIRED, f"one of {', '.join(WRITABLE)}", metavar="FORMAT")
     approximate: bool = setting(
         False, "write the nearest model that the format can express, where it cannot express all"
     )
-    dtype: WrittenFormat | None = setting(None, f"{DTYPE_HELP}; q8_0 is for gguf")
+    dtype: NumberFormat | None = setting(
+        None, f"{DTYPE_HELP}; q8_0 is for gguf", metavar="|".join(DTYPES)
+    )
     shard_size: Bytes | None = setting(None, SHARD_HELP)
     json: bool = setting(False, "write the report as JSON")
 
@@ -55,7 +44,7 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Write a model in the format of another tool."""
     settings = chosen(options, ExportSettings)
-    from ..convert import export_model
+    from ..convert.carry import export_model
 
     return_freed_memory()
     report = export_model(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.fields import Bytes, setting
+from ..convert.formats import FORMATS, READABLE
 from ..machine.environment import return_freed_memory
-from .export import DTYPE_HELP, READABLE, SHARD_HELP, NumberFormat, show
+from .export import DTYPE_HELP, SHARD_HELP, NumberFormat, show
 from .flags import Parser, add_flags, chosen
 
 
@@ -16,7 +17,7 @@ class ImportSettings:
 
     format: str | None = setting(
         None,
-        f"format of SOURCE: {READABLE} (default: recognised by its content)",
+        f"format of SOURCE: {', '.join(READABLE)} (default: recognised by its content)",
         flag="from",
         metavar="FORMAT",
     )
@@ -26,7 +27,9 @@ class ImportSettings:
         "where the vocabulary has its size)",
         metavar="NAME",
     )
-    dtype: NumberFormat | None = setting(None, DTYPE_HELP)
+    dtype: NumberFormat | None = setting(
+        None, DTYPE_HELP, metavar="|".join(FORMATS["huggingface"].dtypes)
+    )
     shard_size: Bytes | None = setting(None, SHARD_HELP)
     json: bool = setting(False, "write the report as JSON")
 
@@ -43,7 +46,7 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Bring a model from another format into a folder of our own."""
     settings = chosen(options, ImportSettings)
-    from ..convert import import_model
+    from ..convert.carry import import_model
 
     return_freed_memory()
     report = import_model(

@@ -12,6 +12,8 @@ from math import prod
 
 from .model import GPTConfig
 
+Shape = tuple[int, ...]
+
 FLOAT32 = 4  # bytes; weights, gradients and AdamW's state are always kept in it
 
 # What glibc's heap loses in holes between tensors of under 32 MiB, as a part of the activations:
@@ -24,7 +26,7 @@ class Component:
     """One weight or bias, named as in the model's state dict; matrices are (out, in)."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     formula: str  # the size, in the letters above: "3 * C * C"
     tied: bool = False  # the same tensor as wte.weight, so nothing more to store
     absent: bool = False  # what this configuration does without: biases, or norms' weights
@@ -205,6 +207,3 @@ def flops_per_token(config: GPTConfig, *, training: bool) -> float:
     attention = 4 * config.n_layer * config.n_embd * config.context_length
     forward = 2 * multiplied_parameters(config) + attention
     return float(3 * forward if training else forward)
-
-
-Shape = tuple[int, ...]

@@ -1,7 +1,7 @@
 """From TOML and words to settings, and back.
 
 A recipe is a TOML file with a table per section of RunSettings; `config.toml` in a run is the same
-file with every choice made. Nothing in one is ever executed. Standard library only.
+file with every choice made. Nothing in one is ever executed.
 """
 
 import math
@@ -12,6 +12,8 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
 
 from .fields import SettingError, suggestion
 from .model import GPTConfig, current_names, preset
@@ -220,25 +222,13 @@ def section_of(table: dict[str, Any], defaults: Any) -> Any:
 
 def to_toml(settings: RunSettings) -> str:
     """Settings as a file that `read_toml` reads back; absent choices are left out."""
-    lines = ["# Everything needed to repeat this run:  gptsmith train config.toml", ""]
+    document = {}
     for section in sections():
         part = getattr(settings, section)
-        lines.append(f"[{section}]")
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if value is not None or field.default is not None:
-                lines.append(f"{field.name} = {toml_value(value)}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def toml_value(value: Any) -> str:
-    """A string, number or boolean as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:  # TOML has no word for it; `parse_value` reads this one
-        return '"none"'
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
-    return repr(value)
+        document[section] = {
+            field.name: "none" if value is None else value  # TOML has no null
+            for field in fields(part)
+            if (value := getattr(part, field.name)) is not None or field.default is not None
+        }
+    heading = "# Everything needed to repeat this run:  gptsmith train config.toml\n\n"
+    return heading + tomli_w.dumps(document)

@@ -12,44 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import CAUSAL, NoWeight, Row
+from ..checkpoint.names import CAUSAL, NoWeights, weight_names
 from ..checkpoint.tensors import Stored, stored_state, to_theirs
 from ..config.model import GPTConfig
-from ..machine.dtypes import DTYPES
 from ..machine.files import read_json, write_json
-from .limits import only_gpt2_block, only_usual_mlp
 from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
 WEIGHTS, SIZES = "model.pth", "config.json"
 ENDINGS = (".pth", ".pt")
 
 _BLOCK = "trf_blocks.{}."
-# ours                              theirs
-NAMES = [
-    Row("wte.weight", ("tok_emb.weight",)),
-    Row("wpe.weight", ("pos_emb.weight",)),
-    Row("h.{}.ln_1.weight", (f"{_BLOCK}norm1.scale",)),
-    Row("h.{}.ln_1.bias", (f"{_BLOCK}norm1.shift",)),
-    *(
-        Row(
-            f"h.{{}}.attn.c_attn.{kind}",
-            tuple(f"{_BLOCK}att.W_{part}.{kind}" for part in ("query", "key", "value")),
-        )
-        for kind in ("weight", "bias")
-    ),
-    Row("h.{}.attn.c_proj.weight", (f"{_BLOCK}att.out_proj.weight",)),
-    Row("h.{}.attn.c_proj.bias", (f"{_BLOCK}att.out_proj.bias",)),
-    Row("h.{}.ln_2.weight", (f"{_BLOCK}norm2.scale",)),
-    Row("h.{}.ln_2.bias", (f"{_BLOCK}norm2.shift",)),
-    Row("h.{}.mlp.c_fc.weight", (f"{_BLOCK}ff.layers.0.weight",)),
-    Row("h.{}.mlp.c_fc.bias", (f"{_BLOCK}ff.layers.0.bias",)),
-    Row("h.{}.mlp.c_proj.weight", (f"{_BLOCK}ff.layers.2.weight",)),
-    Row("h.{}.mlp.c_proj.bias", (f"{_BLOCK}ff.layers.2.bias",)),
-    Row("ln_f.weight", ("final_norm.scale",)),
-    Row("ln_f.bias", ("final_norm.shift",)),
-    Row("lm_head.weight", ("out_head.weight",)),
-]
-MASKS = NoWeight(re.compile(r"trf_blocks\.[0-9]+\.att\.mask"), CAUSAL)
+NAMES = weight_names(
+    {  # ours: theirs
+        "wte": "tok_emb",
+        "wpe": "pos_emb",
+        "h.{}.ln_1": f"{_BLOCK}norm1",
+        "h.{}.attn.c_attn": tuple(f"{_BLOCK}att.W_{part}" for part in ("query", "key", "value")),
+        "h.{}.attn.c_proj": f"{_BLOCK}att.out_proj",
+        "h.{}.ln_2": f"{_BLOCK}norm2",
+        "h.{}.mlp.c_fc": f"{_BLOCK}ff.layers.0",
+        "h.{}.mlp.c_proj": f"{_BLOCK}ff.layers.2",
+        "ln_f": "final_norm",
+        "lm_head": "out_head",
+    },
+    norm=(".scale", ".shift"),
+)
+MASKS = NoWeights(re.compile(r"trf_blocks\.[0-9]+\.att\.mask"), CAUSAL)
 
 
 def recognise(path: Path) -> bool:
@@ -67,7 +55,7 @@ def read(path: Path) -> Stored:
     tensors = tensors_of(state_of(load_torch_file(file)), file)
     config = config_beside(file)
     return stored_state(
-        NAMES, config, tensors, place=file, kind="the book's GPTModel", ignored=MASKS
+        NAMES, config, tensors, source=file, kind="the book's GPTModel", ignored=MASKS
     )
 
 
@@ -113,14 +101,13 @@ def config_beside(file: Path) -> GPTConfig:
 
 def nearest(config: GPTConfig) -> GPTConfig:
     """The closest GPTModel: tanh GELU, a head of its own, biases but in query, key and value."""
-    only_gpt2_block(config, "the book")
-    only_usual_mlp(config, "the book")
     return replace(
         config,
         activation="gelu_tanh",
         bias=True,
         qkv_bias=config.has_qkv_bias,
         tie_weights=False,
+        n_inner=None,
         norm_eps=1e-5,
     )
 
@@ -128,8 +115,8 @@ def nearest(config: GPTConfig) -> GPTConfig:
 def write(stored: Stored, out: Path, dtype: str) -> None:
     """Write the state dict and its configuration dictionary into a folder."""
     config = stored.config
-    entries = to_theirs(NAMES, config, stored.fetch, DTYPES[dtype])
-    state = {entry.name: entry.fetch().to(entry.dtype).contiguous() for entry in entries}
+    entries = to_theirs(NAMES, config, stored.fetch, dtype)
+    state = {entry.name: entry.tensor() for entry in entries}
     P = config.context_length
     mask = torch.ones(P, P).triu(1)  # a buffer there, so a strict load asks for it
     state |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layer)}

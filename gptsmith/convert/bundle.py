@@ -15,11 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from ..config.cost import Shape
 from ..machine.files import DamagedError
-from .crc32c import crc32c, unmasked
 
 FOOTER = 48  # bytes: where two blocks are, and the magic number
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
@@ -71,7 +71,7 @@ class Bundle:
         path = self.file(variable.shard)
         count = prod(variable.shape)
         numbers = np.fromfile(path, "<f4", count, offset=variable.offset)
-        if numbers.size != count or crc32c(numbers) != unmasked(variable.checksum):
+        if numbers.size != count or checksum(numbers) != variable.checksum:
             raise DamagedError(f"{path} was changed since it was written: {name} differs")
         return numbers.reshape(variable.shape)
 
@@ -84,6 +84,12 @@ def is_index(path: Path) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
+
+
+def checksum(data: bytes | np.ndarray) -> int:
+    """The CRC-32C of some bytes or of an array, as files keep it: leveldb's `util/crc32c.h`."""
+    found = google_crc32c.value(data)
+    return ((found >> 15 | found << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def open_bundle(index: Path) -> Bundle:
@@ -240,7 +246,7 @@ def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
 def _block(data: bytes, start: int, size: int) -> bytes:
     """A block, checked."""
     block = _cut(data, start, size + TRAILER)
-    if crc32c(block[:-4]) != unmasked(int.from_bytes(block[-4:], "little")):
+    if checksum(block[:-4]) != int.from_bytes(block[-4:], "little"):
         raise DamagedError("a checksum differs")
     if block[size]:
         raise ValueError(f"it is compressed (kind {block[size]}), which TensorFlow never does")

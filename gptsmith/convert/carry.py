@@ -3,41 +3,83 @@
 Knows the formats by the verbs of their table alone.
 """
 
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import saved
+from ..checkpoint.folder import find_model
 from ..checkpoint.names import TIED
 from ..checkpoint.tensors import Stored, first_tokens, with_all
 from ..config.cost import weight_bytes
 from ..config.model import PRESETS
 from ..machine.files import file_written_whole, written_whole
+from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
-from .compare import largest_difference, logits, rounding_of, some_tokens
-from .formats import Place
-from .limits import losses
+from .formats import WRITABLE, FormatPath, check_dtype, check_name, find_source, nearest
 from .nanogpt import read_characters
-from .report import Report
+from .proof import ConversionReport, largest_difference, logits, rounding_of, some_tokens
 
 MEMORY_TO_SPARE = 500 * 10**6  # bytes, of the GB that a conversion may take beyond the weights
 PADDED_TO = (64, 128)  # multiples of rows that vocabularies are padded to, for speed
 
 
+# -- what can be asked for
+
+
+def read(path: str | Path, *, format: str | None = None) -> tuple[GPT, Tokenizer | None]:
+    """The model and tokenizer of a file or folder in any readable format, in evaluation mode."""
+    source = find_source(Path(path), format)
+    stored, _ = without_padding(stored_at(source), source.path)
+    return saved.build(stored), stored.tokenizer
+
+
+def import_model(
+    path: Path,
+    out: Path,
+    *,
+    format: str | None = None,
+    tokenizer: str | None = None,
+    **choices: Any,
+) -> ConversionReport:
+    """Carry a model from any readable format to a new folder of our own; `carry` has the choices.
+
+    `tokenizer` replaces the source's: "gpt2", "byte", a folder, a `meta.pkl`, or "none".
+    """
+    source = find_source(path, format)
+    stored, padding = without_padding(stored_at(source, tokenizer), path)
+    target = FormatPath(out, "huggingface")
+    return carry(stored, source, target, padding=padding, run_original=True, **choices)
+
+
+def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> ConversionReport:
+    """Carry a MODEL to a new file or folder of another format; `carry` has the choices."""
+    target = FormatPath(out, check_name(to, WRITABLE, "written"))
+    source = FormatPath(find_model(model), "huggingface")
+    stored = saved.open_folder(source.path)
+    if stored.packed is not None:
+        warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
+        stored = replace(stored, packed=None)
+    return carry(stored, source, target, **choices)
+
+
 # -- the model and its tokenizer, as a pair
 
 
-def stored_at(source: Place, tokenizer: str | None = None) -> Stored:
+def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
     """What a source holds, with the tokenizer that is named instead of its own.
 
     Where there is neither, and the vocabulary has GPT-2's size, it is taken for GPT-2's.
     """
-    stored = source.format.module.read(source.path)
-    if TIED in stored.account.ignored.values() and not torch.equal(
+    stored = source.module.read(source.path)
+    if TIED in stored.tensors.ignored.values() and not torch.equal(
         stored.fetch("lm_head.weight"), stored.fetch("wte.weight")
     ):
         raise ValueError(f"{source.path}: the head is tied to the embedding, but is another tensor")
@@ -63,7 +105,7 @@ def padded_sizes(vocab_size: int) -> set[int]:
     return {vocab_size, *(-(-vocab_size // step) * step for step in PADDED_TO)}
 
 
-def without_padding(stored: Stored, place: Path) -> tuple[Stored, int]:
+def without_padding(stored: Stored, source: Path) -> tuple[Stored, int]:
     """The model without the rows beyond its tokenizer's ids, and how many those were.
 
     ValueError where there are more of them than padding for speed explains, or too few rows.
@@ -74,8 +116,8 @@ def without_padding(stored: Stored, place: Path) -> tuple[Stored, int]:
     V, rows = tokenizer.vocab_size, config.vocab_size
     if rows not in padded_sizes(V):
         raise ValueError(
-            f"{place}: the tokenizer has {V:,} tokens and the embedding {rows:,} rows: they are no "
-            "pair; name the right one with --tokenizer, or none"
+            f"{source}: the tokenizer has {V:,} tokens and the embedding {rows:,} rows: they are "
+            "no pair; name the right one with --tokenizer, or none"
         )
     fetch = first_tokens(V, stored.fetch)
     return replace(stored, config=replace(config, vocab_size=V), fetch=fetch), rows - V
@@ -86,15 +128,15 @@ def without_padding(stored: Stored, place: Path) -> tuple[Stored, int]:
 
 def carry(
     stored: Stored,
-    source: Place,
-    target: Place,
+    source: FormatPath,
+    target: FormatPath,
     *,
     dtype: str | None = None,
     approximate: bool = False,
     shard_bytes: int | None = None,
     padding: int = 0,
     run_original: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Write a stored model in the target's format, all or nothing, and compare the logits.
 
     ValueError where the format cannot say what the model is, unless `approximate`, and where an
@@ -102,8 +144,7 @@ def carry(
     were left out of its vocabulary.
     """
     dtype = check_dtype(target, dtype, stored.dtype)
-    nearest = target.format.module.nearest(stored.config)
-    lost = losses(stored.config, nearest)
+    near, lost = nearest(stored.config, target)
     if lost and not approximate:
         raise ValueError(
             f"{target.format.title}: no way to say {'; '.join(lost)}; "
@@ -111,15 +152,15 @@ def carry(
         )
     if shard_bytes is not None and not target.format.ours:
         raise ValueError(f"{target.format.title}: never cut into shards, so leave that out")
-    near = replace(
-        stored, config=nearest, fetch=with_all(stored.config, stored.fetch, nearest), dtype=dtype
-    )
+    fetch = with_all(stored.config, stored.fetch, near)
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    with opened(target) as temporary:
-        target.format.module.write(near, temporary, dtype, **options)
+    with whole(target) as temporary:
+        target.module.write(
+            replace(stored, config=near, fetch=fetch, dtype=dtype), temporary, dtype, **options
+        )
         tokens = some_tokens(stored.config)
-        before, written = logits(stored, tokens), Place(temporary, target.name)
-        after, tokenizer = read_back(written, stored, tokens)
+        before = logits(stored, tokens)
+        after, tokenizer = read_back(FormatPath(temporary, target.name), stored, tokens)
         difference = largest_difference(before, after)
         exact = not lost and dtype in ("float32", stored.dtype)
         if not (difference <= rounding_of(before) if exact else isfinite(difference)):
@@ -128,7 +169,7 @@ def carry(
             )
         original = "" if not run_original else compare_original(source, stored, tokens, before)
         size = bytes_in(temporary)
-    return Report(
+    return ConversionReport(
         source=str(source.path),
         source_format=source.format.title,
         target=str(target.path),
@@ -136,7 +177,7 @@ def carry(
         dtype=dtype,
         bytes=size,
         config=stored.config,
-        account=stored.account,
+        tensors=stored.tensors,
         lost=tuple(lost),
         padding=padding,
         tokenizer=tokenizer,
@@ -145,35 +186,23 @@ def carry(
     )
 
 
-def opened(target: Place) -> AbstractContextManager[Path]:
+def whole(target: FormatPath) -> AbstractContextManager[Path]:
     """A temporary place for a new file or folder, which takes its name once it is whole."""
     if target.format.is_file:
         return file_written_whole(target.path)
     return written_whole(target.path, manifest=target.format.ours)
 
 
-def check_dtype(target: Place, wanted: str | None, stored: str) -> str:
-    """The number format to write: the one wanted, the one stored, or float32."""
-    dtypes = target.format.dtypes
-    if wanted is None:
-        return stored if stored in dtypes else "float32"
-    if wanted not in dtypes:
-        can = ", ".join(dtypes)
-        raise ValueError(f"{target.format.title}: written in {can}, not in {wanted}")
-    return wanted
-
-
-def read_back(written: Place, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
+def read_back(written: FormatPath, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
     """The logits of what was written, and in words what became of the tokenizer.
 
     (B, T) -> (B, T, V)
     """
-    module = written.format.module
-    if written.format.can("read"):
-        copy = module.read(written.path)
+    if written.format.readable:
+        copy = written.module.read(written.path)
         after, held = logits(copy, tokens), copy.tokenizer
     else:
-        after, held = module.run(written.path, tokens), None
+        after, held = written.module.run(written.path, tokens), None
         if (written.path / "tokenizer.json").is_file():
             held = load_tokenizer(written.path)
     if stored.tokenizer is None:
@@ -186,25 +215,24 @@ def read_back(written: Place, stored: Stored, tokens: Tensor) -> tuple[Tensor, s
     return after, words
 
 
-def compare_original(source: Place, stored: Stored, tokens: Tensor, ours: Tensor) -> str:
+def compare_original(source: FormatPath, stored: Stored, tokens: Tensor, ours: Tensor) -> str:
     """In words, how far our logits are from those of the system that the source belongs to.
 
     ValueError where that is further than rounding explains. It is not run where its float32 weights
     would take far more memory than the source has bytes.  (B, T), (B, T, V)
     """
-    if not source.format.can("run"):
+    runner = source.format.runner
+    if not runner:
         return "not compared with the original, which takes its own code to run"
-    if find_spec(source.format.runner) is None:
-        return f"not compared with the original: {source.format.runner} is not installed"
+    if find_spec(runner) is None:
+        return f"not compared with the original: {runner} is not installed"
     if weight_bytes(stored.config) > bytes_in(source.path) + MEMORY_TO_SPARE:
         return "not compared with the original, whose weights in float32 would take too much memory"
-    theirs = source.format.module.run(source.path, tokens)[..., : ours.shape[-1]]
+    theirs = source.module.run(source.path, tokens)[..., : ours.shape[-1]]
     difference = largest_difference(ours, theirs)
     if not difference <= rounding_of(theirs):
-        raise ValueError(
-            f"{source.path}: {source.format.runner} computes other logits, by {difference:.2g}"
-        )
-    return f"largest difference to the original, run by {source.format.runner}: {difference:.2g}"
+        raise ValueError(f"{source.path}: {runner} computes other logits, by {difference:.2g}")
+    return f"largest difference to the original, run by {runner}: {difference:.2g}"
 
 
 def bytes_in(path: Path) -> int:

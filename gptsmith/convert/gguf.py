@@ -7,7 +7,6 @@ hold them to.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,54 +15,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import Row, account
+from ..checkpoint.names import TensorInfo, weight_names
 from ..checkpoint.tensors import (
     VOCABULARY,
     Entry,
     Fetch,
     Stored,
     first_tokens,
-    from_theirs,
+    read_bytes,
+    read_tensor,
+    stored_under,
     to_theirs,
 )
 from ..config.model import GPTConfig
-from ..machine.files import DamagedError
-from .gguf_header import MAGIC, Place, header, library
-from .gguf_tokenizer import add_tokenizer, check_tokenizer, read_tokenizer
+from ..machine.dtypes import NUMBER_FORMATS, STORED, dtype_in_header
+from ..machine.files import DamagedError, chunks
+from .formats import FORMATS
+from .gguf_header import MAGIC, library, read_header
+from .gguf_tokenizer import check_tokenizer, read_tokenizer, write_tokenizer
 
 ARCHITECTURE = "gpt2"
-DTYPES = ("float32", "fp16", "bf16", "q8_0")  # what `write` can be asked for
+DTYPES = FORMATS["gguf"].dtypes
 
-_BLOCK = {  # ours: theirs
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-NAMES = [
-    Row("wte.weight", ("token_embd.weight",)),
-    Row("wpe.weight", ("position_embd.weight",)),
-    *(
-        Row(f"h.{{}}.{ours}.{part}", (f"blk.{{}}.{theirs}.{part}",))
-        for ours, theirs in _BLOCK.items()
-        for part in ("weight", "bias")
-    ),
-    Row("ln_f.weight", ("output_norm.weight",)),
-    Row("ln_f.bias", ("output_norm.bias",)),
-    Row("lm_head.weight", ("output.weight",)),
-]
+NAMES = weight_names(
+    {  # ours: theirs
+        "wte": "token_embd",
+        "wpe": "position_embd",
+        "h.{}.ln_1": "blk.{}.attn_norm",
+        "h.{}.attn.c_attn": "blk.{}.attn_qkv",
+        "h.{}.attn.c_proj": "blk.{}.attn_output",
+        "h.{}.ln_2": "blk.{}.ffn_norm",
+        "h.{}.mlp.c_fc": "blk.{}.ffn_up",
+        "h.{}.mlp.c_proj": "blk.{}.ffn_down",
+        "ln_f": "output_norm",
+        "lm_head": "output",
+    }
+)
 
-# llama.cpp's words, by our word for a number format: of a tensor, and of a file that is mostly so.
-TENSOR_TYPES = {"float32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-FILE_TYPES = {
-    "float32": "ALL_F32",
-    "fp16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-}
-TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# llama.cpp's words for the numbers of a tensor: those that we read, and those in our own formats.
+TYPES = [NUMBER_FORMATS[dtype].header for dtype in DTYPES]
+PLAIN = {NUMBER_FORMATS[dtype].header: dtype for dtype in STORED}
 Q8_BLOCK = 32  # numbers of one row that share a scale
 
 # Our key, where a token was added that the model does not have; llama.cpp passes over it.
@@ -124,14 +115,15 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         writer.add_uint32(OWN_VOCABULARY, config.vocab_size)
         writer.add_array("tokenizer.ggml.suppress_tokens", [config.vocab_size])
         config, fetch = replace(config, vocab_size=config.vocab_size + 1), with_a_row(fetch)
-    describe(writer, config, gguf.LlamaFileType[FILE_TYPES[dtype]])
-    add_tokenizer(writer, stored.tokenizer, config.vocab_size)
-    entries = to_theirs(NAMES, config, fetch, torch.float32)
-    types = [gguf.GGMLQuantizationType[tensor_type(entry, dtype)] for entry in entries]
+    add_config(writer, config, dtype)
+    write_tokenizer(writer, stored.tokenizer, config.vocab_size)
+    entries = to_theirs(NAMES, config, fetch, "float32")
+    types = [tensor_type(entry, dtype) for entry in entries]
     for entry, type in zip(entries, types, strict=True):
-        block, size = gguf.GGML_QUANT_SIZES[type]
-        bytes = prod(entry.shape) // block * size
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), bytes, type)
+        numbers = gguf.GGMLQuantizationType[type]
+        block, size = gguf.GGML_QUANT_SIZES[numbers]
+        size = prod(entry.shape) // block * size
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, numbers)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -142,10 +134,11 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         writer.close()
 
 
-def describe(writer: Any, config: GPTConfig, file_type: int) -> None:
-    """Add what a file says of its model."""
+def add_config(writer: Any, config: GPTConfig, dtype: str) -> None:
+    """Add what a file says of its model, most of whose numbers are in `dtype`."""
+    mostly = "ALL" if dtype == "float32" else "MOSTLY"
     writer.add_name("GPT-2")
-    writer.add_file_type(file_type)
+    writer.add_file_type(library().LlamaFileType[f"{mostly}_{NUMBER_FORMATS[dtype].header}"])
     writer.add_quantization_version(library().GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context_length)
@@ -165,16 +158,15 @@ def tensor_type(entry: Entry, dtype: str) -> str:
         return "F32"
     if dtype == "q8_0" and entry.shape[-1] % Q8_BLOCK:
         return "F16"
-    return TENSOR_TYPES[dtype]
+    return NUMBER_FORMATS[dtype].header
 
 
-def encoded(entry: Entry, type: Any, gguf: Any) -> np.ndarray:
+def encoded(entry: Entry, type: str, gguf: Any) -> np.ndarray:
     """A tensor as the bytes that the file has."""
-    if type.name in TORCH_TYPES:
-        raw = entry._replace(dtype=TORCH_TYPES[type.name]).read()
-        return np.frombuffer(raw, np.uint8)
+    if type in PLAIN:
+        return np.frombuffer(entry._replace(dtype=PLAIN[type]).read(), np.uint8)
     numbers = np.frombuffer(entry.read(), np.float32).reshape(entry.shape)
-    return gguf.quants.quantize(numbers, type)
+    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[type])
 
 
 def with_a_row(fetch: Fetch) -> Fetch:
@@ -197,33 +189,40 @@ def read(path: Path) -> Stored:
 
     A head that says the same as the embedding is tied, as llama.cpp's converter writes it twice.
     """
-    values, places = header(path)
+    values, tensors = read_header(path)
     if (got := values.get("general.architecture")) != ARCHITECTURE:
         raise ValueError(f"{path} holds a model of kind {got!r}: only 'gpt2' is understood")
     if (parts := values.get("split.count", 1)) != 1:
         raise ValueError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
-    config = read_config(path, values, places)
-    found = {name: place.shape for name, place in places.items()}
-    result = account(NAMES, config, found, place=path, says="its header")
-    for name, place in places.items():
-        if place.type not in TENSOR_TYPES.values():
-            known = ", ".join(TENSOR_TYPES.values())
-            raise ValueError(f"{path}: {name} is in {place.type}: only {known} are understood")
-    fetch = from_theirs(NAMES, config, lambda name: read_tensor(path, places[name]))
+    config = config_of(path, values, tensors)
+    stored = stored_under(
+        NAMES,
+        config,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        lambda name: read_numbers(tensors[name]),
+        source=path,
+        says="its header",
+    )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES:
+            known = ", ".join(TYPES)
+            raise ValueError(f"{path}: {name} is in {tensor.dtype}: only {known} are understood")
     own = values.get(OWN_VOCABULARY, config.vocab_size)
     if not isinstance(own, int) or not 1 <= own <= config.vocab_size:
         raise ValueError(f"{path} says {OWN_VOCABULARY} {own!r}, of {config.vocab_size:,} tokens")
-    largest = max(places.values(), key=lambda place: prod(place.shape))
-    return Stored(
+    largest = max(tensors.values(), key=lambda tensor: prod(tensor.shape))
+    return replace(
+        stored,
+        dtype=dtype_in_header(largest.dtype),
         config=replace(config, vocab_size=own),
-        fetch=first_tokens(own, fetch),
+        fetch=first_tokens(own, stored.fetch),
         tokenizer=read_tokenizer(path, values, own),
-        dtype={"F16": "fp16", "BF16": "bf16"}.get(largest.type, "float32"),
-        account=result,
     )
 
 
-def read_config(path: Path, values: Mapping[str, Any], places: Mapping[str, Place]) -> GPTConfig:
+def config_of(
+    path: Path, values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> GPTConfig:
     """The model that a header describes."""
 
     def number(name: str, otherwise: Any = None) -> Any:
@@ -235,7 +234,7 @@ def read_config(path: Path, values: Mapping[str, Any], places: Mapping[str, Plac
     heads, width = number("attention.head_count"), number("embedding_length")
     if (keys := number("attention.head_count_kv", heads)) != heads:
         raise ValueError(f"{path} has {keys} heads of keys, but {heads} of queries: no GPT-2 has")
-    inner, head = number("feed_forward_length"), places.get("output.weight")
+    inner, head = number("feed_forward_length"), tensors.get("output.weight")
     tokens = values.get("tokenizer.ggml.tokens")
     if tokens is not None and not isinstance(tokens, list):
         raise DamagedError(f"{path} is not a whole GGUF file: its tokens are no list")
@@ -248,7 +247,7 @@ def read_config(path: Path, values: Mapping[str, Any], places: Mapping[str, Plac
             n_head=heads,
             n_embd=width,
             n_inner=inner,
-            tie_weights=head is None or same_bytes(path, head, places.get("token_embd.weight")),
+            tie_weights=head is None or same_bytes(head, tensors.get("token_embd.weight")),
             norm_eps=shortest(epsilon) if isinstance(epsilon, float) else epsilon,
         )
     except ValueError as error:
@@ -256,30 +255,19 @@ def read_config(path: Path, values: Mapping[str, Any], places: Mapping[str, Plac
     return replace(config, n_inner=None) if inner == 4 * width else config
 
 
-def read_tensor(path: Path, place: Place) -> Tensor:
-    """One tensor, in the numbers of the file, or in float32 where they come in blocks."""
-    with path.open("rb") as file:
-        file.seek(place.start)
-        data = np.fromfile(file, np.uint8, place.bytes)
-    if len(data) < place.bytes:
-        raise DamagedError(f"{path} is cut short: it became smaller while it was read")
-    if place.type in TORCH_TYPES:
-        return torch.from_numpy(data).view(TORCH_TYPES[place.type]).reshape(place.shape)
+def read_numbers(tensor: TensorInfo) -> Tensor:
+    """A tensor in the numbers of the file, or in float32 where they come in blocks.  Any shape"""
+    if tensor.dtype in PLAIN:
+        return read_tensor(tensor)
     gguf = library()
-    blocks = data.reshape(*place.shape[:-1], -1)
-    return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[place.type]))
+    blocks = read_bytes(tensor).reshape(*tensor.shape[:-1], -1)
+    numbers = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[tensor.dtype])
+    return torch.from_numpy(numbers)
 
 
-def same_bytes(path: Path, one: Place, other: Place | None) -> bool:
-    """Whether two tensors of a file are the same, looked at one piece at a time."""
-    if other is None or (one.shape, one.type) != (other.shape, other.type):
+def same_bytes(one: TensorInfo, other: TensorInfo | None) -> bool:
+    """Whether two tensors are the same, looked at one chunk at a time."""
+    if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    with path.open("rb") as file:
-        for start, end in pairwise([*range(0, one.bytes, 1 << 20), one.bytes]):
-            pieces = []
-            for place in (one, other):
-                file.seek(place.start + start)
-                pieces.append(file.read(end - start))
-            if pieces[0] != pieces[1]:
-                return False
-    return True
+    pairs = zip(*(chunks(each.file, each.start, each.bytes) for each in (one, other)), strict=True)
+    return all(left == right for left, right in pairs)

@@ -41,7 +41,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add the tokenizer, as a BPE over bytes that splits text as GPT-2's does."""
     texts = {id: token for token, id in tokenizer.vocab.items()}
     if tokenizer.kind == "char":

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import saved
-from ..checkpoint.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_config
+from ..checkpoint.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, match_unpacked, read_config
 from ..checkpoint.tensors import Stored
 from ..config.model import GPTConfig
+from ..machine.devices import dtype_of
 from ..machine.files import read_json
 from ..tokenizers import Tokenizer, tokenizer_in
 from .pickles import load_torch_file, tensors_of
@@ -60,7 +61,9 @@ def from_pickles(folder: Path) -> Stored:
             raise FileNotFoundError(f"{folder / name} is missing, though the index lists it")
         tensors |= tensors_of(load_torch_file(folder / name), folder / name)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return saved.stored_in(folder, config, shapes, tensors.__getitem__)
+    match = match_unpacked(folder, config, shapes)
+    stored = saved.stored_unpacked(folder, config, match, tensors, tensors.__getitem__)
+    return replace(stored, dtype=dtype_of(stored.fetch("wte.weight").dtype) or "float32")
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.names import GPT2, MASKS, PREFIX, full_name, parts
+from ..checkpoint.names import MASKS, OURS, PREFIX, full_name
 from ..checkpoint.tensors import Stored, stored_state, to_theirs
+from ..config.cost import components
 from ..config.model import GPTConfig
-from ..machine.dtypes import DTYPES
 from ..tokenizers import Tokenizer, character_level
-from .limits import only_gpt2_block, only_usual_mlp
 from .pickles import is_torch_file, load_plain_pickle, load_torch_file, save_torch_file, tensors_of
 
 CHECKPOINT, CHARACTERS = "ckpt.pt", "meta.pkl"
-NAMES = [row._replace(turned=False) for row in GPT2]  # GPT-2's names, our orientation
 SIZES = {  # theirs: ours
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -52,7 +50,7 @@ def read(path: Path) -> Stored:
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     config = config_of(checkpoint["model_args"], file)
     stored = stored_state(
-        NAMES, config, tensors, place=file, kind="nanoGPT", says="its model_args", ignored=MASKS
+        OURS, config, tensors, source=file, kind="nanoGPT", says="its model_args", ignored=MASKS
     )
     return replace(stored, tokenizer=characters_beside(file, checkpoint.get("config")))
 
@@ -97,14 +95,13 @@ def read_characters(path: Path) -> Tokenizer:
 
 def nearest(config: GPTConfig) -> GPTConfig:
     """The closest model of nanoGPT's: erf GELU, tied, biases everywhere or nowhere."""
-    only_gpt2_block(config, "nanoGPT")
-    only_usual_mlp(config, "nanoGPT")
     return replace(
         config,
         activation="gelu_erf",
         tie_weights=True,
         bias=config.bias or config.has_qkv_bias,
         qkv_bias=None,
+        n_inner=None,
         norm_eps=1e-5,
     )
 
@@ -116,8 +113,8 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     for them; without any it names none, and sample.py takes GPT-2's tokens.
     """
     config, tokenizer = stored.config, stored.tokenizer
-    entries = to_theirs(NAMES, config, stored.fetch, DTYPES[dtype])
-    state = {full_name(entry.name): entry.fetch().to(entry.dtype).contiguous() for entry in entries}
+    entries = to_theirs(OURS, config, stored.fetch, dtype)
+    state = {full_name(entry.name): entry.tensor() for entry in entries}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     checkpoint = {
         "model": state,
@@ -140,7 +137,7 @@ def fresh_optimizer(config: GPTConfig) -> dict[str, Any]:
 
     Matrices decay and are its first group; the rest, biases and norms, are its second.
     """
-    shapes = [part.shape for part in parts(config).values() if not (part.absent or part.tied)]
+    shapes = [part.shape for part in components(config) if part.count]
     groups: list[dict[str, Any]] = [
         {"params": [nn.Parameter(torch.empty(0)) for shape in shapes if len(shape) in dimensions]}
         for dimensions in ((2,), (1,))

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import parts
+from ..checkpoint.names import OURS
 from ..checkpoint.saved import write_description
-from ..checkpoint.tensors import Entry, Stored
+from ..checkpoint.tensors import Entry, Stored, to_theirs
 from ..config.model import GPTConfig
-from ..machine.dtypes import DTYPES
 from ..model.modern import rotation_at
 
 MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
@@ -34,7 +33,7 @@ MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights
 # The first set of operators with Gelu, and the file format that came with it: both of ONNX 1.15.
 OPERATORS, FORMAT = 20, 9
 FLOAT, INT64, FLOAT16 = 1, 7, 10  # ONNX's numbers for formats of numbers: TensorProto.DataType
-ELEMENTS = {torch.float32: FLOAT, torch.float16: FLOAT16}
+ELEMENTS = {"float32": FLOAT, "fp16": FLOAT16}
 PAGE = 4096  # bytes; where a tensor should begin, so that it can be mapped (ONNX's ExternalData.md)
 ROTATION = "rotation"  # the one table that is no weight of ours: rotation_at every position
 
@@ -90,7 +89,7 @@ class Graph:
 
     def weight(self, name: str) -> str:
         """A tensor of ours, in float32 however it is stored."""
-        if self.weights[name].dtype == torch.float32:
+        if self.weights[name].dtype == "float32":
             return name
         cast = f"{name}.Cast"  # once, though the embedding may also be the head
         if not any(node.name == cast for node in self.nodes):
@@ -260,7 +259,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
 
     With "fp16" the weights are halved on disk; every step still computes in float32.
     """
-    if DTYPES.get(dtype) not in ELEMENTS:
+    if dtype not in ELEMENTS:
         raise ValueError(f"ONNX weights in {dtype} are not written: choose float32 or fp16")
     config, weights = stored.config, entries(stored, dtype)
     offsets = offsets_of(weights)
@@ -277,15 +276,11 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
 def entries(stored: Stored, dtype: str) -> list[Entry]:
     """The tensors of `weights.bin`, under our names; a tied head is the embedding."""
     config = stored.config
-    found = [
-        Entry(part.name, part.shape, DTYPES[dtype], partial(stored.fetch, part.name))
-        for part in parts(config).values()
-        if not part.absent and not part.tied
-    ]
+    found = to_theirs(OURS, config, stored.fetch, dtype)
     if config.modern:
         P, D = config.context_length, config.head_size
         table = partial(rotation_at, torch.arange(P), D)
-        found.append(Entry(ROTATION, (2, P, 1, D // 2), torch.float32, table))
+        found.append(Entry(ROTATION, (2, P, 1, D // 2), "float32", table))
     return found
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import NoWeight, Row, account
-from ..checkpoint.tensors import Stored, from_theirs
+from ..checkpoint.names import NoWeights, weight_names
+from ..checkpoint.tensors import Stored, stored_under
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..machine.files import read_json
@@ -30,28 +30,26 @@ NUMBERS = {
 }
 
 _LAYER = "model/h{}/"
-# ours                                theirs                                    turned
-NAMES = [  # a matrix has a leading axis of 1 there, for a convolution: not counted here
-    Row("wte.weight", ("model/wte",)),
-    Row("wpe.weight", ("model/wpe",)),
-    Row("h.{}.ln_1.weight", (f"{_LAYER}ln_1/g",)),
-    Row("h.{}.ln_1.bias", (f"{_LAYER}ln_1/b",)),
-    Row("h.{}.attn.c_attn.weight", (f"{_LAYER}attn/c_attn/w",), turned=True),
-    Row("h.{}.attn.c_attn.bias", (f"{_LAYER}attn/c_attn/b",)),
-    Row("h.{}.attn.c_proj.weight", (f"{_LAYER}attn/c_proj/w",), turned=True),
-    Row("h.{}.attn.c_proj.bias", (f"{_LAYER}attn/c_proj/b",)),
-    Row("h.{}.ln_2.weight", (f"{_LAYER}ln_2/g",)),
-    Row("h.{}.ln_2.bias", (f"{_LAYER}ln_2/b",)),
-    Row("h.{}.mlp.c_fc.weight", (f"{_LAYER}mlp/c_fc/w",), turned=True),
-    Row("h.{}.mlp.c_fc.bias", (f"{_LAYER}mlp/c_fc/b",)),
-    Row("h.{}.mlp.c_proj.weight", (f"{_LAYER}mlp/c_proj/w",), turned=True),
-    Row("h.{}.mlp.c_proj.bias", (f"{_LAYER}mlp/c_proj/b",)),
-    Row("ln_f.weight", ("model/ln_f/g",)),
-    Row("ln_f.bias", ("model/ln_f/b",)),
-]
+NAMES = weight_names(  # a matrix has a leading axis of 1 there, for a convolution: not counted here
+    {  # ours: theirs
+        "wte": "model/wte",
+        "wpe": "model/wpe",
+        "h.{}.ln_1": f"{_LAYER}ln_1",
+        "h.{}.attn.c_attn": f"{_LAYER}attn/c_attn",
+        "h.{}.attn.c_proj": f"{_LAYER}attn/c_proj",
+        "h.{}.ln_2": f"{_LAYER}ln_2",
+        "h.{}.mlp.c_fc": f"{_LAYER}mlp/c_fc",
+        "h.{}.mlp.c_proj": f"{_LAYER}mlp/c_proj",
+        "ln_f": "model/ln_f",
+    },
+    embedding="",
+    norm=("/g", "/b"),
+    linear=("/w", "/b"),
+    transposed=True,
+)
 
 # What a Saver of all variables keeps besides weights, as tf.train.AdamOptimizer calls it.
-TRAINING = NoWeight(
+TRAINING = NoWeights(
     re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?"), "of the optimizer's, no weight"
 )
 
@@ -69,25 +67,26 @@ def read(path: Path) -> Stored:
 
     `n_head` alone cannot be checked, since no tensor's shape tells it.
     """
-    config = read_config(path / HPARAMS)
+    config = config_of(path / HPARAMS)
     bundle = open_bundle(find_index(path))
     shapes = {name: without_leading_one(v.shape) for name, v in bundle.variables.items()}
-    explained = account(
-        NAMES,
-        config,
-        shapes,
-        place=bundle.index,
-        says=HPARAMS,
-        ignored=TRAINING,
-    )
-    for name in explained.read:
-        bundle.check_float32(name)
 
     def get(name: str) -> Tensor:
         return torch.from_numpy(bundle.read(name).reshape(shapes[name]))
 
-    fetch, tokenizer = from_theirs(NAMES, config, get), tokenizer_in(path)
-    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, account=explained)
+    stored = stored_under(
+        NAMES,
+        config,
+        shapes,
+        get,
+        tokenizer=vocabulary_in(path),
+        source=bundle.index,
+        says=HPARAMS,
+        ignored=TRAINING,
+    )
+    for name in stored.tensors.read:
+        bundle.check_float32(name)
+    return stored
 
 
 def without_leading_one(shape: Shape) -> Shape:
@@ -95,7 +94,7 @@ def without_leading_one(shape: Shape) -> Shape:
     return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
-def read_config(path: Path) -> GPTConfig:
+def config_of(path: Path) -> GPTConfig:
     """The model that a hparams.json describes: five numbers, and GPT-2 in everything else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {HPARAMS}: copy the one of its GPT-2")
@@ -127,7 +126,7 @@ def find_index(folder: Path) -> Path:
     return found[0]
 
 
-def tokenizer_in(folder: Path) -> Tokenizer | None:
+def vocabulary_in(folder: Path) -> Tokenizer | None:
     """The tokenizer of encoder.json and vocab.bpe, or None where there is neither."""
     both = folder / "encoder.json", folder / "vocab.bpe"
     return from_files(*both) if any(path.is_file() for path in both) else None

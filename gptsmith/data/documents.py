@@ -1,4 +1,4 @@
-"""What the text of a source is: documents, given as pieces.
+"""What the text of a source is: documents, given a chunk at a time.
 
 Knows nothing of tokens or of where sources come from. A document of any length needs only a
 megabyte or so of memory, and every error says the place.
@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..config.fields import suggestion
-from .sources import READ_BYTES, Source
+from ..machine.files import CHUNK_BYTES, chunks
+from .sources import Source
 
 PARQUET_ROWS = 256  # at once
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some text of a document."""
 
     text: str
@@ -26,36 +27,36 @@ class Piece(NamedTuple):
     ends: bool  # whether the document ends here
 
 
-def pieces(
+def read_documents(
     source: Source,
     *,
     field: str = "text",
     encoding: str = "utf-8",
     stop: int | None = None,
     digest: "hashlib._Hash | None" = None,
-) -> Iterator[Piece]:
-    """The documents of a source, in pieces; one without any text is no document.
+) -> Iterator[Chunk]:
+    """The documents of a source, in chunks; one without any text is no document.
 
-    A text has a piece that ends at byte `stop`, moved forward to the end of a character. All bytes
+    A text has a chunk that ends at byte `stop`, moved forward to the end of a character. All bytes
     that are read go to `digest` too. ValueError in one line for text that cannot be read.
     """
     if source.kind == "parquet":
         return parquet_rows(source, field, digest)
     if source.content is not None:
         encoding = "utf-8"
-    chunks = decoded(source, checked_encoding(encoding), stop, digest)
+    texts = decoded_text(source, checked_encoding(encoding), stop, digest)
     if source.kind == "jsonl":
-        return jsonl_rows(source, chunks, field)
-    return text_pieces(source, chunks)
+        return jsonl_rows(source, texts, field)
+    return whole_text(source, texts)
 
 
-def text_pieces(source: Source, chunks: Iterator[tuple[str, int]]) -> Iterator[Piece]:
+def whole_text(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Chunk]:
     """A file that is one document."""
     read = 0
-    for text, read in chunks:
-        yield Piece(text, read, False)
+    for text, read in texts:
+        yield Chunk(text, read, False)
     if read:
-        yield Piece("", source.size, True)
+        yield Chunk("", source.size, True)
 
 
 def checked_encoding(name: str) -> str:
@@ -72,7 +73,7 @@ def checked_encoding(name: str) -> str:
         raise ValueError(f"encoding '{name}' is unknown{hint}") from error
 
 
-def decoded(
+def decoded_text(
     source: Source, encoding: str, stop: int | None, digest: "hashlib._Hash | None"
 ) -> Iterator[tuple[str, int]]:
     """The text of a source, and how many of its bytes have become text, a megabyte at a time."""
@@ -82,9 +83,9 @@ def decoded(
     with source.open() as file:
         while True:
             pending = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
-            wanted = READ_BYTES
+            wanted = CHUNK_BYTES
             if stop is not None and position - pending < stop:
-                wanted = min(READ_BYTES, max(1, stop - position))
+                wanted = min(CHUNK_BYTES, max(1, stop - position))
             data = file.read(wanted)
             if digest is not None:
                 digest.update(data)
@@ -109,11 +110,11 @@ def decoded(
                 return
 
 
-def lines(chunks: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+def lines_of(texts: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """Text that comes in chunks, line by line, without the newline; and the bytes read so far."""
     parts: list[str] = []  # of a line that is not whole yet
     read = 0
-    for text, read in chunks:
+    for text, read in texts:
         first, *more = text.split("\n")
         parts.append(first)
         for each in more:
@@ -122,9 +123,9 @@ def lines(chunks: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     yield "".join(parts), read
 
 
-def jsonl_rows(source: Source, chunks: Iterator[tuple[str, int]], field: str) -> Iterator[Piece]:
+def jsonl_rows(source: Source, texts: Iterator[tuple[str, int]], field: str) -> Iterator[Chunk]:
     """The field of every line of a file of JSON objects."""
-    for number, (line, read) in enumerate(lines(chunks), 1):
+    for number, (line, read) in enumerate(lines_of(texts), 1):
         if not line.strip():
             continue
         place = f"{source.name}, line {number}"
@@ -138,7 +139,7 @@ def jsonl_rows(source: Source, chunks: Iterator[tuple[str, int]], field: str) ->
             raise ValueError(f"{place} is not a JSON object: one with '{field}' is needed")
         text = checked_text(row.get(field), place, field, list(row))
         if text:
-            yield Piece(text, read, True)
+            yield Chunk(text, read, True)
 
 
 def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> str:
@@ -159,12 +160,12 @@ def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> st
     return value
 
 
-def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") -> Iterator[Piece]:
+def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") -> Iterator[Chunk]:
     """The column of every row of a Parquet file."""
     if digest is not None:
-        with source.open() as file:
-            while data := file.read(READ_BYTES):
-                digest.update(data)
+        assert source.path is not None
+        for chunk in chunks(source.path):
+            digest.update(chunk)
     with opened_parquet(source) as table:
         checked_text("", source.name, column, table.schema_arrow.names)
         number, total = 0, table.metadata.num_rows
@@ -173,7 +174,7 @@ def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") ->
                 number += 1
                 text = checked_text(value.as_py(), f"{source.name}, row {number}", column, [column])
                 if text:
-                    yield Piece(text, source.size * number // total, True)
+                    yield Chunk(text, source.size * number // total, True)
 
 
 def text_bytes(source: Source, *, field: str = "text") -> int:
@@ -199,7 +200,7 @@ def opened_parquet(source: Source) -> Iterator[Any]:
         ) from error
     try:
         # A small buffer: row groups can be far larger than what a few hundred rows need.
-        with pyarrow.parquet.ParquetFile(source.path, buffer_size=READ_BYTES) as table:
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=CHUNK_BYTES) as table:
             yield table
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source.name} cannot be read as Parquet: {error}") from error

@@ -22,8 +22,8 @@ LONGEST = 1 << 21  # characters without a place to cut, after which they are cut
 SAFE = re.compile("[^\\s\x1c-\x1f\x85\u180e\u200b\ufeff](?=[ \n])")
 
 
-class Part(NamedTuple):
-    """Some text of a document, as it is read."""
+class SplitText(NamedTuple):
+    """Some text of a document as it is read, and the split that it belongs to."""
 
     text: str
     held_out: bool
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
 
 
 def encode_all(
-    parts: Iterable[Part],
+    texts: Iterable[SplitText],
     tokenizer: Tokenizer,
     *,
     unknown: Literal["error", "skip"] = "error",
@@ -68,7 +68,7 @@ def encode_all(
     length = 0  # characters under way
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for job in jobs(stretches(parts, tokenizer)):
+            for job in gathered(stretches(texts, tokenizer)):
                 size = sum(len(stretch.text) for stretch in job)
                 under_way.append((pool.submit(encode, job, tokenizer, unknown), size))
                 length += size
@@ -82,24 +82,24 @@ def encode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def stretches(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[Stretch]:
+def stretches(texts: Iterable[SplitText], tokenizer: Tokenizer) -> Iterator[Stretch]:
     """Documents in stretches that can be encoded apart; the last of each is marked."""
     text, held_out, begins, offset = "", False, True, 0
-    for part in parts:
-        if part.held_out != held_out:
+    for each in texts:
+        if each.held_out != held_out:
             if text:
-                yield Stretch(text, held_out, begins, False, part.place, offset, part.read)
+                yield Stretch(text, held_out, begins, False, each.place, offset, each.read)
                 offset += len(text)
-            text, held_out, begins = "", part.held_out, True
-        text += part.text
+            text, held_out, begins = "", each.held_out, True
+        text += each.text
         start = 0
         while end := place_to_cut(text, start, tokenizer):
-            piece = text[start:end]
-            yield Stretch(piece, held_out, begins, False, part.place, offset, part.read)
-            offset, start, begins = offset + len(piece), end, False
+            cut = text[start:end]
+            yield Stretch(cut, held_out, begins, False, each.place, offset, each.read)
+            offset, start, begins = offset + len(cut), end, False
         text = text[start:]
-        if part.ends:
-            yield Stretch(text, held_out, begins, True, part.place, offset, part.read)
+        if each.ends:
+            yield Stretch(text, held_out, begins, True, each.place, offset, each.read)
             text, begins, offset = "", True, 0
 
 
@@ -120,7 +120,7 @@ def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
     return start + LONGEST if len(text) > start + LONGEST else 0
 
 
-def jobs(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+def gathered(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
     """Stretches gathered until they are worth a thread's while."""
     job: list[Stretch] = []
     length = 0

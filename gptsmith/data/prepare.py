@@ -18,8 +18,8 @@ from ..config.settings import PrepareSettings
 from ..machine.environment import checked_threads
 from ..machine.files import write_json, written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
-from .documents import pieces, text_bytes
-from .encode import Part, encode_all
+from .documents import read_documents, text_bytes
+from .encode import SplitText, encode_all
 from .shards import DATASET_FORMAT, DATASET_VERSION, INFO, Dataset, prepared_info
 from .sources import Source, find_sources
 from .tokenfile import ShardWriter, dtype_for
@@ -36,7 +36,7 @@ class Progress(NamedTuple):
     seconds: float
 
 
-class Clock:
+class ProgressClock:
     """Says now and then how far it is."""
 
     def __init__(self, total: int) -> None:
@@ -76,7 +76,7 @@ def prepare(
     if not sources:
         raise ValueError(f"there is no text in {', '.join(names)}: it is empty")
     size = sum(source.size for source in sources)
-    clock = Clock(2 * size if tokenizer == "char" else size)
+    clock = ProgressClock(2 * size if tokenizer == "char" else size)
     if tokenizer == "char":
         characters: set[str] = set()
         for text, read in read_texts(sources, options):
@@ -109,8 +109,8 @@ def read_texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[
     """All text of the sources, and the bytes read so far."""
     before = 0
     for source in sources:
-        for piece in pieces(source, field=options.field, encoding=options.encoding):
-            yield piece.text, before + piece.read
+        for chunk in read_documents(source, field=options.field, encoding=options.encoding):
+            yield chunk.text, before + chunk.read
         before += source.size
 
 
@@ -234,7 +234,7 @@ def write_dataset(
 
 def labelled(
     sources: Sequence[Source], sums: Sequence["hashlib._Hash"], options: PrepareSettings
-) -> Iterator[Part]:
+) -> Iterator[SplitText]:
     """All text, with the split that it belongs to; `sums` take in every byte that is read."""
     fraction = options.validation_fraction
     rule, _ = split_rule(sources, fraction)
@@ -242,14 +242,14 @@ def labelled(
     for source, digest in zip(sources, sums, strict=True):
         tail = int(source.size * (1 - fraction)) if rule == "tail" else None
         number = read = 0  # documents, and bytes, of this source so far
-        for piece in pieces(
+        for chunk in read_documents(
             source, field=options.field, encoding=options.encoding, stop=tail, digest=digest
         ):
             held_out = is_held_out(total + number, fraction) if tail is None else read >= tail
-            read = piece.read
+            read = chunk.read
             place = f"{source.name}, document {number + 1}" if source.has_rows else source.name
-            yield Part(piece.text, held_out, piece.ends, place, before + read)
-            number += piece.ends
+            yield SplitText(chunk.text, held_out, chunk.ends, place, before + read)
+            number += chunk.ends
         total, before = total + number, before + source.size
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..machine.files import DamagedError, read_json, sha256
-from .tokenfile import chunks, layout
+from .tokenfile import largest_token, layout
 
 INFO = "dataset.json"
 DATASET_FORMAT = "gptsmith-dataset"
@@ -117,8 +117,7 @@ class Dataset:
         """Raise ValueError where a token is outside the vocabulary; reads all of the data once."""
         for stream in (self.train, self.validation):
             for path in stream.paths if stream else ():
-                largest = max(int(chunk.max()) for chunk in chunks(path))
-                if largest >= vocab_size:
+                if (largest := largest_token(path)) >= vocab_size:
                     raise ValueError(
                         f"{path} has a token {largest:,}, but the vocabulary ends at "
                         f"{vocab_size - 1:,}: name the tokenizer that made it with --tokenizer"

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..config.fields import suggestion
+from ..machine.files import CHUNK_BYTES
 from .shakespeare import plays
-
-READ_BYTES = 1 << 20  # at once
 
 BUILT_IN = {"shakespeare": plays}
 STANDARD_INPUT = "-"
@@ -144,7 +143,7 @@ def spooled(stream: BinaryIO, name: str = STANDARD_INPUT, kind: Any = "text") ->
     path = folder / "input"
     try:
         with path.open("wb") as file:
-            shutil.copyfileobj(stream, file, READ_BYTES)
+            shutil.copyfileobj(stream, file, CHUNK_BYTES)
         source = Source(name, path.stat().st_size, kind, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

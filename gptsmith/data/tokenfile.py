@@ -6,14 +6,13 @@ count of tokens are used; then the tokens.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..machine.files import DamagedError, flush_to_disk, sha256
+from ..machine.files import DamagedError, chunks, flush_to_disk, sha256
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -26,7 +25,6 @@ FORMATS = {  # magic and version -> how a token is stored; llm.c's for GPT-2 and
     (20240801, 7): UINT32,
 }
 HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files: uint16 tokens and nothing else
-CHUNK_TOKENS = 1 << 22  # read at once when all of a shard is looked at
 
 
 # -- reading
@@ -92,14 +90,11 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (count,))
 
 
-def chunks(path: Path) -> Iterator[np.ndarray]:
-    """All tokens of one file, a few megabytes at a time, each (at most CHUNK_TOKENS,)."""
+def largest_token(path: Path) -> int:
+    """The largest token of one file, all of which is read, though never at once."""
     dtype, offset, count = layout(path)
-    with path.open("rb") as file:
-        file.seek(offset)
-        while count > 0:
-            yield np.fromfile(file, dtype, min(count, CHUNK_TOKENS))
-            count -= CHUNK_TOKENS
+    parts = chunks(path, offset, count * dtype.itemsize)
+    return max(int(np.frombuffer(part, dtype).max()) for part in parts)
 
 
 # -- writing

@@ -16,7 +16,7 @@ from ..checkpoint import folder, saved
 from ..checkpoint.tensors import Stored, packing
 from ..config.settings import Dtype
 from ..machine import devices, environment
-from ..machine.dtypes import BITS, COMPUTE_DTYPES, dtype_of_bits
+from ..machine.dtypes import bits_of, dtype_of_bits
 from ..machine.files import MANIFEST, read_json, write_text
 from ..model.gpt import GPT
 from .quantization import compare_with, decode_speed, first_token, logits_of, own_text
@@ -97,10 +97,8 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
 
 def opened(stored: Stored, dtype: Dtype) -> GPT:
     """A stored model in a precision, on the CPU."""
-    if bits := BITS.get(dtype):
-        activations = devices.weight_dtype(dtype, torch.device("cpu"))
-        return saved.build(packing(stored, bits), dtype=activations)
-    return saved.build(stored, dtype=COMPUTE_DTYPES[dtype])
+    bits, activations = bits_of(dtype), devices.weight_dtype(dtype, torch.device("cpu"))
+    return saved.build(packing(stored, bits) if bits else stored, dtype=activations)
 
 
 # -- what is remembered

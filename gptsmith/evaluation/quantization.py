@@ -250,12 +250,12 @@ def quantize(
             stored.config.vocab_size,
         )
         folders = bytes_of_folder(source), bytes_of_folder(temporary)
-        weights = folder.tensor_bytes(source), folder.tensor_bytes(temporary)
+        before, after = folder.read_folder(source), folder.read_folder(temporary)
     return Report(
         source=str(source),
         target=str(out),
         bits=bits,
-        weight_bytes=weights,
+        weight_bytes=(before.tensor_bytes, after.tensor_bytes),
         folder_bytes=folders,
         speeds=speeds,
         text=text,

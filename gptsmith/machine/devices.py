@@ -13,7 +13,7 @@ import torch
 from ..config.fields import SettingError
 from ..config.settings import Dtype, MachineSettings
 from . import environment
-from .dtypes import BITS, COMPUTE_DTYPES
+from .dtypes import NUMBER_FORMATS, STORED, bits_of
 
 HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
@@ -89,7 +89,7 @@ def choose(settings: MachineSettings) -> MachineSettings:
     dtype: Any = find_dtype(settings.dtype, device)  # where a model is only used, packed too
     attention = settings.attention
     if attention == "auto":
-        multiplied = find_dtype("auto", device) if dtype in BITS else dtype
+        multiplied = find_dtype("auto", device) if bits_of(dtype) else dtype
         attention = "blocks" if (device.type, multiplied) == ("cpu", "bf16") else "kernel"
     return replace(
         settings,
@@ -103,7 +103,7 @@ def choose(settings: MachineSettings) -> MachineSettings:
 
 def choose_to_learn(settings: MachineSettings) -> MachineSettings:
     """As `choose`, for training, which packed weights are not for."""
-    if settings.dtype in BITS:
+    if bits_of(settings.dtype):
         raise SettingError(
             "dtype",
             f"is {settings.dtype}, which is for using a model: train in another, then "
@@ -142,7 +142,17 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
     """The context in which matrix products run in `dtype` ("float32": as they are)."""
     if dtype == "float32":
         return nullcontext()
-    return torch.autocast(device.type, COMPUTE_DTYPES[dtype])
+    return torch.autocast(device.type, torch_dtype(dtype))
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """PyTorch's type of the elements of a tensor in this (chosen) number format."""
+    return getattr(torch, NUMBER_FORMATS[dtype].torch)
+
+
+def dtype_of(numbers: torch.dtype) -> str | None:
+    """Our word for what a tensor's numbers are; None for any that no model is stored in."""
+    return next((word for word in STORED if torch_dtype(word) == numbers), None)
 
 
 def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -152,14 +162,12 @@ def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """
     if dtype == "fp8":
         raise SettingError("dtype", "is fp8, which is for training: take bf16")
-    if dtype in BITS:
-        return COMPUTE_DTYPES[find_dtype("auto", device)]
-    return COMPUTE_DTYPES[dtype]
+    return torch_dtype(find_dtype("auto", device) if bits_of(dtype) else dtype)
 
 
 def loading(dtype: Dtype, device: torch.device) -> dict[str, Any]:
     """How `checkpoint.load` gives a model in this (chosen) precision, on this device."""
-    bits = BITS.get(dtype)
+    bits = bits_of(dtype)
     how = {"dtype": weight_dtype(dtype, device), "bits": bits, "unpacked": bits is None}
     return {"device": device, **how}
 

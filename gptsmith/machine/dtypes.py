@@ -1,32 +1,46 @@
-"""What PyTorch, safetensors and transformers call the number formats that settings name.
+"""The number formats: what we call each, what everybody else does, and how large its numbers are.
 
-Knows nothing of which of them a device is good at.
+Knows nothing of which of them a device is good at. It needs no PyTorch; `devices.py` has its types.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..config.settings import Dtype
 
-# Of stored numbers: our word and PyTorch's, PyTorch's and the one in a safetensors header, and
-# our word and the one that transformers writes to config.json.
-DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HEADER_WORDS = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",  # words of packed numbers
+
+class NumberFormat(NamedTuple):
+    """A row of the table."""
+
+    torch: str  # PyTorch's name of the elements of a tensor; transformers writes it to config.json
+    header: str  # their word in the header of a safetensors file, and of a GGUF file
+    bytes: int  # of an element
+    bits: int  # of a number: less than 8 * bytes where an element is a word of several
+    also: tuple[str, ...] = ()  # other words that people have for it
+
+    @property
+    def packed(self) -> bool:
+        """Whether an element holds several numbers: `model/quantized.py`."""
+        return self.bits < 8 * self.bytes
+
+
+NUMBER_FORMATS = {
+    "float32": NumberFormat("float32", "F32", 4, 32, ("f32", "fp32")),
+    "fp16": NumberFormat("float16", "F16", 2, 16, ("f16", "float16")),
+    "bf16": NumberFormat("bfloat16", "BF16", 2, 16, ("bfloat16",)),
+    # Of training: tensors in bf16, which `training/float8.py` multiplies in 8 bits in the blocks.
+    "fp8": NumberFormat("bfloat16", "BF16", 2, 16),
+    "int8": NumberFormat("int32", "I32", 4, 8),
+    "int4": NumberFormat("int32", "I32", 4, 4),
+    "q8_0": NumberFormat("float32", "Q8_0", 34, 8),  # llama.cpp's: 32 numbers and their scale
 }
-DTYPE_WORDS = {"float32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-# Of matrix products; with fp8, of all but those that `training/float8.py` replaces.
-COMPUTE_DTYPES = DTYPES | {"fp8": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4}  # of packed weights
+STORED = ("float32", "fp16", "bf16")  # what a model's own numbers may be, in any file
 
 
-def dtype_of(tensor: Tensor) -> str:
-    """Our word for a tensor's numbers, of any shape; "float32" for any that we do not write."""
-    return next((word for word, dtype in DTYPES.items() if dtype == tensor.dtype), "float32")
+def bits_of(dtype: str) -> int | None:
+    """The bits of packed weights (8 or 4); None for a precision in which nothing is packed."""
+    row = NUMBER_FORMATS.get(dtype)  # "auto" has none
+    return row.bits if row is not None and row.packed else None
 
 
 def dtype_of_bits(bits: int) -> Dtype:
@@ -34,6 +48,22 @@ def dtype_of_bits(bits: int) -> Dtype:
     return "int4" if bits == 4 else "int8"
 
 
+def dtype_in_header(word: str) -> str:
+    """Our word for the numbers that a header names; float32 for any that no model is stored in."""
+    return next((dtype for dtype in STORED if NUMBER_FORMATS[dtype].header == word), "float32")
+
+
 def number_bytes(dtype: Dtype) -> int:
     """Bytes of a number in the matrix products of this (chosen) precision."""
-    return COMPUTE_DTYPES[dtype].itemsize
+    return NUMBER_FORMATS[dtype].bytes
+
+
+def dtype_named(word: str, known: Sequence[str]) -> str:
+    """The number format, one of those `known`, that anybody's word for it means; ValueError else.
+
+    "f32", "FP32" and "float32" are all "float32".
+    """
+    for name in known:
+        if word.lower() in (name, *NUMBER_FORMATS[name].also):
+            return name
+    raise ValueError(f"one of {', '.join(known)} is needed")

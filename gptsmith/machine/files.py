@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+CHUNK_BYTES = 1 << 20  # of a file that is read a part at a time
 
 
 class DamagedError(ValueError):
@@ -127,6 +128,16 @@ def sha256(path: Path) -> str:
 
 
 # -- reading
+
+
+def chunks(path: Path, start: int = 0, count: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file from `start` on, `count` of them or to its end, a megabyte at a time."""
+    left = path.stat().st_size - start if count is None else count
+    with path.open("rb") as file:
+        file.seek(start)
+        while left > 0 and (chunk := file.read(min(left, CHUNK_BYTES))):
+            yield chunk
+            left -= len(chunk)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -43,21 +43,16 @@ def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     words = torch.empty(M, C // (k * W), W, dtype=torch.int32, device=matrix.device)
     scales = torch.empty(M, W, dtype=torch.bfloat16, device=matrix.device)
     choose = _scale_of_8 if bits == 8 else _scale_of_4
-    for rows in _parts(M, C, NUMBERS_PACKED):
-        numbers = matrix[rows].detach().float().view(-1, C // W, W)
-        groups = numbers.transpose(1, 2).contiguous()  # (R, W, G): sums over the last axis are fast
-        scales[rows] = choose(groups)
-        codes = _codes(groups, scales[rows], bits)
-        words[rows] = _fields(codes.transpose(1, 2), bits)
+    rows = max(1, NUMBERS_PACKED // max(1, C))
+    parts = zip(matrix.split(rows), words.split(rows), scales.split(rows), strict=True)
+    for numbers, its_words, its_scales in parts:  # the last two are views
+        groups = numbers.detach().float().view(-1, C // W, W)
+        groups = groups.transpose(1, 2).contiguous()  # (R, W, G): sums over the last axis are fast
+        its_scales.copy_(choose(groups))
+        its_words.copy_(_fields(_codes(groups, its_scales, bits).transpose(1, 2), bits))
     if not scales.isfinite().all():
         raise ValueError("the weights hold numbers that are not finite: they cannot be quantized")
     return words, scales
-
-
-def _parts(rows: int, columns: int, numbers: int) -> list[slice]:
-    """The rows of a matrix in parts of at most about so many numbers."""
-    step = max(1, numbers // max(1, columns))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _divisor(scales: Tensor) -> Tensor:
@@ -118,10 +113,12 @@ def unpack(words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.
     (M, N, W), k = words.shape, WORD_BITS // bits
     matrix = torch.empty(M, N, k, W, dtype=dtype, device=words.device)
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
-    for rows in _parts(M, N * k * W, NUMBERS_UNPACKED):
-        fields = words[rows].unsqueeze(2) >> shifts.unsqueeze(1)  # (R, N, k, W)
+    rows = max(1, NUMBERS_UNPACKED // max(1, N * k * W))
+    parts = zip(words.split(rows), scales.split(rows), matrix.split(rows), strict=True)
+    for its_words, its_scales, numbers in parts:  # the last is a view
+        fields = its_words.unsqueeze(2) >> shifts.unsqueeze(1)  # (R, N, k, W)
         fields.bitwise_and_(2**bits - 1).sub_(2 ** (bits - 1))
-        matrix[rows] = fields * scales[rows].float()[:, None, None]
+        numbers.copy_(fields * its_scales.float()[:, None, None])
     return matrix.view(M, N * k * W)
 
 
@@ -185,8 +182,7 @@ class PackedEmbedding(_Packed):
 
 def packed_bits(model: GPT) -> int | None:
     """The bits of a packed model's blocks; None where it is not packed."""
-    first = model.get_submodule("h.0.attn.c_attn")
-    return first.bits if isinstance(first, PackedLinear) else None
+    return next((part.bits for part in model.h.modules() if isinstance(part, PackedLinear)), None)
 
 
 def pack_model(model: GPT, bits: int) -> None:

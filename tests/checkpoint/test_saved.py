@@ -18,6 +18,7 @@ import gptsmith
 from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.checkpoint.folder import verify
 from gptsmith.checkpoint.saved import load_training
+from gptsmith.checkpoint.saved import save as save_checkpoint
 from gptsmith.machine.files import DamagedError, written_whole
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe
 from tests.conftest import TINY, scrambled
@@ -178,7 +179,7 @@ def saved(tmp_path: Path) -> Path:
     tokenizer = byte_tokenizer()
     model = scrambled(GPTConfig(**(TINY | {"vocab_size": 257})))
     state = {"step": 7}
-    gptsmith.checkpoint.save(
+    save_checkpoint(
         model, tokenizer, tmp_path / "model", optimizer={"a": torch.ones(3)}, state=state
     )
     return tmp_path / "model"

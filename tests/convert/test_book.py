@@ -55,7 +55,7 @@ def test_a_state_dict_becomes_the_same_model(
     report = import_model(source, tmp_path / "out")
     assert report.source_format == "GPTModel of the book"
     assert report.difference == 0
-    assert report.account.ignored == {
+    assert report.tensors.ignored == {
         f"trf_blocks.{layer}.att.mask": "a causal mask, no weight" for layer in range(2)
     }
     model, tokenizer = gptsmith.load(tmp_path / "out")

@@ -24,14 +24,15 @@ from torch import Tensor
 
 import gptsmith
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint.names import GPT2, account
-from gptsmith.checkpoint.tensors import Stored, safetensors_reader
-from gptsmith.cli import export as commands
+from gptsmith.checkpoint.folder import safetensors_header
+from gptsmith.checkpoint.names import GPT2, match_tensors
+from gptsmith.checkpoint.safetensors import fetch_from
+from gptsmith.checkpoint.tensors import Stored
 from gptsmith.cli.main import main
 from gptsmith.convert import export_model, import_model
-from gptsmith.convert.compare import logits
-from gptsmith.convert.formats import FORMATS, READABLE, WRITABLE
+from gptsmith.convert.formats import FORMATS, READABLE, WRITABLE, module_of
 from gptsmith.convert.pickles import load_plain_pickle, load_torch_file
+from gptsmith.convert.proof import logits
 from gptsmith.machine.files import DamagedError
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer, gpt2_tokenizer
 from tests.checkpoint.test_saved import their_gpt2
@@ -368,11 +369,11 @@ def test_every_tensor_is_explained(change: Callable, message: str, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_account_explains_everything() -> None:
+def test_a_match_explains_everything() -> None:
     config = GPTConfig(**TINY)
     shapes = {"wte.weight": (37, 12), "h.0.x": (1,), "h.1.x": (1,)}
     with pytest.raises(ValueError, match=r"lacks 2[0-9] tensors"):
-        account(GPT2, config, shapes, place="here")
+        match_tensors(GPT2, config, shapes, source="here")
 
 
 # -- nothing runs, nothing is half-written
@@ -445,7 +446,7 @@ def test_an_archive_that_is_no_model_is_not_taken_for_one(tmp_path: Path) -> Non
 
 FULL = """
 import resource, signal, sys
-from gptsmith.cli import main
+from gptsmith.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(main(sys.argv[1:]))
@@ -488,19 +489,80 @@ def test_killed_halfway_it_leaves_no_model(tmp_path: Path) -> None:
     gptsmith.load(out)
 
 
-def test_the_table_names_what_can_be_done() -> None:
-    assert commands.READABLE.split(", ") == READABLE
-    assert commands.WRITABLE.split(", ") == WRITABLE
+def test_the_table_names_what_can_be_done(capsys: pytest.CaptureFixture) -> None:
     assert {"huggingface", "nanogpt", "book", "llmc"} <= set(READABLE) & set(WRITABLE)
-    for name in READABLE:
-        assert FORMATS[name].can("recognise"), name
-    for name in WRITABLE:
-        assert FORMATS[name].can("nearest"), name
+    for name, format in FORMATS.items():
+        verbs = {
+            **dict.fromkeys(("recognise", "read"), format.readable),
+            **dict.fromkeys(("nearest", "write"), format.writable),
+            "run": bool(format.runner),
+        }
+        found = {verb: hasattr(module_of(name), verb) for verb in verbs}
+        assert found == verbs, name
+    for command, names in (("import", READABLE), ("export", WRITABLE)):
+        assert main([command, "--help"]) == 0
+        assert ", ".join(names) in " ".join(capsys.readouterr().out.split())
+
+
+PLAIN = """
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.names import OURS
+from ..checkpoint.tensors import stored_state, to_theirs
+from ..config.model import GPTConfig
+from .pickles import load_torch_file
+
+
+def recognise(path):
+    return path.suffix == ".plain"
+
+
+def read(path):
+    config, state = load_torch_file(path)
+    return stored_state(OURS, GPTConfig(**config), state, source=path)
+
+
+def nearest(config):
+    return config
+
+
+def write(stored, out, dtype):
+    entries = to_theirs(OURS, stored.config, stored.fetch, dtype)
+    torch.save((vars(stored.config), {entry.name: entry.tensor() for entry in entries}), out)
+"""
+
+
+def test_another_format_is_a_file_and_a_row_of_the_table(folder: Path, tmp_path: Path) -> None:
+    package = Path(gptsmith.__file__).parent
+    shutil.copytree(package, tmp_path / "copy" / "gptsmith")
+    convert = tmp_path / "copy" / "gptsmith" / "convert"
+    (convert / "plain.py").write_text(PLAIN)
+    text, start = (convert / "formats.py").read_text(), "FORMATS = {\n"
+    row = '    "plain": Format("plain file", is_file=True),\n'
+    assert start in text
+    (convert / "formats.py").write_text(text.replace(start, start + row))
+
+    def run(*words: object) -> str:
+        command = [sys.executable, "-m", "gptsmith", *map(str, words)]
+        place = {"cwd": tmp_path / "copy", "env": {"PYTHONPATH": str(tmp_path / "copy")}}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, **place)
+        return done.stdout
+
+    assert "plain, huggingface" in run("import", "--help")
+    assert "plain, huggingface" in run("export", "--help")
+    assert "largest difference to those before: 0" in run(
+        *("export", folder, tmp_path / "m.plain", "--to", "plain")
+    )
+    assert "m.plain: plain file" in run("import", tmp_path / "m.plain", tmp_path / "again")
+    assert state(gptsmith.load(tmp_path / "again")[0]) == state(gptsmith.load(folder)[0])
 
 
 def test_safetensors_are_read_one_at_a_time(folder: Path) -> None:
-    shapes, get = safetensors_reader([folder / "model.safetensors"])
-    whole = load_file(folder / "model.safetensors")
+    found = safetensors_header(folder / "model.safetensors")
+    get, whole = fetch_from(found), load_file(folder / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in found.items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in whole.items()}
     assert all(torch.equal(get(name), tensor) for name, tensor in whole.items())
 

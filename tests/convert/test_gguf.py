@@ -504,7 +504,7 @@ def test_a_published_file_is_read(kind: str, tmp_path: Path) -> None:
     assert found.tokenizer is not None
     assert found.tokenizer.fingerprint == tokenizer.fingerprint
     assert found.dtype == "fp16"
-    assert found.account.ignored == {"output.weight": TIED}
+    assert found.tensors.ignored == {"output.weight": TIED}
     again = build(found)
     for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
         exact = one.ndim == 1 or name == "wpe.weight"

@@ -71,7 +71,7 @@ def test_a_checkpoint_becomes_the_same_model(bias: bool, compiled: bool, tmp_pat
     assert (model.config.bias, model.config.dropout) == (bias, 0.1)
     tokens = some_tokens(length=7)
     assert (model(tokens).logits - reference(tokens)).abs().max() < 1e-4
-    assert set(report.account.ignored) == {"lm_head.weight"}
+    assert set(report.tensors.ignored) == {"lm_head.weight"}
 
 
 def test_older_checkpoints_carry_masks(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_older_checkpoints_carry_masks(tmp_path: Path) -> None:
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 11, 11).tril() for i in range(2)}
     torch.save(whole | {"model": whole["model"] | masks}, tmp_path / "ckpt.pt")
     report = import_model(tmp_path, tmp_path / "out")  # the folder that holds it
-    assert report.account.ignored["h.1.attn.bias"] == "a causal mask, no weight"
+    assert report.tensors.ignored["h.1.attn.bias"] == "a causal mask, no weight"
     model, _ = gptsmith.load(tmp_path / "out")
     assert (
         model(some_tokens(length=7)).logits - reference(some_tokens(length=7))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.data import documents, shakespeare
-from gptsmith.data.documents import pieces, text_bytes
+from gptsmith.data.documents import read_documents, text_bytes
 from gptsmith.data.shakespeare import plain_text, plays
 from gptsmith.data.sources import Source, find_sources
 
@@ -26,7 +26,7 @@ def read(path: Path | str, **options) -> list[str]:
     """All documents of a name, whole."""
     found, text = [], ""
     for source in find_sources([str(path)]):
-        for piece in pieces(source, **options):
+        for piece in read_documents(source, **options):
             text += piece.text
             if piece.ends:
                 found.append(text)
@@ -93,7 +93,7 @@ def test_standard_input_has_a_size_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
     (source,) = find_sources(["-"])
     assert (source.name, source.size) == ("-", len(data))
-    assert "".join(piece.text for piece in pieces(source)) == "żółw\n" * 3
+    assert "".join(piece.text for piece in read_documents(source)) == "żółw\n" * 3
     folder = source.path.parent
     assert folder.exists()
     del source
@@ -106,8 +106,8 @@ def test_pipe_is_read_once(tmp_path):
     (source,) = find_sources([str(tmp_path / "pipe")])
     writer.wait()
     assert source.size == 5
-    assert [piece.text for piece in pieces(source)] == ["words", ""]
-    assert [piece.text for piece in pieces(source)] == ["words", ""]
+    assert [piece.text for piece in read_documents(source)] == ["words", ""]
+    assert [piece.text for piece in read_documents(source)] == ["words", ""]
 
 
 # -- text
@@ -130,9 +130,11 @@ def test_pieces_are_the_text_and_stop_where_told(text, encoding, at_once, share,
     stop = int(len(data) * share)
     stop = stop if stop > mark else 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "READ_BYTES", at_once)
+        patch.setattr(documents, "CHUNK_BYTES", at_once)
         patch.setattr(Source, "open", lambda self: io.BytesIO(data))
-        found = list(pieces(Source("name", len(data), path=Path()), encoding=encoding, stop=stop))
+        found = list(
+            read_documents(Source("name", len(data), path=Path()), encoding=encoding, stop=stop)
+        )
     assert "".join(piece.text for piece in found) == text
     assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
     assert found[-1].read == len(data)
@@ -188,7 +190,7 @@ def test_unknown_encoding(tmp_path, name, hint):
 
 
 def test_rows_of_jsonl_are_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "READ_BYTES", 7)  # so that lines cross what is read at once
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 7)  # so that lines cross what is read at once
     texts = ["one", "zwei\u2028\x85\nlines", "", "三" * 50, "last"]
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"body": text, "n": 1}, ensure_ascii=False) for text in texts]
@@ -225,7 +227,7 @@ def test_rows_of_parquet_are_documents(tmp_path):
     pyarrow.parquet.write_table(table, path, row_group_size=250)
     assert read(path) == [text for text in texts if text]
     (source,) = find_sources([str(path)])
-    assert list(pieces(source))[-1].read == source.size
+    assert list(read_documents(source))[-1].read == source.size
     assert text_bytes(source) >= source.size
 
 

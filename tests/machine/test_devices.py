@@ -11,7 +11,6 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
 from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import devices
-from gptsmith.machine.dtypes import COMPUTE_DTYPES
 from gptsmith.training.float8 import multiply_in_float8
 from tests.conftest import TINY
 
@@ -97,5 +96,5 @@ def test_packed_weights_take_the_activations_that_are_fast(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     cpu = torch.device("cpu")
-    assert devices.weight_dtype("int4", cpu) == COMPUTE_DTYPES[devices.find_dtype("auto", cpu)]
+    assert devices.weight_dtype("int4", cpu) == devices.torch_dtype(devices.find_dtype("auto", cpu))
     assert devices.weight_dtype("int8", torch.device("cuda")) == torch.bfloat16

@@ -1,26 +1,86 @@
-"""What a conversion did: which tensors were read, ignored, missing, and how the logits moved.
+"""Proof that a conversion changed nothing: logits before and after, and the report.
 
-Knows nothing of formats or files; it is told.
+Knows nothing of formats; a stored model is compared with one layer of it in memory at a time.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from textwrap import wrap
 from typing import Any
 
-from ..checkpoint.names import Account
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.names import TensorMatch
+from ..checkpoint.saved import without_weights
+from ..checkpoint.tensors import Stored
 from ..config.cost import parameter_count
 from ..config.model import GPTConfig
 
-WIDTH, INDENT = 100, 13  # columns
+# Of the largest logit: ten times what float32 and another order of additions make of 48 layers.
+ROUNDING = 1e-3
+
+WIDTH, INDENT = 100, 13  # columns of the report
 NO_BREAK = "\u00a0"
 
 
+# -- the logits
+
+
+def some_tokens(config: GPTConfig) -> Tensor:
+    """Two rows of random tokens, the same for every model of that size.  -> (B, T)"""
+    generator = torch.Generator().manual_seed(0)
+    length = min(16, config.context_length)
+    return torch.randint(config.vocab_size, (2, length), generator=generator)
+
+
+@torch.inference_mode()
+def logits(stored: Stored, tokens: Tensor) -> Tensor:
+    """What a stored model says, in float32.  (B, T) -> (B, T, V)
+
+    Each layer's weights are fetched as the forward pass reaches it, and forgotten behind it.
+    """
+    model = without_weights(stored.config).eval()
+    for name, module in model.named_modules():
+        if kinds := [kind for kind, _ in module.named_parameters(recurse=False)]:
+            names = {kind: f"{name}.{kind}" for kind in kinds}
+            module.register_forward_pre_hook(partial(_fill, names, stored))
+            module.register_forward_hook(partial(_empty, kinds))
+    return model(tokens).logits
+
+
+def _fill(names: dict[str, str], stored: Stored, module: nn.Module, inputs: Any) -> None:
+    for kind, name in names.items():
+        tensor = stored.tensor(name).float().contiguous()
+        setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+
+
+def _empty(kinds: list[str], module: nn.Module, inputs: Any, output: Any) -> None:
+    for kind in kinds:
+        nothing = torch.empty(0, device="meta")
+        setattr(module, kind, nn.Parameter(nothing, requires_grad=False))
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference between two sets of logits, (B, T, V); infinite beside a NaN."""
+    difference = (one - other).abs()
+    return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def rounding_of(reference: Tensor) -> float:
+    """How much two exact forms of a model may differ, given what one of them says: (B, T, V)."""
+    return ROUNDING * max(1.0, float(reference.abs().max()))
+
+
+# -- the report
+
+
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ConversionReport:
     """A finished conversion; `str` is for people, `to_json` the whole of it."""
 
     source: str
@@ -30,7 +90,7 @@ class Report:
     dtype: str
     bytes: int
     config: GPTConfig  # of the model that was read
-    account: Account
+    tensors: TensorMatch
     lost: tuple[str, ...]  # what the target cannot say, in words
     padding: int  # rows of the vocabulary that stood for no token
     tokenizer: str
@@ -39,7 +99,7 @@ class Report:
 
     def __str__(self) -> str:
         config = self.config
-        numbers = sum(map(prod, self.account.read.values()))
+        numbers = sum(map(prod, self.tensors.read.values()))
         rows = [
             (
                 "model",
@@ -47,10 +107,10 @@ class Report:
                 f"{config.n_head} heads, {config.n_embd:,} channels, "
                 f"context {config.context_length:,}, vocabulary {config.vocab_size:,}",
             ),
-            ("read", f"{numbers:,} numbers in {len(self.account.read):,} tensors"),
-            ("", grouped(self.account.read)),
-            *(("ignored", line) for line in explained(self.account.ignored)),
-            *(("missing", line) for line in explained(self.account.missing)),
+            ("read", f"{numbers:,} numbers in {len(self.tensors.read):,} tensors"),
+            ("", grouped(self.tensors.read)),
+            *(("ignored", line) for line in explained(self.tensors.ignored)),
+            *(("missing", line) for line in explained(self.tensors.missing)),
         ]
         if self.padding:
             rows.append(("padding", f"{self.padding} rows beyond the vocabulary, left out"))
@@ -75,9 +135,9 @@ class Report:
                 "bytes": self.bytes,
             },
             "parameters": parameter_count(self.config),
-            "read": {name: list(shape) for name, shape in self.account.read.items()},
-            "ignored": self.account.ignored,
-            "missing": self.account.missing,
+            "read": {name: list(shape) for name, shape in self.tensors.read.items()},
+            "ignored": self.tensors.ignored,
+            "missing": self.tensors.missing,
             "lost": list(self.lost),
             "padding": self.padding,
             "tokenizer": self.tokenizer,

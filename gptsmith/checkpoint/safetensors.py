@@ -1,0 +1,83 @@
+"""Safetensors files: tensors fetched from them and written to them, one at a time.
+
+Knows nothing of models: what a tensor is called, and what is in it, is the caller's business.
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..machine.devices import dtype_of
+from ..machine.dtypes import NUMBER_FORMATS
+from ..machine.files import DamagedError, write_json
+from .folder import WEIGHTS, WEIGHTS_INDEX
+from .names import TensorInfo
+from .tensors import Entry, Fetch
+
+
+def fetch_from(tensors: Mapping[str, TensorInfo]) -> Fetch:
+    """What fetches tensors of safetensors files.
+
+    A file is opened anew for each, since what has been looked at stays in memory until it closes.
+    """
+
+    def get(name: str) -> Tensor:
+        path = tensors[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise DamagedError(f"{path} is not a whole safetensors file: {error}") from error
+
+    return get
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
+    """Write tensors to a file, one at a time; `safetensors` itself wants all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        words = {"dtype": NUMBER_FORMATS[entry.dtype].header, "shape": entry.shape}
+        header[entry.name] = {**words, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            file.write(entry.read())
+
+
+def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
+    """Write one safetensors file, or several of a limited size and the index that lists them."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        full = sum(other.bytes for other in shards[-1]) + entry.bytes
+        if shard_bytes is not None and shards[-1] and full > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, entries)
+        return
+    place = dict[str, str]()
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard)
+        place |= {entry.name: name for entry in shard}
+    total = {"total_size": sum(entry.bytes for entry in entries)}
+    write_json(folder / WEIGHTS_INDEX, {"metadata": total, "weight_map": place})
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Tensors in memory, of any shapes, as what is to be written."""
+    entries = []
+    for name, tensor in tensors.items():
+        dtype = dtype_of(tensor.dtype)
+        assert dtype is not None, f"{name} is {tensor.dtype}"
+        entries.append(Entry(name, tuple(tensor.shape), dtype, tensor.detach))
+    return entries
