@@ -78,7 +78,7 @@ def read_config(folder: Path) -> GPTConfig:
     try:
         return from_hugging_face(original_json(values))
     except ValueError as error:
-        raise type(error)(f"{folder}: {error}") from error
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def read_bits(folder: Path) -> int | None:
@@ -87,7 +87,7 @@ def read_bits(folder: Path) -> int | None:
     try:
         return bits_in(values)
     except ValueError as error:
-        raise type(error)(f"{folder}: {error}") from error
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,13 +2,18 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from ..config.fields import Bytes, setting
 from ..convert.formats import FORMATS, READABLE
+from ..machine.dtypes import dtype_named
 from ..machine.environment import return_freed_memory
-from .export import DTYPE_HELP, SHARD_HELP, NumberFormat, show
+from .export import DTYPE_HELP, SHARD_HELP, show
 from .flags import Parser, add_flags, chosen
+
+OWN_DTYPES = FORMATS["huggingface"].dtypes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,8 @@ class ImportSettings:
         "where the vocabulary has its size)",
         metavar="NAME",
     )
-    dtype: NumberFormat | None = setting(
-        None, DTYPE_HELP, metavar="|".join(FORMATS["huggingface"].dtypes)
+    dtype: Annotated[str, partial(dtype_named, known=OWN_DTYPES)] | None = setting(
+        None, DTYPE_HELP, metavar="|".join(OWN_DTYPES)
     )
     shard_size: Bytes | None = setting(None, SHARD_HELP)
     json: bool = setting(False, "write the report as JSON")
