@@ -8,7 +8,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..config.cost import Shape
 from ..config.fields import suggestion
@@ -65,29 +65,25 @@ def verify(folder: Path, *, training: bool = True) -> None:
             raise DamagedError(f"{path} was changed since it was written (its SHA-256 differs)")
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json` as it is; FileNotFoundError where there is none."""
+def read_description(folder: Path) -> tuple[GPTConfig, int | None]:
+    """The model of a folder's `config.json`, and in how many bits its matrices are packed."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
-    return read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
+    try:
+        return from_hugging_face(original_json(values)), bits_in(values)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def read_config(folder: Path) -> GPTConfig:
     """The model that a folder's `config.json` describes."""
-    values = read_config_json(folder)
-    try:
-        return from_hugging_face(original_json(values))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    return read_description(folder)[0]
 
 
 def read_bits(folder: Path) -> int | None:
     """In how many bits a folder's matrices are packed; None where they are not."""
-    values = read_config_json(folder)
-    try:
-        return bits_in(values)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    return read_description(folder)[1]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -113,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_folder(folder: Path) -> ModelFolder:
     """What a folder says of its model; ValueError where its tensors are not those of its config."""
-    config, bits = read_config(folder), read_bits(folder)
+    config, bits = read_description(folder)
     tensors = {n: t for path in weight_files(folder) for n, t in safetensors_header(path).items()}
     if bits is not None:
         match = match_packed(folder, config, bits, tensors)

@@ -12,8 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..machine.devices import dtype_of
-from ..machine.dtypes import NUMBER_FORMATS
+from ..machine.dtypes import NUMBER_FORMATS, dtype_named
 from ..machine.files import DamagedError, write_json
 from .folder import WEIGHTS, WEIGHTS_INDEX
 from .names import TensorInfo
@@ -75,9 +74,7 @@ def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Tensors in memory, of any shapes, as what is to be written."""
-    entries = []
-    for name, tensor in tensors.items():
-        dtype = dtype_of(tensor.dtype)
-        assert dtype is not None, f"{name} is {tensor.dtype}"
-        entries.append(Entry(name, tuple(tensor.shape), dtype, tensor.detach))
-    return entries
+    return [
+        Entry(name, tuple(tensor.shape), dtype_named(tensor.dtype), tensor.detach)
+        for name, tensor in tensors.items()
+    ]

@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..config.cost import components
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
-from ..machine.devices import dtype_of
-from ..machine.dtypes import NUMBER_FORMATS, dtype_in_header
+from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
 from ..machine.files import read_json, write_json, written_whole
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
@@ -29,14 +28,13 @@ from .safetensors import entries_of, fetch_from, write_safetensors, write_shards
 from .tensors import (
     Entry,
     Fetch,
-    Packed,
     Stored,
     from_theirs,
     packed_entries,
     packing,
-    stored_packed,
     to_theirs,
     with_all,
+    with_packed,
 )
 
 OPTIMIZER = "training/optimizer.safetensors"
@@ -72,10 +70,10 @@ def save(
 def stored_model(model: GPT) -> Stored:
     """A model in memory as a stored one, without a tokenizer; a packed one stays packed."""
     get = model.state_dict().__getitem__
-    if (bits := packed_bits(model)) is not None:
-        dtype = dtype_of(model.dtype) or "float32"
-        return replace(stored_packed(model.config, bits, get), dtype=dtype)
-    return Stored(config=model.config, fetch=get, tokenizer=None)
+    stored = Stored(config=model.config, fetch=get, tokenizer=None)
+    if (bits := packed_bits(model)) is None:
+        return stored
+    return with_packed(replace(stored, dtype=nearest_dtype(model.dtype)), bits, get)
 
 
 def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> None:
@@ -83,8 +81,8 @@ def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> No
 
     Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
     """
-    if stored.packed is not None:
-        entries = packed_entries(stored, stored.packed)
+    if stored.bits is not None:
+        entries = packed_entries(stored, stored.bits)
     else:
         entries = hugging_face_entries(stored)
     write_shards(entries, folder, shard_bytes)
@@ -177,12 +175,16 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
     found = read_folder(folder)
     get = fetch_from(found.tensors)
     if found.bits is not None:
-        stored = stored_packed(found.config, found.bits, lambda name: get(full_name(name)))
-        stored = replace(stored, tensors=found.match)
+
+        def get_ours(name: str) -> Tensor:
+            return get(full_name(name))
+
+        stored = Stored(config=found.config, fetch=get_ours, tokenizer=None, tensors=found.match)
+        stored = with_packed(stored, found.bits, get_ours)
     else:
         stored = stored_unpacked(folder, found.config, found.match, found.tensors, get)
         largest = max(found.tensors.values(), key=lambda tensor: tensor.bytes)
-        stored = replace(stored, dtype=dtype_in_header(largest.dtype))
+        stored = replace(stored, dtype=nearest_dtype(largest.dtype))
     tokenizer = None
     if with_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
@@ -238,22 +240,23 @@ def build(
 ) -> GPT:
     """A stored model in memory, in evaluation mode; a packed one stays so unless `unpacked`."""
     model = without_weights(stored.config).to(dtype)
-    packed = None if unpacked else stored.packed
-    if packed is not None:
-        put_all_packed(model, packed, torch.device(device))
+    packed = stored.bits is not None and not unpacked
+    if packed:
+        put_all_packed(model, stored, torch.device(device))
     weights = {}
     for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         weights[name] = stored.tensor(name).to(dtype).contiguous()
     model.load_state_dict(weights, assign=True, strict=False)  # what is packed is there already
-    if packed is None:
+    if not packed:
         model.tie_weights()
     return model.to(device).eval()
 
 
-def put_all_packed(model: GPT, packed: Packed, device: torch.device) -> None:
+def put_all_packed(model: GPT, stored: Stored, device: torch.device) -> None:
     """Give a model without weights its packed matrices, each on the device before the next."""
-    for name, bits in packed_matrices(model.config, packed.bits).items():
-        words, scales = (part.to(device) for part in packed.fetch(name))
+    assert stored.bits is not None
+    for name, bits in packed_matrices(model.config, stored.bits).items():
+        words, scales = (stored.fetch(f"{name}.{kind}").to(device) for kind in ("words", "scales"))
         put_packed(model, name, words, scales, bits)
 
 

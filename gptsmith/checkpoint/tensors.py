@@ -17,8 +17,8 @@ from torch import Tensor
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
-from ..machine.devices import dtype_of, torch_dtype
-from ..machine.dtypes import NUMBER_FORMATS, dtype_in_header
+from ..machine.devices import torch_dtype
+from ..machine.dtypes import NUMBER_FORMATS, dtype_named, nearest_dtype
 from ..machine.files import DamagedError
 from ..model.quantized import pack, unpack
 from ..tokenizers import Tokenizer
@@ -40,28 +40,16 @@ Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten a
 VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
 
 
-class Packed(NamedTuple):
-    """The packed matrices of a model."""
-
-    bits: int  # of the blocks'
-    fetch: Callable[[str], tuple[Tensor, Tensor]]  # words and scales by the name of a module
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A model that lies in some file: what it is, and each of its tensors when asked for."""
 
     config: GPTConfig
-    fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file
+    fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file; unpacked
     tokenizer: Tokenizer | None
     dtype: str = "float32"  # what most of its numbers are stored in, or come closest to
     tensors: TensorMatch = TensorMatch()
-    packed: Packed | None = None  # its matrices, if they are packed; `fetch` then unpacks them
-
-    @property
-    def bits(self) -> int | None:
-        """In how many bits its matrices are packed, or None."""
-        return None if self.packed is None else self.packed.bits
+    bits: int | None = None  # if its matrices are packed: `fetch` has their words and scales too
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the model by our name: of a tied head, the embedding."""
@@ -133,7 +121,7 @@ def stored_state(
     """A state dict under their names (any shapes) as a stored model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     stored = stored_under(table, config, shapes, state.__getitem__, **explaining)
-    return replace(stored, dtype=dtype_of(stored.fetch("wte.weight").dtype) or "float32")
+    return replace(stored, dtype=nearest_dtype(stored.fetch("wte.weight").dtype))
 
 
 def first_tokens(count: int, fetch: Fetch) -> Fetch:
@@ -203,47 +191,42 @@ def packing(stored: Stored, bits: int) -> Stored:
 
     # Words and scales are asked for one after the other: the last matrix is kept.
     @lru_cache(maxsize=1)
-    def fetch_packed(name: str) -> tuple[Tensor, Tensor]:
-        return pack(stored.fetch(f"{name}.weight"), matrices[name])
+    def packed(module: str) -> tuple[Tensor, Tensor]:
+        return pack(stored.fetch(f"{module}.weight"), matrices[module])
 
-    return with_packed(stored, Packed(bits, fetch_packed))
+    def get(name: str) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        return packed(module)[kind == "scales"]
 
-
-def stored_packed(config: GPTConfig, bits: int, get: Fetch) -> Stored:
-    """A packed model, given what fetches the tensors of its folder by our names."""
-    packed = Packed(bits, lambda name: (get(f"{name}.words"), get(f"{name}.scales")))
-    return with_packed(Stored(config=config, fetch=get, tokenizer=None), packed)
+    return with_packed(stored, bits, get)
 
 
-def with_packed(stored: Stored, packed: Packed) -> Stored:
-    """A model whose matrices are the packed ones; its other tensors are fetched as before."""
-    matrices = packed_matrices(stored.config, packed.bits)
+def with_packed(stored: Stored, bits: int, get: Fetch) -> Stored:
+    """A model whose matrices are packed, given what fetches their words and scales."""
+    matrices = packed_matrices(stored.config, bits)
 
     def fetch(name: str) -> Tensor:
-        module = name.removesuffix(".weight")
-        if module in matrices:
-            return unpack(*packed.fetch(module), matrices[module])
+        module, _, kind = name.rpartition(".")
+        if kind in ("words", "scales"):
+            return get(name)
+        if kind == "weight" and module in matrices:
+            return unpack(get(f"{module}.words"), get(f"{module}.scales"), matrices[module])
         return stored.fetch(name)
 
-    return replace(stored, fetch=fetch, packed=packed)
+    return replace(stored, fetch=fetch, bits=bits)
 
 
-def packed_entries(stored: Stored, packed: Packed) -> list[Entry]:
+def packed_entries(stored: Stored, bits: int) -> list[Entry]:
     """The tensors of a packed model's folder; what is not packed is in the model's own numbers."""
-    entries = list[Entry]()
-    for name, (shape, dtypes) in expected_tensors(stored.config, packed.bits).items():
-        ours = name.removeprefix(PREFIX)
-        module, _, kind = ours.rpartition(".")
-        get, dtype = partial(stored.fetch, ours), stored.dtype
-        if kind in ("words", "scales"):
-            get, (dtype,) = partial(_fetch_packed, packed, module, kind), dtypes
-        entries.append(Entry(name, shape, dtype, get))
-    return entries
-
-
-def _fetch_packed(packed: Packed, module: str, kind: str) -> Tensor:
-    words, scales = packed.fetch(module)
-    return words if kind == "words" else scales
+    return [
+        Entry(
+            name,
+            shape,
+            stored.dtype if stored.dtype in dtypes else dtypes[0],
+            partial(stored.fetch, name.removeprefix(PREFIX)),
+        )
+        for name, (shape, dtypes) in expected_tensors(stored.config, bits).items()
+    ]
 
 
 # -- in a file of any format that keeps numbers as memory does
@@ -260,4 +243,4 @@ def read_bytes(tensor: TensorInfo) -> np.ndarray:
 def read_tensor(tensor: TensorInfo) -> Tensor:
     """A tensor of any shape, in one of the number formats that models are stored in."""
     data = torch.from_numpy(read_bytes(tensor))
-    return data.view(torch_dtype(dtype_in_header(tensor.dtype))).reshape(tensor.shape)
+    return data.view(torch_dtype(dtype_named(tensor.dtype))).reshape(tensor.shape)

@@ -64,9 +64,9 @@ def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> Co
     target = FormatPath(out, check_name(to, WRITABLE, "written"))
     source = FormatPath(find_model(model), "huggingface")
     stored = saved.open_folder(source.path)
-    if stored.packed is not None:
+    if stored.bits is not None:
         warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
-        stored = replace(stored, packed=None)
+        stored = replace(stored, bits=None)
     return carry(stored, source, target, **choices)
 
 

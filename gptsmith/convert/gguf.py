@@ -28,7 +28,7 @@ from ..checkpoint.tensors import (
     to_theirs,
 )
 from ..config.model import GPTConfig
-from ..machine.dtypes import NUMBER_FORMATS, STORED, dtype_in_header
+from ..machine.dtypes import NUMBER_FORMATS, STORED, nearest_dtype
 from ..machine.files import DamagedError, chunks
 from .formats import FORMATS
 from .gguf_header import MAGIC, library, read_header
@@ -52,9 +52,8 @@ NAMES = weight_names(
     }
 )
 
-# llama.cpp's words for the numbers of a tensor: those that we read, and those in our own formats.
-TYPES = [NUMBER_FORMATS[dtype].header for dtype in DTYPES]
-PLAIN = {NUMBER_FORMATS[dtype].header: dtype for dtype in STORED}
+# llama.cpp's word for the numbers of a tensor, and ours.
+TYPES = {NUMBER_FORMATS[dtype].header: dtype for dtype in DTYPES}
 Q8_BLOCK = 32  # numbers of one row that share a scale
 
 # Our key, where a token was added that the model does not have; llama.cpp passes over it.
@@ -118,9 +117,9 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     add_config(writer, config, dtype)
     write_tokenizer(writer, stored.tokenizer, config.vocab_size)
     entries = to_theirs(NAMES, config, fetch, "float32")
-    types = [tensor_type(entry, dtype) for entry in entries]
-    for entry, type in zip(entries, types, strict=True):
-        numbers = gguf.GGMLQuantizationType[type]
+    dtypes = [tensor_dtype(entry, dtype) for entry in entries]
+    for entry, its_dtype in zip(entries, dtypes, strict=True):
+        numbers = gguf.GGMLQuantizationType[NUMBER_FORMATS[its_dtype].header]
         block, size = gguf.GGML_QUANT_SIZES[numbers]
         size = prod(entry.shape) // block * size
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, numbers)
@@ -128,8 +127,8 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry, type in zip(entries, types, strict=True):
-            writer.write_tensor_data(encoded(entry, type, gguf))
+        for entry, its_dtype in zip(entries, dtypes, strict=True):
+            writer.write_tensor_data(encoded(entry, its_dtype))
     finally:
         writer.close()
 
@@ -149,24 +148,25 @@ def add_config(writer: Any, config: GPTConfig, dtype: str) -> None:
     writer.add_layer_norm_eps(config.norm_eps)
 
 
-def tensor_type(entry: Entry, dtype: str) -> str:
-    """The numbers that a tensor is kept in, as llama.cpp's own converter chooses them.
+def tensor_dtype(entry: Entry, dtype: str) -> str:
+    """The number format of a tensor in a file of `dtype`, as llama.cpp's own converter chooses it.
 
     Vectors and positions stay in float32; rows that are no whole blocks of Q8_0 become float16.
     """
     if len(entry.shape) == 1 or entry.name == "position_embd.weight":
-        return "F32"
+        return "float32"
     if dtype == "q8_0" and entry.shape[-1] % Q8_BLOCK:
-        return "F16"
-    return NUMBER_FORMATS[dtype].header
+        return "fp16"
+    return dtype
 
 
-def encoded(entry: Entry, type: str, gguf: Any) -> np.ndarray:
+def encoded(entry: Entry, dtype: str) -> np.ndarray:
     """A tensor as the bytes that the file has."""
-    if type in PLAIN:
-        return np.frombuffer(entry._replace(dtype=PLAIN[type]).read(), np.uint8)
+    if dtype in STORED:
+        return np.frombuffer(entry._replace(dtype=dtype).read(), np.uint8)
+    gguf = library()
     numbers = np.frombuffer(entry.read(), np.float32).reshape(entry.shape)
-    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[type])
+    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[NUMBER_FORMATS[dtype].header])
 
 
 def with_a_row(fetch: Fetch) -> Fetch:
@@ -213,7 +213,7 @@ def read(path: Path) -> Stored:
     largest = max(tensors.values(), key=lambda tensor: prod(tensor.shape))
     return replace(
         stored,
-        dtype=dtype_in_header(largest.dtype),
+        dtype=nearest_dtype(largest.dtype),
         config=replace(config, vocab_size=own),
         fetch=first_tokens(own, stored.fetch),
         tokenizer=read_tokenizer(path, values, own),
@@ -257,7 +257,7 @@ def config_of(
 
 def read_numbers(tensor: TensorInfo) -> Tensor:
     """A tensor in the numbers of the file, or in float32 where they come in blocks.  Any shape"""
-    if tensor.dtype in PLAIN:
+    if TYPES[tensor.dtype] in STORED:
         return read_tensor(tensor)
     gguf = library()
     blocks = read_bytes(tensor).reshape(*tensor.shape[:-1], -1)

@@ -14,7 +14,7 @@ from ..checkpoint import saved
 from ..checkpoint.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, match_unpacked, read_config
 from ..checkpoint.tensors import Stored
 from ..config.model import GPTConfig
-from ..machine.devices import dtype_of
+from ..machine.dtypes import nearest_dtype
 from ..machine.files import read_json
 from ..tokenizers import Tokenizer, tokenizer_in
 from .pickles import load_torch_file, tensors_of
@@ -39,7 +39,7 @@ def read(path: Path) -> Stored:
         stored = from_pickles(path)
     else:
         stored = saved.open_folder(path, with_tokenizer=False)
-        if stored.packed is not None:
+        if stored.bits is not None:
             raise ValueError(
                 f"{path} is a quantized model of gptsmith's own: nothing to import; export writes "
                 "it unpacked"
@@ -63,7 +63,7 @@ def from_pickles(folder: Path) -> Stored:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     match = match_unpacked(folder, config, shapes)
     stored = saved.stored_unpacked(folder, config, match, tensors, tensors.__getitem__)
-    return replace(stored, dtype=dtype_of(stored.fetch("wte.weight").dtype) or "float32")
+    return replace(stored, dtype=nearest_dtype(stored.fetch("wte.weight").dtype))
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -84,12 +84,6 @@ def headerless_layout(path: Path, size: int, header: np.ndarray) -> Layout:
     )
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The tokens of one file, mapped from disk: (N,) uint16 or uint32; DamagedError in one line."""
-    dtype, offset, count = layout(Path(path))
-    return np.memmap(path, dtype, "r", offset, (count,))
-
-
 def largest_token(path: Path) -> int:
     """The largest token of one file, all of which is read, though never at once."""
     dtype, offset, count = layout(path)

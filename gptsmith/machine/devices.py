@@ -13,7 +13,7 @@ import torch
 from ..config.fields import SettingError
 from ..config.settings import Dtype, MachineSettings
 from . import environment
-from .dtypes import NUMBER_FORMATS, STORED, bits_of
+from .dtypes import NUMBER_FORMATS, bits_of
 
 HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
 
@@ -148,11 +148,6 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
 def torch_dtype(dtype: str) -> torch.dtype:
     """PyTorch's type of the elements of a tensor in this (chosen) number format."""
     return getattr(torch, NUMBER_FORMATS[dtype].torch)
-
-
-def dtype_of(numbers: torch.dtype) -> str | None:
-    """Our word for what a tensor's numbers are; None for any that no model is stored in."""
-    return next((word for word in STORED if torch_dtype(word) == numbers), None)
 
 
 def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ class NumberFormat(NamedTuple):
     header: str  # their word in the header of a safetensors file, and of a GGUF file
     bytes: int  # of an element
     bits: int  # of a number: less than 8 * bytes where an element is a word of several
-    also: tuple[str, ...] = ()  # other words that people have for it
+    also: tuple[str, ...] = ()  # more words that people have for it
 
     @property
     def packed(self) -> bool:
@@ -25,9 +25,10 @@ class NumberFormat(NamedTuple):
 
 
 NUMBER_FORMATS = {
-    "float32": NumberFormat("float32", "F32", 4, 32, ("f32", "fp32")),
-    "fp16": NumberFormat("float16", "F16", 2, 16, ("f16", "float16")),
-    "bf16": NumberFormat("bfloat16", "BF16", 2, 16, ("bfloat16",)),
+    # ours                   PyTorch's  in headers  bytes, bits
+    "float32": NumberFormat("float32", "F32", 4, 32, ("fp32",)),
+    "fp16": NumberFormat("float16", "F16", 2, 16),
+    "bf16": NumberFormat("bfloat16", "BF16", 2, 16),
     # Of training: tensors in bf16, which `training/float8.py` multiplies in 8 bits in the blocks.
     "fp8": NumberFormat("bfloat16", "BF16", 2, 16),
     "int8": NumberFormat("int32", "I32", 4, 8),
@@ -48,22 +49,27 @@ def dtype_of_bits(bits: int) -> Dtype:
     return "int4" if bits == 4 else "int8"
 
 
-def dtype_in_header(word: str) -> str:
-    """Our word for the numbers that a header names; float32 for any that no model is stored in."""
-    return next((dtype for dtype in STORED if NUMBER_FORMATS[dtype].header == word), "float32")
-
-
 def number_bytes(dtype: Dtype) -> int:
     """Bytes of a number in the matrix products of this (chosen) precision."""
     return NUMBER_FORMATS[dtype].bytes
 
 
-def dtype_named(word: str, known: Sequence[str]) -> str:
+def dtype_named(word: object, known: Sequence[str] = STORED) -> str:
     """The number format, one of those `known`, that anybody's word for it means; ValueError else.
 
-    "f32", "FP32" and "float32" are all "float32".
+    "f32", "FP32", "float32" and `torch.float32` are all "float32".
     """
-    for name in known:
-        if word.lower() in (name, *NUMBER_FORMATS[name].also):
-            return name
+    word = str(word).lower().removeprefix("torch.")
+    for dtype in known:
+        row = NUMBER_FORMATS[dtype]
+        if word in (dtype, row.torch, row.header.lower(), *row.also):
+            return dtype
     raise ValueError(f"one of {', '.join(known)} is needed")
+
+
+def nearest_dtype(word: object) -> str:
+    """As `dtype_named`, but float32 for any in which no model is stored."""
+    try:
+        return dtype_named(word)
+    except ValueError:
+        return "float32"

@@ -10,7 +10,7 @@ import pytest
 
 from gptsmith.data import shards
 from gptsmith.data.shards import Dataset, TokenStream, is_dataset
-from gptsmith.data.tokenfile import MOST_TOKENS, ShardWriter, read_shard
+from gptsmith.data.tokenfile import MOST_TOKENS, ShardWriter, layout
 from gptsmith.machine.files import DamagedError
 
 
@@ -20,6 +20,12 @@ def published(path: Path, tokens: list[int], *, magic: int = 20240520, version: 
     kind = "H" if version == 1 else "I"
     path.write_bytes(header + struct.pack(f"<{len(tokens)}{kind}", *tokens))
     return path
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of one file, where its layout says that they are."""
+    dtype, offset, count = layout(path)
+    return np.fromfile(path, dtype, count, offset=offset)
 
 
 def damaged(path: Path) -> str:
