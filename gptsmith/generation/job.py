@@ -25,7 +25,7 @@ class Job:
     presence_penalty: float = 0.0  # taken from the logits of tokens generated before
     frequency_penalty: float = 0.0  # the same, for each time that they were
     alternatives: int | None = None  # likeliest tokens told beside each; None tells no logprobs
-    score_prompt: bool = False
+    score_prompt: bool = False  # one that is within the context
     deadline: float = math.inf  # by time.monotonic, in seconds
     beyond_context: bool = False  # go on past the limit, seeing the last context_length tokens
     draft: Draft | None = None  # guesses the next tokens; the text stays the same

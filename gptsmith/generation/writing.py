@@ -51,8 +51,7 @@ def generate_tokens(
     prompts = checked_rows(tokens, lengths)
     if draft is not None and not (use_cache and len(prompts) == 1):
         raise ValueError(f"a draft needs a cache and one row of tokens, not {len(prompts)}")
-    how: dict[str, Any] = {"sampling": sampling, "seed": seed, "draft": draft}
-    jobs = jobs_of(model, prompts, max_new_tokens, **how)
+    jobs = jobs_of(model, prompts, max_new_tokens, sampling=sampling, seed=seed, draft=draft)
     if max_new_tokens == 0:
         return
     device = model.device
@@ -93,9 +92,15 @@ def stream(
 
     Sampling settings may be given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
-    how: dict[str, Any] = {"sampling": replace(sampling, **choices), "seed": seed, "draft": draft}
-    prompts = [prompt_ids(tokenizer, prompt)]
-    jobs = jobs_of(model, prompts, max_tokens, ends=ends_of(tokenizer), **how)
+    jobs = jobs_of(
+        model,
+        [prompt_ids(tokenizer, prompt)],
+        max_tokens,
+        sampling=replace(sampling, **choices),
+        seed=seed,
+        ends=ends_of(tokenizer),
+        draft=draft,
+    )
     return pieces(engine_for(model, jobs, decoder), Text(tokenizer, stop=stop))
 
 
@@ -127,8 +132,8 @@ def generate(
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [row for text in prompts for row in [prompt_ids(tokenizer, text)] * num_samples]
-    how: dict[str, Any] = {"sampling": sampling, "seed": seed, "ends": ends_of(tokenizer)}
-    jobs = jobs_of(model, ids, max_tokens, **how)
+    ends = ends_of(tokenizer)
+    jobs = jobs_of(model, ids, max_tokens, sampling=sampling, seed=seed, ends=ends)
     engine = engine_for(model, jobs, decoder)
     texts = {job: Text(tokenizer, stop=stop) for job in jobs}
     written = dict.fromkeys(jobs, "")
@@ -191,9 +196,15 @@ def jobs_of(
         raise SettingError("top_k", f"is {sampling.top_k}: at most the vocabulary, {V}, is needed")
     if not all(0 <= min(prompt) <= max(prompt) < V for prompt in prompts):
         raise ValueError(f"the prompt has ids outside the vocabulary: 0 to {V - 1} are needed")
-    how: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "beyond_context": True}
     return [
-        Job(prompt=prompt, seed=seed + number, **how, **choices)
+        Job(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed + number,
+            beyond_context=True,
+            **choices,
+        )
         for number, prompt in enumerate(prompts)
     ]
 
