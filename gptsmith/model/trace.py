@@ -76,7 +76,7 @@ class _Recorder:
         self.after(block.ln_1, "h.0.ln_1", norm)
         self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
         if config.modern:
-            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "rotate q, k and normalize")
+            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, normalized")
         block.attn.attend = self.attend
         block.attn.c_proj.register_forward_pre_hook(self.joined)
         self.after(block.attn.c_proj, "h.0.attn.c_proj", "output projection")
@@ -88,9 +88,9 @@ class _Recorder:
         block.register_forward_hook(lambda module, inputs, output: self.added(output))
         for layer, other in enumerate(model.h):
             if layer > 0:
-                self.after(other, f"h.{layer}", "same, with its own weights")
+                self.after(other, f"h.{layer}", "the same, other weights")
         self.after(model.ln_f, "ln_f", norm)
-        self.after(model.lm_head, "lm_head", "logits of the next token")
+        self.after(model.lm_head, "lm_head", "next token's logits")
 
     def after(self, module: nn.Module, name: str, does: str) -> None:
         """Add a line whenever the module returns."""
@@ -118,7 +118,7 @@ class _Recorder:
     def added(self, stream: Tensor) -> None:
         """Add a line for a branch that was added to the residual stream: both (B, T, C)."""
         branch = self.lines[-1].output
-        self.write("  + residual", "add to the residual stream", (self.block_input, branch), stream)
+        self.write("  + residual", "added to the stream", (self.block_input, branch), stream)
 
     def joined(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Add a line for the concatenation of the heads: (B, H, T, D) -> (B, T, C)."""
@@ -139,7 +139,7 @@ class _Recorder:
             TraceLine("  q, k, v", "split each into heads", (c_attn,), (*q.shape,)),
             TraceLine("  softmax", "of q k' / sqrt(D)", ((*q.shape,), (*k.shape,)), scores),
         ]
-        self.write("  weights v", "weighted sum of the values", (scores, v.shape), result)
+        self.write("  weights v", "weighted sum of values", (scores, v.shape), result)
         return result
 
 

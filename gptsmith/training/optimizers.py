@@ -112,7 +112,7 @@ def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tens
 def load_state_tensors(
     model: GPT, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore the state that `state_tensors` returned, of the same shapes.
+    """Restore the state, of any shapes, that `state_tensors` returned.
 
     ValueError where it names a parameter that the model does not have.
     """
