@@ -1,1 +1,1 @@
-"""Prompt to tokens to text."""
+"""From a prompt to generated tokens and text."""

@@ -1,7 +1,7 @@
-"""From the logits of many texts to a token for each, and what the model thought of it.
+"""From the logits of several texts to a token for each, with its log-probability.
 
-Each text has settings and a generator of its own; those alike are drawn together, which gives what
-each would draw alone. Knows nothing of slots or time.
+Each text has its own settings and generator. Texts with equal settings are sampled in one batch,
+with the same result as alone. Knows nothing of slots or time.
 
 Shapes:  N texts    V vocabulary    S tokens of the longest text    T tokens of one text
 """
@@ -19,16 +19,16 @@ from .sampling import NotFiniteError, next_token
 
 @dataclass(eq=False)
 class Writer:
-    """A job's text so far, and what its next token depends on."""
+    """The state of one text: its tokens so far, and what its next token depends on."""
 
     job: Job
     generator: torch.Generator
-    bias: Tensor | None  # (V,), added to its logits
-    text: list[int]  # the prompt, and what was generated
+    bias: Tensor | None  # (V,), added to the logits
+    text: list[int]  # the prompt and the generated tokens
 
     @classmethod
     def of(cls, job: Job, vocab_size: int) -> "Writer":
-        """A job that has not begun."""
+        """Return the state of a job that has not begun."""
         bias = None
         if job.bias or job.presence_penalty or job.frequency_penalty:
             bias = torch.zeros(vocab_size)
@@ -37,16 +37,16 @@ class Writer:
 
     @property
     def new(self) -> list[int]:
-        """The tokens that were generated."""
+        """The generated tokens."""
         return self.text[len(self.job.prompt) :]
 
     @property
     def written(self) -> int:
-        """How many they are."""
+        """The number of generated tokens."""
         return len(self.text) - len(self.job.prompt)
 
     def take(self, token: int) -> None:
-        """Add a token, which is less likely to come again where there are penalties."""
+        """Append a token, and apply the presence and frequency penalties to it."""
         if self.bias is not None:
             first = token not in self.new
             self.bias[token] -= self.job.frequency_penalty + first * self.job.presence_penalty
@@ -54,9 +54,9 @@ class Writer:
 
 
 def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
-    """The next token of each, who is not told of it yet; None where its logits are not finite.
+    """Choose the next token of each text, without appending it.  N texts, (N, V) -> N tokens
 
-    N times, (N, V) -> N tokens
+    None where a text's logits are not finite.
     """
     alike: dict[SamplingSettings, list[int]] = {}
     for number, writer in enumerate(writers):
@@ -72,14 +72,14 @@ def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
 
 
 def draw(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
-    """A token for each of some whose sampling is the same.  (N, V) -> N tokens"""
+    """Choose a token for each of the texts, which have equal settings.  (N, V) -> N tokens"""
     biased = logits
     if any(writer.bias is not None for writer in writers):
         none = torch.zeros_like(logits[0])
         biases = [none if writer.bias is None else writer.bias.to(none) for writer in writers]
         biased = logits + torch.stack(biases)
     sampling = writers[0].job.sampling
-    # Only the repetition penalty looks back, and thousands of tokens take a while to hand over.
+    # Only the repetition penalty needs the text, and making a tensor of it takes a while.
     texts = [writer.text for writer in writers] if sampling.repetition_penalty != 1 else []
     generators = [writer.generator for writer in writers]
     try:
@@ -92,7 +92,7 @@ def draw(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
 
 
 def seen(texts: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Which tokens each text has; a shorter one is filled up with its first.  N texts -> (N, S)"""
+    """Return the texts as one tensor, padded with their first tokens.  N texts -> (N, S)"""
     longest = max(map(len, texts), default=0)
     rows = [text + text[:1] * (longest - len(text)) for text in texts]
     return torch.tensor(rows, dtype=torch.long, device=device)
@@ -101,7 +101,10 @@ def seen(texts: Sequence[list[int]], device: torch.device) -> Tensor:
 def scored(
     tokens: Sequence[int], logits: Tensor, alternatives: Sequence[int | None]
 ) -> list[Scored]:
-    """Tokens with what the logits before each say of it, where asked for.  T, (T, V), T -> T"""
+    """Add to each token its log-probability and the likeliest alternatives, where requested.
+
+    T tokens, the logits before each (T, V), T numbers of alternatives or None -> T
+    """
     asked = [count for count in alternatives if count is not None]
     if not asked:
         return [Scored(token) for token in tokens]

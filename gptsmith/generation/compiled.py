@@ -1,12 +1,11 @@
-"""A few tokens at a time, as fast as a CPU reads the weights: step.cpp, compiled and called.
+"""Forward passes of a few tokens on a CPU, as fast as it reads the weights: step.cpp.
 
-PyTorch's products of a matrix and a few rows reach half of the memory's bandwidth or less, and its
-operations cost more than GPT-2's small ones take. One C++ file has the whole step instead. It is
-compiled once for a machine, in seconds, and kept on the disk; it reads the model's own weights.
-Knows nothing of sampling or text.
+With few rows, PyTorch's matrix products use half of the memory bandwidth or less, and its overhead
+per operation exceeds the time of GPT-2's small ones. step.cpp computes the whole forward pass
+instead. It is compiled once per machine, in seconds, kept on disk, and reads the model's own
+weights. Knows nothing of sampling or text.
 
-Shapes:  B batch    T new tokens    R rows, each a token    W of them wanted    C channels
-         V vocabulary
+Shapes:  R rows, one token each    W rows whose logits are wanted    C channels    V vocabulary
 """
 
 import ctypes
@@ -33,12 +32,12 @@ from .graphs import GraphDecoder
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
 
-# More rows than these are multiplied faster by PyTorch, which has to unpack packed weights first.
+# PyTorch is faster for more rows than these; packed weights it first has to unpack.
 MOST_ROWS, MOST_ROWS_PACKED = 64, 192
 
 
 class Matrix(Structure):
-    """A linear layer's weights. This and the structures after it are as in step.cpp."""
+    """A linear layer's weights. The fields of all structures here must match step.cpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("numbers", "scales", "bias")),
@@ -62,7 +61,7 @@ class Layer(Structure):
 
 
 class Model(Structure):
-    """All weights, and the sizes."""
+    """All weights, and the model's sizes."""
 
     _fields_ = (
         ("layers", POINTER(Layer)),
@@ -75,7 +74,7 @@ class Model(Structure):
 
 
 class Cache(Structure):
-    """Where keys and values are kept."""
+    """The KV cache."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("keys", "values")),
@@ -84,7 +83,7 @@ class Cache(Structure):
 
 
 class Rows(Structure):
-    """The tokens of a step, as embeddings, and where what is found goes."""
+    """The tokens of a step, as embeddings, and where the logits are written."""
 
     _fields_ = (
         *((name, c_int64) for name in ("count", "wanted")),
@@ -97,11 +96,11 @@ class Rows(Structure):
 
 
 class CompiledDecoder:
-    """A model's step by a few tokens, compiled. The model's weights must stay where they are."""
+    """A model's compiled forward pass of a few tokens. The weights must not move in memory."""
 
     def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
         self.model, self.library = model, library
-        self.kept: list[Any] = []  # what the structures point to
+        self.kept: list[Any] = []  # tensors that the structures point to, kept alive
         config = model.config
         layers = [self.layer(block) for block in model.h]
         self.described = Model(
@@ -117,7 +116,7 @@ class CompiledDecoder:
         )
 
     def layer(self, block: Any) -> Layer:
-        """A block's weights."""
+        """Describe a block's weights."""
         return Layer(
             ln_1=self.norm(block.ln_1),
             ln_2=self.norm(block.ln_2),
@@ -128,7 +127,7 @@ class CompiledDecoder:
         )
 
     def matrix(self, linear: Any) -> Matrix:
-        """A linear layer's numbers, as they lie in memory, and its bias."""
+        """Describe a linear layer's weights and bias."""
         described = Matrix(
             bias=self.floats(linear.bias), rows=linear.out_features, columns=linear.in_features
         )
@@ -136,27 +135,27 @@ class CompiledDecoder:
             described.numbers = self.address(linear.words)
             described.scales = self.address(linear.scales)
             described.lanes, described.bits = linear.scales.shape[1], linear.bits
-            linear.unpack = partial(unpack, self.library, described)  # where rows are many
+            linear.unpack = partial(unpack, self.library, described)  # for many rows
         else:
             described.numbers = self.address(linear.weight)
             described.bits = linear.weight.element_size() * 8
         return described
 
     def norm(self, norm: Any) -> Norm:
-        """A norm's weight and bias."""
+        """Describe a norm's weight and bias."""
         return Norm(weight=self.floats(norm.weight), bias=self.floats(norm.bias))
 
     def floats(self, tensor: Tensor | None) -> int | None:
-        """Where a small tensor's numbers lie, in float32; nowhere if there is none."""
+        """Return the address of a float32 copy of a small tensor; None for None."""
         return None if tensor is None else self.address(tensor.detach().float())
 
     def address(self, tensor: Tensor) -> int:
-        """Where a tensor's numbers lie, from now on."""
+        """Keep a tensor alive, and return the address of its numbers."""
         self.kept.append(tensor.detach().contiguous())
         return int(self.kept[-1].data_ptr())
 
     def takes(self, tokens: int) -> bool:
-        """Whether it reads so many tokens faster than PyTorch does."""
+        """Whether it reads that many tokens faster than PyTorch."""
         packed = isinstance(self.model.lm_head, PackedLinear)
         return tokens <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
 
@@ -169,28 +168,28 @@ class CompiledDecoder:
         wanted: Sequence[int],
         cache: KVCache,
     ) -> Tensor:
-        """Read R tokens, each at its place of a text of the cache: the logits after the wanted
-        ones of them, in float32.  -> (W, V)
+        """Read R tokens, and return the logits after the wanted ones, in float32.  -> (W, V)
 
-        All of a text's tokens before a place are in the cache, or among those read. How long its
-        texts then are, the cache is not told.
+        Token i is at position `places[i]` of the text in the cache's row `texts[i]`. All earlier
+        tokens of that text must be in the cache, or among those read. Writes keys and values, but
+        does not change the cache's lengths.
         """
         model, held = self.model, cache.keys.shape[1]
         if max(texts) >= held:
             raise ValueError(f"{max(texts) + 1} rows do not fit a cache of {held}")
         if max(places) >= cache.capacity:
             raise ValueError(f"{max(places) + 1} tokens do not fit a cache of {cache.capacity}")
-        at = torch.tensor(places)  # (R,)
-        x = (model.wte(torch.tensor(tokens)) + model.wpe(at)).float().contiguous()  # (R, C)
-        found = torch.empty(len(wanted), model.config.vocab_size)
+        positions = torch.tensor(places)  # (R,)
+        x = (model.wte(torch.tensor(tokens)) + model.wpe(positions)).float().contiguous()  # (R, C)
+        logits = torch.empty(len(wanted), model.config.vocab_size)
         rows = Rows(
             count=len(tokens),
             wanted=len(wanted),
             text=numbers(texts),
-            place=at.data_ptr(),
+            place=positions.data_ptr(),
             logits_of=numbers(wanted),
             x=x.data_ptr(),
-            logits=found.data_ptr(),
+            logits=logits.data_ptr(),
         )
         described = Cache(
             keys=cache.keys.data_ptr(),
@@ -199,9 +198,9 @@ class CompiledDecoder:
             capacity=cache.capacity,
             bits=cache.keys.element_size() * 8,
         )
-        pointers = (ctypes.byref(part) for part in (self.described, described, rows))
+        pointers = (ctypes.byref(structure) for structure in (self.described, described, rows))
         self.library.step(*pointers, c_int(torch.get_num_threads()))
-        return found
+        return logits
 
 
 def unpack(
@@ -212,7 +211,10 @@ def unpack(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As packed.py's, some twenty times as fast.  (M, N, W), (M, W) -> (M, C)"""
+    """Unpack weights as quantized.py does, but 20 times as fast.  (M, N, W), (M, W) -> (M, C)
+
+    The letters are those of quantized.py.
+    """
     weight = torch.empty(described.rows, described.columns, dtype=dtype)
     size, threads = c_int64(weight.element_size() * 8), c_int(torch.get_num_threads())
     library.unpack(ctypes.byref(described), c_void_p(weight.data_ptr()), size, threads)
@@ -220,21 +222,21 @@ def unpack(
 
 
 def numbers(values: Sequence[int]) -> ctypes.Array[c_int64]:
-    """Whole numbers as step.cpp takes them."""
+    """Return integers as a C array."""
     return (c_int64 * len(values))(*values)
 
 
 Decoder = CompiledDecoder | GraphDecoder
 
 
-# -- compiling, once
+# -- compiling
 
 
 def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
-    """A model's fastest step; None where `compile` is "no", or "auto" and there is none.
+    """Return a model's fast decoder: a CUDA graph on a GPU, the compiled step on a CPU.
 
-    On a GPU a captured one. On a CPU a compiled one: with "yes", ValueError where that cannot be
-    had, for it has GPT-2's block alone and needs g++ or clang++.
+    The compiled step supports only GPT-2's block, and needs g++ or clang++. Where it is not
+    possible, `compile` "yes" raises ValueError and "auto" returns None, as does "no".
     """
     if compile == "no":
         return None
@@ -250,7 +252,7 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
 
 
 def check_model(model: GPT) -> None:
-    """Raise ValueError for what step.cpp does not compute."""
+    """Raise ValueError for a model that step.cpp does not support."""
     if model.config.modern or model.device.type != "cpu":
         raise SettingError(
             "compile", "is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
@@ -258,12 +260,12 @@ def check_model(model: GPT) -> None:
 
 
 def open_library() -> ctypes.CDLL:
-    """step.cpp as a library for this processor, compiled if it is not on the disk yet."""
-    here = repr((SOURCE.read_bytes(), FLAGS, environment.processor()))
-    name = f"step-{hashlib.sha256(here.encode()).hexdigest()[:20]}.so"
+    """Load the library for this processor; compile step.cpp first if it is not on disk yet."""
+    made_from = repr((SOURCE.read_bytes(), FLAGS, environment.processor()))
+    name = f"step-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
     path = environment.cache_folder() / "decode" / name
     if path.is_file() and not is_whole(path):
-        warnings.warn(f"{path} is damaged: compiled again", stacklevel=2)
+        warnings.warn(f"{path} is damaged and will be compiled again", stacklevel=2)
         path.unlink()
     if not path.is_file():
         compile_library(path)
@@ -271,16 +273,16 @@ def open_library() -> ctypes.CDLL:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a library ends with the digest of what comes before; opening half of one is fatal."""
+    """Whether a library ends with the digest of its content; loading a damaged one would crash."""
     content = path.read_bytes()
     return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def compile_library(path: Path) -> None:
-    """Write the library, named once it is whole; ValueError where there is no compiler for it."""
+    """Compile step.cpp to `path`, complete or not at all; ValueError if that is not possible."""
     compiler = environment.compiler()
     if compiler is None:
-        raise ValueError("the step could not be compiled: there is no g++ or clang++; install one")
+        raise ValueError("step.cpp cannot be compiled: there is no g++ or clang++; install one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
@@ -290,10 +292,10 @@ def compile_library(path: Path) -> None:
             if done.returncode:
                 reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
                 raise ValueError(
-                    f"{compiler} could not compile the step: {reason}; leave compile out"
+                    f"{compiler} could not compile step.cpp: {reason}; leave compile out"
                 )
-            with library.open("ab") as file:  # at its end, where the loader does not look
+            with library.open("ab") as file:  # after the content, which the loader ignores
                 file.write(hashlib.sha256(library.read_bytes()).digest())
             library.replace(path)
     except OSError as error:
-        raise ValueError(f"the step could not be compiled: {error}; leave compile out") from error
+        raise ValueError(f"step.cpp could not be compiled: {error}; leave compile out") from error

@@ -1,7 +1,7 @@
-"""Guesses of the next tokens, made cheaply: from the text itself, or by a smaller model.
+"""Drafts for speculative decoding: guesses of the next tokens, from the text or a smaller model.
 
-The large model then reads several guesses in one pass, which costs little more than reading one
-token. A guess decides nothing: what is not the model's own choice is thrown away.
+The large model reads all guessed tokens in one forward pass, which costs little more than reading
+one. It keeps those that it would have chosen itself, so the text does not depend on the draft.
 
 Shapes:  S tokens so far    K tokens guessed
 """
@@ -14,46 +14,46 @@ from torch import Tensor
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 
-LONGEST_MATCH = 4  # tokens that a passage is recognised by
+LONGEST_MATCH = 4  # last tokens to look for earlier in the text
 
 
 class Draft(Protocol):
-    """Whatever guesses."""
+    """Anything that guesses the next tokens."""
 
     def guess(self, tokens: Tensor, most: int) -> Tensor:
-        """Up to `most` tokens that may follow; none is a guess too.  (S,) -> (K,)"""
+        """Guess the next tokens: 0 to `most` of them.  (S,) -> (K,)"""
         ...
 
 
 class FromText:
-    """Guesses that a passage goes on as it did before: good for code, lists, quotations, edits."""
+    """Guesses that the text repeats itself (prompt lookup): good for code, lists and quotations."""
 
     def guess(self, tokens: Tensor, most: int) -> Tensor:
-        """What followed the last place where the text stood as it stands now.  (S,) -> (K,)"""
+        """Return what followed the latest earlier occurrence of the last tokens.  (S,) -> (K,)"""
         for length in range(min(LONGEST_MATCH, len(tokens) - 1), 0, -1):
             earlier = tokens[:-1].unfold(0, length, 1)  # (S - length, length)
-            places = (earlier == tokens[-length:]).all(dim=1).nonzero()  # (found, 1)
-            if len(places):
-                start = int(places[-1]) + length
+            matches = (earlier == tokens[-length:]).all(dim=1).nonzero()  # (matches, 1)
+            if len(matches):
+                start = int(matches[-1]) + length
                 return tokens[start : start + most]
         return tokens[:0]
 
 
 class FromModel:
-    """Guesses what a smaller model of the same tokens finds likeliest."""
+    """Guesses the greedy continuation of a smaller model with the same tokenizer."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.cache = KVCache(model.config, 1, dtype=model.dtype, device=model.device)
-        self.read = torch.empty(0, dtype=torch.long, device=model.device)  # what the cache holds
+        self.read = torch.empty(0, dtype=torch.long, device=model.device)  # the tokens in the cache
 
     @torch.inference_mode()
     def guess(self, tokens: Tensor, most: int) -> Tensor:
-        """The smaller model's greedy continuation, as far as its context reaches.  (S,) -> (K,)"""
+        """Return the smaller model's greedy continuation, within its context.  (S,) -> (K,)"""
         most = min(most, self.model.config.context_length - len(tokens))
-        known = min(len(self.read), len(tokens) - 1)  # the last is read again, for its logits
-        same = (self.read[:known] == tokens[:known]).long().cumprod(0).sum()
-        self.cache.rewind(int(same))
+        known = min(len(self.read), len(tokens) - 1)  # the last token is read for its logits
+        shared = (self.read[:known] == tokens[:known]).long().cumprod(0).sum()
+        self.cache.rewind(int(shared))
         text = tokens
         for _ in range(most):
             unread = text[self.cache.length :]

@@ -1,7 +1,7 @@
-"""Whose turn it is: jobs wait, get a slot, read their prompt, and write side by side.
+"""Continuous batching: jobs wait for a slot, read their prompt, and generate in one batch.
 
-One call is one step for everybody, and new jobs join between steps. Knows nothing of threads,
-characters or HTTP.
+Each call of `step` is one step for all jobs, and jobs join and leave between steps. Knows nothing
+of threads, characters or HTTP.
 
 Shapes:  W logits wanted    V vocabulary    T tokens of a prompt
 """
@@ -19,7 +19,7 @@ from .job import Finish, Job, News, Scored
 from .sampling import NOT_FINITE
 from .slots import Slots, Span
 
-MOST_GUESSED = 8  # tokens of a draft that are read at once
+MOST_GUESSED = 8  # tokens of a draft per step
 
 
 @dataclass(eq=False)
@@ -33,34 +33,34 @@ class Turn:
 
 
 class Reading(NamedTuple):
-    """What a step reads of a text: a span, which ends with guesses."""
+    """What a step reads of a job's text: a span, whose last tokens may be guesses."""
 
     turn: Turn
     span: Span
-    whole: bool  # whether it reaches the end of the text, so that a token is chosen
+    whole: bool  # the text is read to its end, so a token is chosen
     guesses: Sequence[int] = ()
 
 
 class Engine:
-    """Slots of a model, the jobs that have one and the jobs that wait."""
+    """Runs jobs in the slots of a model; other jobs wait for a free slot."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots, self.config = slots, slots.model.config
-        self.free = deque(range(len(slots)))  # the one that was left longest ago first
+        self.free = deque(range(len(slots)))  # least recently used first, for `Slots.begin`
         self.waiting: deque[Job] = deque()
-        self.turns: list[Turn] = []  # in the order of their coming
+        self.turns: list[Turn] = []  # in order of arrival
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there are no jobs."""
         return not self.turns and not self.waiting
 
     def submit(self, job: Job) -> None:
-        """Let a job wait for a slot."""
+        """Queue a job."""
         self.waiting.append(job)
 
     def cancel(self, job: Job) -> None:
-        """Forget a job, wherever it is; no news come of it any more."""
+        """Drop a waiting or running job; it gets no more news."""
         self.waiting = deque(other for other in self.waiting if other is not job)
         for turn in self.turns:
             if turn.job is job:
@@ -68,8 +68,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, now: float) -> list[News]:
-        """What one step brings, at a time by time.monotonic. A job may get several tokens of it,
-        where a draft guessed right."""
+        """Run one step, and return its news; `now` is by time.monotonic.
+
+        Where a draft guessed right, a job gets several tokens in one step.
+        """
         news = self.expire(now)
         self.admit()
         planned = self.plan()
@@ -79,7 +81,7 @@ class Engine:
         writing, first = [], 0
         for reading in planned:
             turn, span = reading.turn, reading.span
-            # The logits of a span: of its tokens, or the last of them, and then of the guesses.
+            # A span's wanted logits are those of all tokens or of the last, then of the guesses.
             last = first + span.wanted - 1 - len(reading.guesses)
             if turn.job.score_prompt and not turn.writer.written:
                 news.append(self.score(reading, logits[first : last + 1]))
@@ -92,7 +94,7 @@ class Engine:
         return news + self.write(writing, logits)
 
     def abandon(self, reason: str) -> list[News]:
-        """Give up every job, and tell each why."""
+        """Drop every job; the news say that each failed, and why."""
         jobs = [*(turn.job for turn in self.turns), *self.waiting]
         for turn in [*self.turns]:
             self.slots.clear(turn.slot)
@@ -100,10 +102,10 @@ class Engine:
         self.waiting.clear()
         return [News(job, finish="failed", reason=reason) for job in jobs]
 
-    # -- whose turn
+    # -- jobs and slots
 
     def expire(self, now: float) -> list[News]:
-        """End the jobs whose time is over."""
+        """End the jobs whose deadline has passed."""
         jobs = [*(turn.job for turn in self.turns), *self.waiting]
         late = [job for job in jobs if job.deadline < now]
         for job in late:
@@ -111,23 +113,25 @@ class Engine:
         return [News(job, finish="timeout") for job in late]
 
     def admit(self) -> None:
-        """Give every free slot to the job that has waited longest."""
+        """Give the free slots to the jobs that have waited longest."""
         while self.free and self.waiting:
             writer = Writer.of(self.waiting[0], self.config.vocab_size)
             self.turns.append(Turn(self.waiting.popleft(), self.free.popleft(), writer))
 
     def leave(self, turn: Turn) -> None:
-        """Give a slot back."""
+        """Free a job's slot."""
         self.turns = [other for other in self.turns if other is not turn]
         self.slots.end(turn.slot)
         self.free.append(turn.slot)
 
-    # -- what is read
+    # -- planning a step
 
     def plan(self) -> list[Reading]:
-        """What to read in this step: a token of everyone who writes, with guesses where there is a
-        draft, and of prompts, in the order of their coming, one chunk in all, so that nobody who
-        writes has to wait for long."""
+        """Plan what to read in this step.
+
+        Each generating job reads its last token, and guesses if it has a draft. Prompts share
+        `slots.chunk` tokens in order of arrival, so that a long one does not delay the others.
+        """
         planned = []
         room = self.slots.chunk
         for turn in self.turns:
@@ -148,8 +152,8 @@ class Engine:
         return planned
 
     def next_part(self, turn: Turn, room: int) -> Reading | None:
-        """The next tokens of a prompt, no more than there is room for; None where they cannot be
-        cut, and have to wait."""
+        """Plan the next tokens of a prompt, at most `room`; None if they have to wait, as they
+        may only be cut at multiples of the chunk."""
         job, slots, prompt = turn.job, self.slots, turn.writer.text
         if not turn.begun:
             slots.begin(turn.slot, [] if job.score_prompt else prompt)
@@ -166,7 +170,7 @@ class Engine:
         return Reading(turn, Span(turn.slot, part + guesses, wanted), whole, guesses)
 
     def guesses(self, turn: Turn) -> list[int]:
-        """What the draft of a job guesses of its next tokens, as far as there is room for them."""
+        """Return the draft's guesses of a job's next tokens, as far as there is room for them."""
         text, draft = turn.writer.text, turn.job.draft
         left = self.most(turn.job) - turn.writer.written
         most = min(MOST_GUESSED, left - 1, self.slots.capacity - len(text))
@@ -174,11 +178,13 @@ class Engine:
             return []
         return draft.guess(torch.tensor(text, device=self.slots.model.device), most).tolist()
 
-    # -- what is made of it
+    # -- results of a step
 
     def score(self, reading: Reading, logits: Tensor) -> News:
-        """What the model thinks of each token of the prompt that follows those just read, and of
-        the first, which nothing comes before.  (T, V)"""
+        """Score the prompt tokens that follow those just read, from logits (T, V).
+
+        The prompt's first token has no log-probability, and comes with the first of them.
+        """
         job = reading.turn.job
         end = len(self.slots.texts[reading.turn.slot]) - len(reading.guesses)
         start = end - len(logits)
@@ -190,8 +196,11 @@ class Engine:
         return News(job, prompt=tuple(found))
 
     def write(self, writing: Sequence[tuple[Reading, int]], logits: Tensor) -> list[News]:
-        """The next token of each, from the row of logits (W, V) that it is given with; then the
-        one after it of those whose guess was right, and so on. Who is done leaves."""
+        """Choose the next token of each job, from its row of the logits (W, V).
+
+        Where that is what the draft guessed, the next row gives one more token, and so on. Jobs
+        that finish free their slots.
+        """
         news, place = [], 0
         while writing:
             rows = [row + place for _, row in writing]
@@ -212,7 +221,7 @@ class Engine:
         return news
 
     def take(self, turn: Turn, token: int | None, score: Scored) -> News:
-        """Add a token to a text; None is of logits that are not finite."""
+        """Append a token to a text; None means that its logits were not finite."""
         if token is None:
             return News(turn.job, finish="failed", reason=NOT_FINITE)
         turn.writer.take(token)
@@ -224,7 +233,7 @@ class Engine:
         return News(turn.job, token=score, finish=finish)
 
     def settle(self, turn: Turn, last: News) -> None:
-        """Keep what was read and is text: all but the last token, and no guess that was wrong."""
+        """Drop wrong guesses, keep all but the last token as read, and end a finished job."""
         self.slots.keep(turn.slot, len(turn.writer.text) - 1)
         if last.finish == "failed":
             self.slots.clear(turn.slot)
@@ -232,8 +241,10 @@ class Engine:
             self.leave(turn)
 
     def most(self, job: Job) -> int:
-        """How many tokens a job may get; the last that fits the context is not read, so there is
-        room for one more than the context has places."""
+        """Return how many tokens a job may get.
+
+        The last token is generated but not read, so one more than the context holds is possible.
+        """
         if job.beyond_context:
             return job.max_tokens
         return min(job.max_tokens, self.config.context_length + 1 - len(job.prompt))

@@ -1,9 +1,9 @@
-"""One token for each row on a GPU, captured once as a CUDA graph and then replayed.
+"""Decoding steps on a GPU: one token per row, captured once as a CUDA graph and then replayed.
 
-A step of GPT-2 is a hundred and fifty small kernels, and starting each from Python takes longer
-than running it. A graph starts them all at once; for that, nothing in it may depend on a Python
-number: the rows' lengths are a tensor, and attention goes over a fixed span of places, of which a
-mask hides those to come. Knows nothing of sampling or text.
+A decoding step of GPT-2 is about 150 small kernels, and launching one from Python takes longer than
+running it. A graph launches them all at once. Nothing in it may depend on a Python number, so the
+rows' lengths are a tensor, and attention covers a fixed span of positions, with a mask that hides
+the future ones. Knows nothing of sampling or text.
 
 Shapes:  B batch    V vocabulary
 """
@@ -18,25 +18,25 @@ from torch import Tensor
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 
-SPAN = 256  # places: a graph is captured for each multiple of it
+SPAN = 256  # positions; one graph is captured for each multiple of it
 
 
 class StillCache(KVCache):
-    """The first `span` places of another cache, with the rows' lengths in a tensor alone."""
+    """A view of another cache's first `span` positions, whose rows' lengths are only a tensor."""
 
     def __init__(self, cache: KVCache, span: int) -> None:
         self.capacity = span
         self.keys, self.values = cache.keys[:, :, :span], cache.values[:, :, :span]
-        self.lengths = [span - 1] * len(cache.lengths)  # the most that a row may have
+        self.lengths = [span - 1] * len(cache.lengths)  # the largest possible
         self.ends: Tensor = cache.positions(1)  # (B, 1)
 
     def advance(self, tokens: int) -> None:
-        """Nothing: whoever replays the step says how long the rows are."""
+        """Do nothing: `GraphDecoder` sets the lengths before each replay."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A step that reads `tokens` and `ends`, (B, 1) each, and writes `logits` (B, 1, V)."""
+    """A captured step, which reads `tokens` and `ends`, (B, 1), and writes `logits` (B, 1, V)."""
 
     tokens: Tensor
     ends: Tensor
@@ -45,19 +45,19 @@ class Captured:
 
 
 class GraphDecoder:
-    """A model's step by one token for each row. The model's weights must stay where they are."""
+    """A model's decoding step, one token per row. The model's weights must not move in memory."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.steps: WeakKeyDictionary[KVCache, dict[int, Captured]] = WeakKeyDictionary()
 
     def takes(self, tokens: int) -> bool:
-        """Whether it reads one token for each of so many rows: of any number."""
+        """Whether it can decode a number of rows; it can decode any."""
         return tokens > 0
 
     @torch.inference_mode()
     def next_logits(self, unread: Tensor, cache: KVCache) -> Tensor:
-        """Logits after each row's one token, which the cache takes in.  (B, 1) -> (B, 1, V)"""
+        """Return the logits after one token per row, and extend the cache.  (B, 1) -> (B, 1, V)"""
         cache.check_room(*unread.shape)
         span = min(cache.capacity, (cache.length // SPAN + 1) * SPAN)
         steps = self.steps.setdefault(cache, {})
@@ -72,7 +72,7 @@ class GraphDecoder:
 
 
 def capture(model: GPT, unread: Tensor, cache: StillCache) -> Captured:
-    """A step for tokens (B, 1) and a cache; on a CPU, which has no graphs, a plain call."""
+    """Capture a step for tokens (B, 1) and a cache; on a CPU, which has no graphs, a plain call."""
     tokens = unread.clone()
 
     def step() -> Tensor:
@@ -81,13 +81,14 @@ def capture(model: GPT, unread: Tensor, cache: StillCache) -> Captured:
     if not tokens.is_cuda:
         logits = step()
         return Captured(tokens, cache.ends, logits, lambda: logits.copy_(step()))
-    # Libraries choose their kernels and get their memory in a few passes that are not captured.
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    # Libraries select kernels and allocate workspaces in their first passes, which a graph must not
+    # capture. PyTorch wants them on a stream of their own.
+    warmup = torch.cuda.Stream()
+    warmup.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmup):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warmup)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = step()

@@ -1,4 +1,4 @@
-"""What one text asks of the engine, and what comes of it step by step.
+"""A request to generate one text, and its results step by step.
 
 Knows nothing of how tokens are computed, of characters or of HTTP.
 """
@@ -14,46 +14,46 @@ from .drafts import Draft
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """A prompt to continue, and how. Two jobs that ask the same are two."""
+    """A prompt to continue, and how. Jobs are compared by identity."""
 
-    prompt: Sequence[int]  # ids; from 1 to context_length of them, unless beyond_context
-    max_tokens: int  # new ones at most; with 0 the prompt is only scored
+    prompt: Sequence[int]  # ids; 1 to context_length of them, or more with beyond_context
+    max_tokens: int  # largest number of new tokens; 0 only scores the prompt
     sampling: SamplingSettings
     seed: int
-    ends: frozenset[int] = frozenset()  # a token of these ends the text
+    ends: frozenset[int] = frozenset()  # tokens that end the text
     bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
-    presence_penalty: float = 0.0  # taken from the logits of tokens generated before
-    frequency_penalty: float = 0.0  # the same, for each time that they were
-    alternatives: int | None = None  # likeliest tokens told beside each; None tells no logprobs
-    score_prompt: bool = False  # one that is within the context
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens generated before
+    frequency_penalty: float = 0.0  # subtracted once for each time that a token was generated
+    alternatives: int | None = None  # likeliest tokens to return with each; None: no logprobs
+    score_prompt: bool = False  # return the tokens of a prompt within the context with logprobs
     deadline: float = math.inf  # by time.monotonic, in seconds
-    beyond_context: bool = False  # go on past the limit, seeing the last context_length tokens
-    draft: Draft | None = None  # guesses the next tokens; the text stays the same
+    beyond_context: bool = False  # continue past the limit with the last context_length tokens
+    draft: Draft | None = None  # guesses the next tokens; the text does not depend on it
 
 
 class Scored(NamedTuple):
-    """A token and, where asked for, its natural log-probability and the likeliest of its place.
+    """A token and, where requested, its log-probability and the likeliest tokens in its place.
 
-    They are the model's own, before temperature, filters, bias and penalties.
+    These are the model's own, in nats, before temperature, filters, bias and penalties.
     """
 
     id: int
-    logprob: float | None = None  # the first token of a prompt has none
-    alternatives: tuple[tuple[int, float], ...] = ()  # (id, logprob), the likeliest first
+    logprob: float | None = None  # None for the first token of a prompt
+    alternatives: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
 
 
 Finish = Literal["stop", "length", "timeout", "failed"]
 
 
 class News(NamedTuple):
-    """What a step brought to a job; the last of a job says how it finished.
+    """The result of one step for a job; a job's last one says how it finished.
 
-    "stop" comes with the token that ended the text, "length" with the last that there was room
-    for; "failed" has a reason.
+    "stop" comes with the token that ended the text, "length" with the last token that was allowed,
+    and "failed" with a reason.
     """
 
     job: Job
-    prompt: tuple[Scored, ...] = ()  # the next tokens of the prompt, where they are to be scored
-    token: Scored | None = None  # a new one
+    prompt: tuple[Scored, ...] = ()  # the next scored tokens of the prompt
+    token: Scored | None = None  # the new token
     finish: Finish | None = None
     reason: str = ""

@@ -1,9 +1,9 @@
-"""Texts in the slots of one cache: any of them are read on in one step, each as if it were alone.
+"""Forward passes over several texts, each in its slot of one KV cache.
 
-Knows nothing of who wants them, of sampling or of time.
+Knows nothing of jobs, sampling or time.
 
 Shapes:  B slots, or rows of a pass    T tokens of the longest span    R tokens of all spans
-         W of them after which the logits are wanted    C channels    V vocabulary
+         W tokens whose logits are wanted    C channels    V vocabulary
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from ..model.gpt import GPT
 from .compiled import CompiledDecoder, Decoder
 from .graphs import GraphDecoder
 
-# What several passes may cost more than one that is mostly padding: measured, as the next.
+# How much costlier several passes may be than one that is mostly padding (measured, as pass_cost).
 PADDING = 1.5
 SHORTEST_SHARED = 16  # tokens; copying fewer is not worth it
 
 
 class Span(NamedTuple):
-    """What to read of a slot's text, and after how many of the last tokens the logits are wanted.
+    """The next tokens to read of a slot's text; the logits of the last `wanted` are returned.
 
-    The tokens follow those that the slot holds. Past the capacity of the slots they are instead
-    all that the model sees of the text, its last context_length tokens, and nothing is kept: every
-    position shifts with each token, so that no key or value would hold for the next.
+    The tokens follow those that the slot holds. With `past`, the text is longer than a slot: the
+    tokens are then its last context_length ones, and nothing is cached, since each new token shifts
+    all positions and with them all keys and values.
     """
 
     slot: int
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
 
 class Slots:
-    """As many texts as there are slots, and their keys and values in one cache, allocated once."""
+    """The texts of all slots, with their keys and values in one cache that is allocated once."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class Slots:
         capacity: int | None = None,
         in_chunks: bool = False,
     ) -> None:
-        """A slot has room for `capacity` tokens, the context_length if none is given. For
-        `in_chunks` see `passes`."""
+        """`capacity` is in tokens per slot (default: the context_length). `in_chunks` is for
+        servers, see `passes`."""
         self.model, self.decoder, self.in_chunks = model, decoder, in_chunks
         self.cache = KVCache(
             model.config, count, capacity=capacity, dtype=model.dtype, device=model.device
@@ -58,8 +58,8 @@ class Slots:
         self.texts: list[list[int]] = [[] for _ in range(count)]  # the tokens in the cache
         self.exact = in_chunks and isinstance(decoder, CompiledDecoder)
         cuda = model.device.type == "cuda"
-        self.pass_cost = 512 if cuda else 16  # of any pass, in tokens that are read beside others
-        # Tokens of prompts that are read in one step, at most.
+        self.pass_cost = 512 if cuda else 16  # of any pass, in tokens read beside others
+        # Largest number of prompt tokens per step.
         self.chunk = count * self.capacity
         if in_chunks:
             self.chunk = 512 if cuda else 64
@@ -69,8 +69,7 @@ class Slots:
 
     @torch.inference_mode()
     def read(self, spans: Sequence[Span]) -> Tensor:
-        """Read on in some texts: the logits after the wanted tokens of each, one span's after
-        another's.  -> (W, V)"""
+        """Read the spans; return the logits of their wanted tokens, in order.  -> (W, V)"""
         for span in spans:
             if span.past:
                 self.texts[span.slot] = []
@@ -89,23 +88,23 @@ class Slots:
                 self.texts[span.slot] += span.tokens
         return logits
 
-    # -- in which passes
+    # -- choosing passes
 
     def passes(
         self, spans: Sequence[Span]
     ) -> list[tuple[Callable[[Sequence[Span]], Tensor], Sequence[Span]]]:
-        """Which spans are read together, and how: here is decided how prompts are read.
+        """Group the spans into forward passes.
 
-        In chunks is for a server, where nobody shall wait for another's prompt, or get another
-        text because of it. The compiled step reads all spans in one pass, and the logits of a text
-        are to the bit the same however it is cut and whatever is read beside it. PyTorch's
-        products round differently for each shape: without a compiled step, single tokens are read
-        in a pass of every slot, used or not, and longer spans alone. They are to be cut at
-        multiples of `chunk`.
+        With `in_chunks`, for a server, a long prompt must not delay other texts, and no text may
+        change with what is read beside it. The compiled step reads all spans in one pass, and a
+        text's logits are the same to the bit however it is divided and whatever else is read.
+        PyTorch's matrix products round differently for each shape. Without a compiled step, single
+        tokens are therefore read in a pass of every slot, used or not, and longer spans, which the
+        caller cuts at multiples of `chunk`, in a pass each.
 
-        Else prompts are read whole, in the fastest way: by the compiled step where tokens are few;
-        where they are many by PyTorch, which is up to 2.5 times as fast with them, and in one pass
-        if not too much of it is padding. benchmarks/notes.md has the figures.
+        Otherwise prompts are read whole and in the fastest way: few tokens by the compiled step,
+        many by PyTorch, which is then up to 2.5 times as fast, and in a single pass unless that
+        has too much padding. benchmarks/notes.md has the figures.
         """
         past, within = [s for s in spans if s.past], [s for s in spans if not s.past]
         tokens = sum(len(span.tokens) for span in within)
@@ -121,17 +120,16 @@ class Slots:
         return [(read, some) for read, some in [*passes, (self.read_past, past)] if some]
 
     def padding_pays(self, spans: Sequence[Span], passes: int) -> bool:
-        """Whether one pass of every slot, filled up to the longest span, is faster than several,
-        and its padding fits behind what the slots hold."""
+        """Whether one padded pass of every slot is faster than so many passes, and fits."""
         T = max((len(span.tokens) for span in spans), default=0)
         apart = sum(len(span.tokens) for span in spans) + passes * self.pass_cost
         fits = max(map(len, self.texts)) + T <= self.capacity
         return fits and len(self) * T <= PADDING * apart
 
-    # -- a pass
+    # -- forward passes
 
     def read_compiled(self, spans: Sequence[Span]) -> Tensor:
-        """All spans in one pass of the compiled step.  -> (W, V)"""
+        """Read all spans in one pass of the compiled step.  -> (W, V)"""
         assert isinstance(self.decoder, CompiledDecoder)
         tokens, texts, places, wanted = list[int](), list[int](), list[int](), list[int]()
         for span in spans:
@@ -143,27 +141,31 @@ class Slots:
         return self.decoder.logits(tokens, texts, places, wanted, self.cache)
 
     def read_every_slot(self, spans: Sequence[Span]) -> Tensor:
-        """One pass of every slot, used or not: what is read of a slot beyond its span comes to lie
-        behind what is kept there.  -> (W, V)"""
+        """Read the spans in one pass of every slot, used or not.  -> (W, V)
+
+        Padding is written to the cache after a slot's text, where the next tokens overwrite it.
+        """
         self.cache.hold([len(text) for text in self.texts])
         return self.read_padded(spans, [span.slot for span in spans], self.cache)
 
     def read_alone(self, spans: Sequence[Span]) -> Tensor:
-        """A pass of the only span.  -> (W, V)"""
+        """Read a single span in a pass of its slot alone.  -> (W, V)"""
         (span,) = spans
         cache = self.cache.row(span.slot)
         cache.hold([len(self.texts[span.slot])])
         return self.read_padded(spans, [0], cache)
 
     def read_past(self, spans: Sequence[Span]) -> Tensor:
-        """Texts of which nothing is kept, in one pass without the cache.  -> (W, V)"""
+        """Read spans that are not cached in one pass without a cache.  -> (W, V)"""
         return self.read_padded(spans, range(len(spans)), None)
 
     def read_padded(
         self, spans: Sequence[Span], rows: Sequence[int], cache: KVCache | None
     ) -> Tensor:
-        """Each span in a row of one pass, filled up on the right, which causality keeps from
-        mattering.  -> (W, V)"""
+        """Read each span in its row of one pass.  -> (W, V)
+
+        Padding is on the right, where causal attention hides it from the span's tokens.
+        """
         B = len(spans) if cache is None else len(cache.lengths)
         T = max(len(span.tokens) for span in spans)
         places = max(span.wanted for span in spans) if T > 1 else 1
@@ -183,13 +185,13 @@ class Slots:
         logits = logits.flatten(0, 1)
         return logits if wanted == [*range(len(logits))] else logits[wanted]
 
-    # -- what is kept
+    # -- the slots' texts
 
     def begin(self, slot: int, prompt: Sequence[int]) -> None:
-        """Start a text with what is in the cache already, in whatever slot, of how the prompt
-        begins; at least its last token is left to be read.
+        """Start a text with the longest beginning of its prompt that any slot has cached.
 
-        Only where texts are the same to the bit however they are cut; elsewhere start empty.
+        At least the prompt's last token is left to be read. Without a compiled step the text
+        starts empty, as shared keys and values could change its logits by a rounding error.
         """
         lengths = [common(text, prompt[:-1]) if self.exact else 0 for text in self.texts]
         shared = max(lengths)
@@ -202,31 +204,33 @@ class Slots:
         self.texts[slot] = list(prompt[:shared])
 
     def keep(self, slot: int, length: int) -> None:
-        """Forget what was read after the first tokens of a text: guesses that were wrong."""
+        """Drop what was read after the first `length` tokens of a text: wrong guesses."""
         del self.texts[slot][length:]
 
     def end(self, slot: int) -> None:
-        """Leave a slot; its text stays where others may begin with it."""
+        """Free a slot; its text stays cached if other texts may begin with it."""
         if not self.exact:
             self.texts[slot] = []
 
     def clear(self, slot: int) -> None:
-        """Forget a text and what was made of it, which may be no numbers: where a pass is of every
-        slot, even a place that nothing looks at must hold some."""
+        """Drop a text and zero its keys and values, which may be NaN.
+
+        A pass of every slot reads masked positions too, and 0 times NaN would be NaN.
+        """
         self.texts[slot] = []
         for array in (self.cache.keys, self.cache.values):
             array[:, slot] = 0
 
 
 def common(text: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return the length of the longest common beginning of two texts, in tokens."""
     pairs = zip(text, prompt, strict=False)
     alike = min(len(text), len(prompt))
     return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), alike)
 
 
 def stretch(rows: Tensor, starts: Sequence[int], width: int) -> Tensor:
-    """As many places of each row, from its own start.  (B, T, C) -> (B, width, C)"""
+    """Cut `width` positions out of each row, from its own start.  (B, T, C) -> (B, width, C)"""
     if len(set(starts)) == 1:
         return rows[:, starts[0] : starts[0] + width]
     return torch.stack(

@@ -1,6 +1,6 @@
-"""From a job's tokens to its text: whole characters, stop strings, and which token wrote what.
+"""From a job's tokens to its text: whole characters, stop strings, and each token's offset.
 
-Knows nothing of HTTP, or of how the text is answered.
+Knows nothing of HTTP.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from .job import Finish, News, Scored
 
 @dataclass(frozen=True)
 class Told:
-    """A token, and the place in the text of the first character that it writes."""
+    """A token, and the offset in the text of its first character."""
 
     token: Scored
     offset: int
@@ -20,7 +20,7 @@ class Told:
 
 @dataclass
 class Piece:
-    """The next part of a text, the tokens that are complete with it, and how the text ended."""
+    """The next part of a text, the tokens that it completes, and how the text ended, if it did."""
 
     text: str = ""
     tokens: list[Told] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Piece:
 
 
 def joined(pieces: Iterable[Piece]) -> Piece:
-    """The pieces of a text as one."""
+    """Join the pieces of a text."""
     whole = Piece()
     parts = []
     for piece in pieces:
@@ -43,16 +43,16 @@ def joined(pieces: Iterable[Piece]) -> Piece:
 
 
 def begins_character(piece: bytes) -> bool:
-    """Whether bytes of UTF-8 begin with a character, rather than going on with one."""
+    """Whether UTF-8 bytes begin with a new character rather than a continuation byte."""
     return bool(piece) and not 0x80 <= piece[0] < 0xC0
 
 
 class Text:
-    """One text as it is written; after the piece with `finish` nothing more belongs to it.
+    """Decodes the tokens of one text as they are generated; the piece with `finish` is the last.
 
-    Its characters come out when they are whole and cannot be a part of a stop string, a token with
-    the last of its characters. What ends a text, token or stop string, is no part of it; but the
-    token is told after those of the text where `with_end`.
+    A character is returned when it is complete and cannot belong to a stop string, and a token
+    together with the last of its characters. The token or stop string that ends the text is not
+    part of it; with `with_end`, the ending token is still returned, after all others.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Text:
         self.tokenizer = tokenizer
         self.decoder, self.prompt_decoder = tokenizer.decoder(), tokenizer.decoder()
         self.stops = StopStrings(stop)
-        self.echo = echo  # of the prompt, which comes first
+        self.echo = echo  # the prompt, if the text begins with it
         self.with_tokens, self.with_end = with_tokens, with_end
-        self.waiting: list[tuple[Told, int]] = []  # tokens, and where the text of each ends
-        self.prompt_length = 0  # characters of the prompt whose tokens are scored
-        self.length = len(echo)  # characters of the whole text, those held back too
+        self.waiting: list[tuple[Told, int]] = []  # tokens, and the end of each one's text
+        self.prompt_length = 0  # characters of the scored prompt tokens
+        self.length = len(echo)  # characters so far, those held back included
         self.sent = 0
 
     def push(self, news: News) -> Piece:
-        """What the next step completes; often nothing."""
+        """Return what a step's result completes, which may be nothing."""
         for token in news.prompt:
             self.add_prompt(token)
         if news.token is None and news.finish is None:
@@ -97,16 +97,16 @@ class Text:
         return Piece(text, self.complete(ended=finish is not None), finish)
 
     def add_prompt(self, token: Scored) -> None:
-        """Tell a token of the prompt with the text that is echoed."""
-        # An empty prompt has a token to begin with, and no text.
+        """Return a token of the prompt with the echoed text."""
+        # An empty prompt stands for one token without text.
         self.wait(token, min(self.prompt_length, self.length), 0)
         self.prompt_length += len(self.prompt_decoder.push(token.id))
 
     def decoded(self, token: Scored) -> str:
-        """The text that a new token completes."""
+        """Return the text that a new token completes."""
         half = not self.decoder.whole
         text = self.decoder.push(token.id)
-        # A token that does not go on with half a character leaves U+FFFD in its place.
+        # If the token does not continue an incomplete character, U+FFFD replaces that one.
         start = self.length + (half and begins_character(self.tokenizer.token_bytes(token.id)))
         self.length += len(text)
         self.wait(token, start, self.length + (not self.decoder.whole))
@@ -118,7 +118,7 @@ class Text:
             self.waiting.append((Told(token, start), end))
 
     def complete(self, *, ended: bool) -> list[Told]:
-        """The tokens whose text is sent; in the end those too of which only a part is the text."""
+        """Return the tokens whose text is sent; at the end, also one of which only a part is."""
         if not ended:
             count = next(
                 (n for n, (_, end) in enumerate(self.waiting) if end > self.sent), len(self.waiting)
@@ -132,17 +132,17 @@ class Text:
 
 
 class StopStrings:
-    """Text that comes in pieces, up to the first of some stop strings, which may span pieces."""
+    """Cuts a text that comes in pieces at its first stop string, which may span pieces."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         if "" in stop:
-            raise ValueError("a stop string is empty: it would stop before the first character")
+            raise ValueError("a stop string is empty, which would end every text: leave it out")
         self.stop = stop
-        self.held = ""  # what may yet grow into a stop string
+        self.held = ""  # the text's end, which may be the beginning of a stop string
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What of the text, this piece included, is now certain to come before a stop string."""
+        """Add a piece; return the text that is certain to come before any stop string."""
         text = self.held + piece
         if places := [at for at in (text.find(word) for word in self.stop) if at >= 0]:
             self.held, self.found = "", True
@@ -152,12 +152,12 @@ class StopStrings:
         return text[: len(text) - waits]
 
     def flush(self) -> str:
-        """What was held back, when no more comes."""
+        """Return what was held back, at the end of the text."""
         rest, self.held = self.held, ""
         return rest
 
 
 def overlap(text: str, word: str) -> int:
-    """How many last characters of `text` are a beginning of `word`, short of the whole."""
+    """Return how many of the last characters of `text` are the beginning, not all, of `word`."""
     longest = min(len(text), len(word) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)

@@ -1,4 +1,4 @@
-"""From prompts to tokens, or to text, by an engine of their own.
+"""Generate tokens or text from prompts, each call with its own engine.
 
 Knows nothing of files, terminals or HTTP.
 
@@ -39,14 +39,15 @@ def generate_tokens(
 ) -> Iterator[Tensor]:
     """Continue each row of tokens, one new token per row at a time.  (B, T) -> (B,), (B,), ...
 
-    Row i draws from a generator of its own, seeded `seed + i`: it gives what it would give alone.
-    Of prompts of different `lengths`, each is a row's first tokens; what follows is never looked
-    at. Past the context limit a row sees its last context_length tokens. Every position then
-    shifts, so nothing cached holds any more, and each token costs a whole forward pass.
+    Row i has its own generator, seeded with `seed + i`, and its output does not depend on the other
+    rows. `lengths` gives the number of prompt tokens of each row; the rest of the row is ignored.
+    Past the context limit a row sees its last context_length tokens. All positions then shift with
+    every token, so the cache is of no use, and each token costs a full forward pass.
 
-    With a `draft`, which needs a single row, tokens that are guessed right cost no pass of their
-    own; the tokens are the same, since each is chosen from the model's own logits. A `decoder` is
-    the same model's step, compiled: it reads where tokens are few.
+    A `draft`, for a single row only, guesses tokens: right guesses save forward passes, and the
+    output stays the same, as each token is chosen from the model's own logits. A `decoder` is the
+    model's compiled step; it reads the tokens where they are few. ValueError for prompts or
+    settings that do not fit the model, NotFiniteError for logits that are not finite.
     """
     prompts = checked_rows(tokens, lengths)
     if draft is not None and not (use_cache and len(prompts) == 1):
@@ -57,15 +58,15 @@ def generate_tokens(
     device = model.device
     for news in steps(engine_for(model, jobs, decoder, use_cache=use_cache)):
         new = [item.token.id for item in news if item.token is not None]
-        # Each step brings a token to every row, or to the only row one or several.
+        # A step gives one token to every row, or several to the only row of a draft.
         for start in range(0, len(new), len(jobs)):
             yield torch.tensor(new[start : start + len(jobs)], device=device)
 
 
 def generate_greedy(model: GPT, tokens: Tensor, max_new_tokens: int) -> Tensor:
-    """The prompt and its likeliest continuation.  (B, T) -> (B, T + max_new_tokens)
+    """Return the prompt with its greedy continuation.  (B, T) -> (B, T + max_new_tokens)
 
-    As the book's `generate_text_simple`: dropout is off only if the caller called `model.eval()`.
+    Like the book's `generate_text_simple`: call `model.eval()` first to turn off dropout.
     """
     new = list(generate_tokens(model, tokens, max_new_tokens))
     return torch.cat([tokens, *(chosen.unsqueeze(1) for chosen in new)], dim=1)
@@ -87,10 +88,10 @@ def stream(
     decoder: Decoder | None = None,
     **choices: Any,
 ) -> Iterator[str]:
-    """Continue a text, piece by piece: whole characters only, ended by a stop string, by
-    <|endoftext|> or by `max_tokens`. The prompt itself is not repeated.
+    """Continue a prompt, yielding the new text in pieces of whole characters.
 
-    Sampling settings may be given by name: `stream(..., temperature=0.8, top_k=50)`.
+    It ends before a stop string or <|endoftext|>, or after `max_tokens`. Sampling settings can be
+    given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
     jobs = jobs_of(
         model,
@@ -105,7 +106,7 @@ def stream(
 
 
 def pieces(engine: Engine, text: Text) -> Iterator[str]:
-    """The text of an engine's only job as it grows."""
+    """Yield the text of an engine's only job as it grows."""
     for news in steps(engine):
         for item in news:
             piece = text.push(item)
@@ -127,8 +128,9 @@ def generate(
     sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 (frozen)
     decoder: Decoder | None = None,
 ) -> list[str]:
-    """Several continuations at once, in one batch: of each prompt `num_samples`, in the order of
-    the prompts. Number i of them all is `stream`'s with seed + i.
+    """Return `num_samples` continuations of each prompt, in order, generated in one batch.
+
+    Continuation i of the list is what `stream` yields with seed + i.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     ids = [row for text in prompts for row in [prompt_ids(tokenizer, text)] * num_samples]
@@ -142,15 +144,15 @@ def generate(
             piece = texts[item.job].push(item)
             written[item.job] += piece.text
             if piece.finish:
-                engine.cancel(item.job)  # a stop string is known here only
+                engine.cancel(item.job)  # a stop string ended it, which the engine does not know
     return list(written.values())
 
 
-complete = generate  # its first name
+complete = generate  # the former name of `generate`
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt as the model takes it; an empty one begins a document, or a line."""
+    """Encode a prompt; an empty one becomes <|endoftext|> or, where there is none, a newline."""
     ids = tokenizer.encode(prompt)
     if not ids and tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text]
@@ -158,7 +160,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a text: <|endoftext|>, or none."""
+    """Return the tokens that end a text: <|endoftext|>, or none."""
     return frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
 
 
@@ -166,7 +168,7 @@ def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def checked_rows(tokens: Tensor, lengths: Sequence[int] | None) -> list[list[int]]:
-    """The rows of tokens (B, T) up to their lengths; ValueError where there is nothing in one."""
+    """Return the rows of tokens (B, T) up to their lengths; ValueError if one is empty."""
     if tokens.ndim != 2 or tokens.numel() == 0:
         got = tuple(tokens.shape)
         raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
@@ -186,7 +188,7 @@ def jobs_of(
     seed: int,
     **choices: Any,
 ) -> list[Job]:
-    """A job for each prompt, number i with seed + i; ValueError for what cannot be generated."""
+    """Return a job for each prompt, number i with seed + i; ValueError for invalid input."""
     if not prompts:
         raise ValueError("there is no prompt: at least one with a token is needed")
     if max_tokens < 0:
@@ -212,10 +214,10 @@ def jobs_of(
 def engine_for(
     model: GPT, jobs: Sequence[Job], decoder: Decoder | None, *, use_cache: bool = True
 ) -> Engine:
-    """An engine with a slot for each of some jobs, which have it to themselves."""
+    """Return an engine that has a slot for each of the jobs, and runs only them."""
     limit = model.config.context_length
     longest = [len(job.prompt) + job.max_tokens for job in jobs if len(job.prompt) <= limit]
-    # A text that is longer than a slot is read whole for each token, so one place is no cache.
+    # With a capacity of 1, every text exceeds its slot and is read whole for each token.
     capacity = min(limit, max(longest, default=1)) if use_cache else 1
     engine = Engine(Slots(model, len(jobs), decoder, capacity=capacity))
     for job in jobs:
@@ -224,7 +226,7 @@ def engine_for(
 
 
 def steps(engine: Engine) -> Iterator[list[News]]:
-    """The news of each step until all jobs have finished; NotFiniteError where one failed."""
+    """Yield the news of each step until all jobs have finished; NotFiniteError if one fails."""
     while not engine.idle:
         news = engine.step(0.0)  # no job has a deadline
         for item in news:

@@ -1,9 +1,9 @@
-"""Causal attention by faster ways than its formula, which stands in `gpt.py`.
+"""Faster implementations of causal attention; `gpt.py` has the definition.
 
-PyTorch's kernel serves every case; on CPUs in bfloat16, which that kernel is slow at, plain
-products over blocks of queries are up to four times as fast. A block meets only the keys up to its
-end, so a long context costs little more than the triangle that causality leaves. Knows nothing of
-weights or caches.
+PyTorch's fused kernel handles every case. On CPUs it is slow in bfloat16, where matrix products
+over blocks of queries are up to four times as fast. Each block is multiplied only with the keys up
+to its end, so that little more than the causal triangle is computed. Knows nothing of weights or
+caches.
 
 Shapes:  B batch    H heads    T queries    S positions so far    D channels per head
          R queries in a block    E keys up to the block's end
@@ -23,15 +23,17 @@ BLOCK = 128  # queries; the fastest of 64 to 1,024, at contexts of 256 and 1,024
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
 ) -> Tensor:
-    """Attention by PyTorch's kernel.  (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
+    """Compute attention with PyTorch's fused kernel.
 
-    The T queries are the last of the S positions, or in rows of different lengths at `positions`
-    (B, T); none sees a later key. `dropout` is the probability with which an attention weight is
-    dropped.
+    (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
+
+    The queries are at the last T of the S positions or, where rows have different lengths, at
+    `positions` (B, T). No query sees a later key. `dropout` is the probability of dropping an
+    attention weight.
     """
     T, S = q.shape[2], k.shape[2]
-    # One query sees all; a square is plainly causal; between the two (a chunk of a prefill) the
-    # triangle hangs from the lower right.
+    # A single query sees every key, and T = S is the kernel's own causal case. In between (a chunk
+    # of a prefill) the causal triangle must end at the last key, which the kernel does not do.
     mask = None
     if positions is not None:
         mask = torch.arange(S, device=q.device) <= positions[:, None, :, None]  # (B, 1, T, S)
@@ -44,7 +46,7 @@ def by_kernel(
 def by_blocks(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
 ) -> Tensor:
-    """The same of whole texts (T = S) by products over blocks of queries; else by the kernel.
+    """Compute attention over whole sequences (T = S) in blocks of queries; else by the kernel.
 
     (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
     """
@@ -53,33 +55,34 @@ def by_blocks(
     return by_kernel(q, k, v, dropout, positions)
 
 
-# What computes attention: (q, k, v, dropout, positions) -> (B, H, T, D).
+# A function that computes attention: (q, k, v, dropout, positions) -> (B, H, T, D).
 Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 WAYS: dict[str, Attention] = {"kernel": by_kernel, "blocks": by_blocks}
 
 
 class _Blocks(torch.autograd.Function):
-    """The attention weights of the forward pass are kept for the backward."""
+    """Attention in blocks of queries; the backward pass reuses the attention weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         shape = q.shape
-        q, k, v = (part.reshape(-1, *shape[2:]) for part in (q, k, v))  # (B H, T, D)
+        q, k, v = (heads.reshape(-1, *shape[2:]) for heads in (q, k, v))  # (B H, T, D)
         y = torch.empty_like(q)
-        weights, kept = [], []
+        weights, dropout_masks = [], []
         for start, end in blocks(len(q[0])):
-            hidden = torch.full((end - start, end), -torch.inf, dtype=q.dtype, device=q.device)
-            hidden = hidden.triu(start + 1)
+            mask = torch.full((end - start, end), -torch.inf, dtype=q.dtype, device=q.device)
+            mask = mask.triu(start + 1)  # -inf at the keys after each query
             scores = torch.baddbmm(
-                hidden, q[:, start:end], k[:, :end].mT, alpha=scale(q)
+                mask, q[:, start:end], k[:, :end].mT, alpha=scale(q)
             )  # (B H, R, E)
             p = scores.softmax(-1)
             weights.append(p)
             if dropout:
-                kept.append(torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout))
-                p = p * kept[-1]
+                # A dropout mask, scaled so that the expected weights stay the same.
+                dropout_masks.append(torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout))
+                p = p * dropout_masks[-1]
             y[:, start:end] = p @ v[:, :end]
-        ctx.save_for_backward(q, k, v, *weights, *kept)
+        ctx.save_for_backward(q, k, v, *weights, *dropout_masks)
         return y.view(shape)
 
     @staticmethod
@@ -88,21 +91,21 @@ class _Blocks(torch.autograd.Function):
         q, k, v, *saved = ctx.saved_tensors
         T, dy = q.shape[1], grad.reshape(q.shape)
         spans = blocks(T)
-        weights, kept = saved[: len(spans)], saved[len(spans) :]
+        weights, dropout_masks = saved[: len(spans)], saved[len(spans) :]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        # The last block meets every key, so it writes what the others then add to.
+        # The last block sees every key, so it runs first and writes dk and dv; others add to them.
         for number in reversed(range(len(spans))):
             (start, end), p = spans[number], weights[number]
-            mine, before, add = slice(start, end), slice(end), 0 if end == T else 1
-            dp = dy[:, mine] @ v[:, before].mT  # (B H, R, E)
+            queries, keys, add = slice(start, end), slice(end), 0 if end == T else 1
+            dp = dy[:, queries] @ v[:, keys].mT  # (B H, R, E)
             dropped = p
-            if kept:
-                dropped = p * kept[number]
-                dp *= kept[number]
-            _add_product(dv[:, before], dropped.mT, dy[:, mine], keep=add)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            _add_product(dq[:, mine], ds, k[:, before], keep=0, times=scale(q))
-            _add_product(dk[:, before], ds.mT, q[:, mine], keep=add, times=scale(q))
+            if dropout_masks:
+                dropped = p * dropout_masks[number]
+                dp *= dropout_masks[number]
+            _add_product(dv[:, keys], dropped.mT, dy[:, queries], keep=add)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - (p * dp).sum(-1))
+            _add_product(dq[:, queries], ds, k[:, keys], keep=0, times=scale(q))
+            _add_product(dk[:, keys], ds.mT, q[:, queries], keep=add, times=scale(q))
         return dq.view(grad.shape), dk.view(grad.shape), dv.view(grad.shape), None
 
 
@@ -112,10 +115,10 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: int, times: float =
 
 
 def blocks(T: int) -> list[tuple[int, int]]:
-    """Where each block of queries begins and ends."""
+    """Return the start and end of each block of queries."""
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
 
 
 def scale(q: Tensor) -> float:
-    """1 / sqrt(D), which keeps the scores' variance at one."""
+    """Return 1 / sqrt(D), which keeps the scores' variance at one."""
     return float(q.shape[-1] ** -0.5)

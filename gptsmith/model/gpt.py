@@ -1,4 +1,7 @@
-"""GPT-2: tokens in, logits out. Both published systems can be read off this page.
+"""GPT-2: tokens in, logits out.
+
+nanoGPT's model, and the GPTModel of "Build a Large Language Model (From Scratch)", here called the
+book, are this one with other names for its modules:
 
     here                 nanoGPT                    the book's GPTModel
     wte                  transformer.wte            tok_emb
@@ -14,7 +17,7 @@
     ln_f                 transformer.ln_f           final_norm
     lm_head              lm_head                    out_head
 
-What makes each of them is in `GPTConfig`:
+and with these settings of `GPTConfig`:
 
                          bias     qkv_bias   tie_weights   activation   init
     OpenAI's GPT-2       True     True       True          gelu_tanh    gpt2
@@ -45,27 +48,28 @@ from .placed import Placed
 def attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
 ) -> Tensor:
-    """What each query gathers from the values: softmax(q k' / sqrt(D)) v, causally.
+    """Compute causal attention: softmax(q k' / sqrt(D)) v.
 
     (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
 
-    The queries are at the last T of the S positions or, in rows of different lengths, at
-    `positions` (B, T). This is the definition; `attention.py` computes the same faster, and is what
-    a model uses unless it is told to `attend_by(attention)`.
+    The queries are at the last T of the S positions or, where rows have different lengths, at
+    `positions` (B, T). This is the definition; models use the faster functions of `attention.py`
+    unless `attend_by(attention)` chooses this one.
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
-    places = torch.arange(S, device=q.device)
-    own = places[S - T :] if positions is None else positions.unsqueeze(1)  # (T,) or (B, 1, T)
-    later = places > own.unsqueeze(-1)  # (T, S) or (B, 1, T, S): a token cannot see what follows
-    weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)
+    key_positions = torch.arange(S, device=q.device)
+    # (T,), or (B, 1, T) where rows have different lengths
+    query_positions = key_positions[S - T :] if positions is None else positions.unsqueeze(1)
+    future = key_positions > query_positions.unsqueeze(-1)  # (T, S) or (B, 1, T, S)
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, H, T, D)
 
 
 class QueryKeyValue(nn.Linear):
-    """Query, key and value as one layer, each drawn as the layer that the book has for it.
+    """Query, key and value projections as one layer.  (B, T, C) -> (B, T, 3 C)
 
-    (B, T, C) -> (B, T, 3 C)
+    Each third is initialized like the separate layer that the book has for it.
     """
 
     def reset_parameters(self) -> None:
@@ -77,7 +81,7 @@ class QueryKeyValue(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and those before it.  (B, T, C) -> (B, T, C)"""
+    """Each token gathers values from itself and earlier tokens.  (B, T, C) -> (B, T, C)"""
 
     attend: Attention = staticmethod(by_kernel)
 
@@ -99,12 +103,12 @@ class CausalSelfAttention(nn.Module):
             positions = cache.row_positions(T)
             k, v = cache.extend(layer, k, v)  # (B, H, S, D)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, positions)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.drop(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Each token thinks on its own.  (B, T, C) -> (B, T, C)"""
+    """Linear, activation function, linear: each token alone.  (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -133,14 +137,14 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    """What the model says: `logits, loss = model(tokens, targets)`."""
+    """What the model returns: `logits, loss = model(tokens, targets)`."""
 
     logits: Tensor  # (B, T, V)
     loss: Tensor | None  # (), nats per counted token; None without targets
 
 
 class GPT(Placed):
-    """The whole model, as `config` has it: `logits, loss = model(tokens, targets)`."""
+    """The model that `config` describes: `logits, loss = model(tokens, targets)`."""
 
     h: nn.ModuleList
     ln_f: nn.Module
@@ -161,11 +165,11 @@ class GPT(Placed):
         self.tie_weights()
 
     def initialize(self) -> None:
-        """Draw fresh weights as GPT-2 does: N(0, 0.02), and zero biases.
+        """Initialize the weights as GPT-2 does: N(0, 0.02), and zero biases.
 
         The two projections of each block that add to the residual stream are scaled down by
         1/sqrt(2 n_layer), so that the stream's variance does not grow with depth. With `init`
-        "book" the weights stay as PyTorch's layers drew them, in the order in which they were made.
+        "book" the weights keep the initialization of PyTorch's layers.
         """
         if self.config.init == "book":
             return
@@ -178,15 +182,15 @@ class GPT(Placed):
                 nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
-        """Make the output head the token embedding itself, where the configuration says so."""
+        """Use the token embedding's weights as the output head, if the configuration says so."""
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream after the last norm, ready for the head.  (B, T) -> (B, T, C)
+        """Return the residual stream after the final norm.  (B, T) -> (B, T, C)
 
-        With a cache, the tokens continue those that it holds of each row, and it advances past
-        them.
+        With a cache, the tokens continue the cached ones of each row and are added to them.
+        ValueError where they exceed the context_length or the cache.
         """
         T, seen = tokens.shape[1], 0 if cache is None else cache.length
         if seen + T > self.config.context_length:
@@ -208,14 +212,14 @@ class GPT(Placed):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Output:
-        """(B, T) and targets (B, T) -> logits (B, T, V) and loss ().
+        """Return logits (B, T, V) and loss () for tokens (B, T) and targets (B, T).
 
-        The loss is the mean over the targets that are not -1, in nats per token, in float32; it is
-        0 where none counts.
+        The loss is the mean cross entropy over the targets that are not -1, in nats per token, in
+        float32; it is 0 where all are -1.
         """
         logits = self.lm_head(self.features(tokens, cache))
         return Output(logits, None if targets is None else mean_loss(logits, targets))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `forward` alone, to train on: no logits are kept.  (B, T), (B, T) -> ()"""
+        """Return the loss of `forward` without keeping the logits.  (B, T), (B, T) -> ()"""
         return head_loss(self.features(tokens), self.lm_head.weight, targets)

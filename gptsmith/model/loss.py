@@ -1,10 +1,10 @@
-"""Cross entropy of a large vocabulary, without holding every token's logits at once.
+"""Cross entropy over a large vocabulary, without holding the logits of all tokens at once.
 
-The head and its loss are computed for some tokens at a time, and their gradient with them, so that
-what lives until the backward pass is the gradient of the features and of the head: at GPT-2's size
-and 2,048 tokens this saves two thirds of a gigabyte. Knows nothing of how features are made.
+Logits and loss are computed for a chunk of tokens at a time, and their gradient right away, so that
+only the gradients of the features and of the head live until the backward pass. At GPT-2's size and
+2,048 tokens this saves two thirds of a gigabyte. Knows nothing of how features are computed.
 
-Shapes:  N tokens    R of them at once    C channels    V vocabulary    P padded vocabulary
+Shapes:  N tokens    R tokens of a chunk    C channels    V vocabulary    P padded vocabulary
 """
 
 from typing import Any
@@ -14,21 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NOT_LEARNED = -1  # a target with this id counts for nothing
-LOGITS_AT_ONCE = 1 << 25  # numbers, 128 MiB in float32; with fewer, adding up the head costs more
+NOT_LEARNED = -1  # a target with this id is ignored
+# Per chunk, 128 MiB in float32. Smaller chunks spend more time on summing the head's gradient.
+LOGITS_AT_ONCE = 1 << 25
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per counted target, in nats, in float32 or more.  (B, T, V), (B, T) -> ()"""
+    """Return the mean cross entropy, in nats per counted target.  (B, T, V), (B, T) -> ()
+
+    Computed in float32, or in the dtype of the logits where that is wider.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     total = F.cross_entropy(logits, targets.flatten(), ignore_index=NOT_LEARNED, reduction="sum")
     return total / (targets != NOT_LEARNED).sum().clamp(min=1)
 
 
 def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """`mean_loss(features @ head.T, targets)`, a part at a time.  (B, T, C), (V, C), (B, T) -> ()
+    """Compute `mean_loss(features @ head.T, targets)` in chunks.  (B, T, C), (V, C), (B, T) -> ()
 
-    Multiplies in the precision of autocast, where that is on.
+    The matrix products run in autocast's precision where autocast is on.
     """
     device, dtype = features.device.type, features.dtype
     if torch.is_autocast_enabled(device):
@@ -37,38 +41,38 @@ def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradient is found in the forward pass, while the logits are at hand."""
+    """Computes the gradient in the forward pass, while the logits are there."""
 
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        V, learns = len(head), any(ctx.needs_input_grad)
+        V, needs_grad = len(head), any(ctx.needs_input_grad)
         x, weight = features.to(dtype), head.to(dtype)
-        if head.is_cuda:  # GPUs multiply multiples of 64 faster; no one sees the added rows
+        if head.is_cuda:  # GPUs multiply multiples of 64 faster; the added logits become -inf
             weight = F.pad(weight, (0, 0, 0, -V % 64))  # (P, C)
         wide = torch.promote_types(dtype, torch.float32)
         counted = targets != NOT_LEARNED
         count = counted.sum().clamp(min=1)
         total = torch.zeros((), dtype=wide, device=x.device)
-        d_features = torch.empty_like(x) if learns else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if learns else None
-        for part in parts(len(x), V):
-            logits = (x[part] @ weight.T).to(wide)  # (R, P)
+        d_features = torch.empty_like(x) if needs_grad else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        for chunk in chunks(len(x), V):
+            logits = (x[chunk] @ weight.T).to(wide)  # (R, P)
             logits[:, V:] = -torch.inf
-            index = targets[part].clamp(min=0)[:, None]
+            index = targets[chunk].clamp(min=0)[:, None]
             logits = logits.log_softmax(1)
             nats = -logits.gather(1, index)[:, 0]  # (R,)
-            total += nats.where(counted[part], 0.0).sum()
+            total += nats.where(counted[chunk], 0.0).sum()
             if d_features is None or d_weight is None:
                 continue
-            d_logits = logits.softmax(1)  # exp, which is many times slower here on CPUs
+            d_logits = logits.softmax(1)  # equal to logits.exp(), which is far slower on CPUs
             del logits
             d_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-            d_logits *= (counted[part].to(wide) / count)[:, None]
+            d_logits *= (counted[chunk].to(wide) / count)[:, None]
             d_logits = d_logits.to(dtype)
-            d_features[part] = d_logits @ weight
-            d_weight += d_logits.T @ x[part]
+            d_features[chunk] = d_logits @ weight
+            d_weight += d_logits.T @ x[chunk]
         if d_features is not None and d_weight is not None:
             ctx.save_for_backward(d_features.to(features.dtype), d_weight[:V].to(head.dtype))
         return total / count
@@ -80,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
         return d_features.mul_(grad), d_head.mul_(grad), None, None  # in place: they are large
 
 
-def parts(tokens: int, vocabulary: int) -> list[slice]:
-    """Runs of tokens whose logits are few enough to be computed at once."""
+def chunks(tokens: int, vocabulary: int) -> list[slice]:
+    """Divide the tokens into chunks of at most LOGITS_AT_ONCE logits, or of one token."""
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
     return [slice(start, start + rows) for start in range(0, tokens, rows)]

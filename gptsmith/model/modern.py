@@ -1,8 +1,7 @@
-"""The modern block, NanoChat's: the residual stream of `gpt.py` with other parts in it.
+"""The modern block, as in NanoChat: the residual stream of `gpt.py` with other modules.
 
-Rotary positions instead of a table, RMSNorm without weights, normalized queries and keys, heads of
-keys and values that several queries share, squared ReLU, no biases. Knows nothing of what comes
-before the residual stream or after it.
+Rotary positions instead of a position embedding, RMSNorm without weights, normalized queries and
+keys, grouped-query attention, squared ReLU, no biases. Knows nothing of the head or the loss.
 
 Shapes:  B batch        T tokens given         S tokens seen so far      C channels
          H heads        G heads of keys and values                       D channels per head
@@ -23,9 +22,9 @@ THETA = 10000.0  # the slowest pair of channels turns once in about 2 pi THETA t
 
 
 def rotation_at(positions: Tensor, head_size: int) -> Tensor:
-    """Cosine and sine of the angle of each pair of channels.  (T,) -> (2, T, 1, D / 2)
+    """Return cosine and sine of each channel pair's angle.  (T,) -> (2, T, 1, D / 2)
 
-    (B, T) -> (2, B, T, 1, D / 2), where rows are at different positions.
+    (B, T) -> (2, B, T, 1, D / 2) where rows are at different positions.
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device) / head_size
     angles = positions[..., None, None] / THETA**pairs
@@ -33,17 +32,18 @@ def rotation_at(positions: Tensor, head_size: int) -> Tensor:
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Turn channel i with channel i + D / 2: products then depend on distances alone.
+    """Rotate channel i with channel i + D / 2, by an angle that grows with the position.
 
+    The product of a query and a key then depends on their distance, not on where they are.
     (B, T, H, D) -> (B, T, H, D)
     """
     cos, sin = rotation
-    one, other = heads.chunk(2, dim=-1)
-    return torch.cat((one * cos + other * sin, other * cos - one * sin), dim=-1)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
 def rms_norm(config: GPTConfig, channels: int) -> nn.RMSNorm:
-    """The norm of this block, which has no weights."""
+    """Return this block's norm, which has no weights."""
     return nn.RMSNorm(channels, config.norm_eps, elementwise_affine=False)
 
 
@@ -55,7 +55,10 @@ class SquaredReLU(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Causal self-attention; H / G queries share a key and a value.  (B, T, C) -> (B, T, C)"""
+    """Grouped-query attention: H / G query heads share a key and a value head.
+
+    (B, T, C) -> (B, T, C)
+    """
 
     attend: Attention = staticmethod(by_kernel)
 
@@ -74,7 +77,7 @@ class GroupedAttention(nn.Module):
         (B, T, C), H, G = x.shape, self.n_head, self.kv_heads
         heads = self.c_attn(x).view(B, T, H + 2 * G, C // H)
         qk, v = heads.split((H + G, G), dim=2)
-        # Rotation leaves lengths as they are, so that the norm may follow it, as in NanoChat.
+        # A rotation does not change a vector's length, so the norm may follow it, as in NanoChat.
         q, k = self.qk_norm(rotate(qk, rotation)).to(v.dtype).split((H, G), dim=2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), twice (B, G, T, D)
         positions = None
@@ -88,7 +91,7 @@ class GroupedAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token thinks on its own.  (B, T, C) -> (B, T, C)"""
+    """Linear, activation function, linear: each token alone.  (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class Block(nn.Module):
 
 
 def add_parts(model: nn.Module, config: GPTConfig) -> None:
-    """Give a model the parts between its token embedding and its head."""
+    """Add to a model the modules between its token embedding and its head."""
     model.ln_0 = rms_norm(config, config.n_embd)
     model.drop = nn.Dropout(config.dropout)
     model.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -129,7 +132,7 @@ def add_parts(model: nn.Module, config: GPTConfig) -> None:
 def residual_stream(
     model: Any, tokens: Tensor, positions: Tensor, cache: KVCache | None = None
 ) -> Tensor:
-    """What the blocks make of tokens at their positions.  (B, T), (T,) or (B, T) -> (B, T, C)"""
+    """Return the residual stream after the last block.  (B, T), (T,) or (B, T) -> (B, T, C)"""
     x = model.ln_0(model.wte(tokens))
     rotation = rotation_at(positions, model.config.head_size).to(x.dtype)
     x = model.drop(x)

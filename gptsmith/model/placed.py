@@ -1,4 +1,4 @@
-"""A model on its machine: where its weights are, their number format, and how it attends.
+"""A model on its machine: its device, its dtype, and the function that computes its attention.
 
 Knows nothing of what the model computes.
 
@@ -18,16 +18,18 @@ class Placed(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and tokens have to be."""
+        """Device of the weights, where tokens have to be."""
+        # By the state dict, since a packed embedding has buffers in the place of `weight`.
         return next(iter(self.wte.state_dict().values())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the activations: that of what the embedding gives."""
+        """Dtype of the activations."""
+        # By looking up no token, since a packed embedding's weights have another dtype.
         return self.wte(torch.empty(0, dtype=torch.long, device=self.device)).dtype
 
-    def attend_by(self, way: Attention) -> None:
-        """Compute attention by this function: the formula, or one of `attention.WAYS`."""
+    def attend_by(self, function: Attention) -> None:
+        """Compute attention by `gpt.attention`, or by one of `attention.WAYS`."""
         for module in self.modules():
             if hasattr(module, "attend"):
-                module.attend = way  # type: ignore[assignment]
+                module.attend = function  # type: ignore[assignment]

@@ -1,6 +1,7 @@
-"""What happens to tokens on their way to the logits: a real forward pass, watched shape by shape.
+"""Trace a forward pass: run it, and record the shapes at every step from tokens to logits.
 
-Knows nothing of files or of trained weights: the model is fresh and its tokens are random.
+Knows nothing of files or of trained weights: the weights are freshly initialized, and the tokens
+random.
 
 Shapes:  B batch        T tokens given         V vocabulary    M channels inside the MLP
          C channels     H heads                D channels per head
@@ -18,8 +19,8 @@ from ..config.model import GPTConfig
 from ..config.tables import columns, shape_text
 from .gpt import GPT, attention
 
-# Above this, weights would take gigabytes: the pass then runs on PyTorch's "meta" device, which
-# executes the same code on shapes without numbers.
+# The weights of a larger model would take gigabytes, so it runs on PyTorch's "meta" device, which
+# executes the same code on shapes alone.
 MOST_PARAMETERS = 500_000_000
 
 Shape = tuple[int, ...]
@@ -27,42 +28,42 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TraceLine:
-    """One step of the pass: who worked, what it did, and the shapes that went in and came out."""
+    """One step of the forward pass: a module or an operation, and its input and output shapes."""
 
-    name: str  # the module's, or for mathematics inside one, the operation's, indented
+    name: str  # of the module; that of an operation inside a module is indented
     does: str
     inputs: tuple[Shape, ...]
     output: Shape
     spread: float | None = None  # the output's standard deviation; None where it has no numbers
 
     def to_json(self) -> dict[str, Any]:
-        """The line as plain values."""
+        """Return the line as plain values."""
         return {**asdict(self), "name": self.name.strip()}
 
 
 def trace(config: GPTConfig, batch: int, tokens: int, *, seed: int = 0) -> Iterator[TraceLine]:
-    """Pass (batch, tokens) random tokens through a fresh model, and yield a line for each step.
+    """Run (batch, tokens) random tokens through a new model, and yield a line for each step.
 
-    The first block is shown in full, each other one as a line. Shapes are read from the modules as
-    they run. The caller's random state is left as it was.
+    The first block is traced in full, and each other block as one line. PyTorch's random state is
+    restored at the end.
     """
     device = "meta" if parameter_count(config) > MOST_PARAMETERS else "cpu"
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
         torch.manual_seed(seed)
         model = GPT(config).eval()
         ids = torch.randint(config.vocab_size, (batch, tokens))  # (B, T)
-        watch = _Watch(model)
+        recorder = _Recorder(model)
         model(ids)
-    yield from watch.lines
+    yield from recorder.lines
 
 
-class _Watch:
-    """Writes a line for each module as it finishes, and for attention, which is no module."""
+class _Recorder:
+    """Adds a line for each module as it returns, and for each operation that is not a module."""
 
     def __init__(self, model: GPT) -> None:
         self.lines: list[TraceLine] = []
         block: Any = model.h[0]
-        self.entered: Shape = ()  # what came into the block
+        self.block_input: Shape = ()
         block.register_forward_pre_hook(self.enter)
         self.after(model.wte, "wte", "a vector per token")
         config = model.config
@@ -75,24 +76,24 @@ class _Watch:
         self.after(block.ln_1, "h.0.ln_1", norm)
         self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
         if config.modern:
-            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, too")
+            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, normalized")
         block.attn.attend = self.attend
         block.attn.c_proj.register_forward_pre_hook(self.joined)
-        self.after(block.attn.c_proj, "h.0.attn.c_proj", "heads mixed")
+        self.after(block.attn.c_proj, "h.0.attn.c_proj", "output projection")
         block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
         self.after(block.ln_2, "h.0.ln_2", norm)
-        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "each token alone: C to M")
-        self.after(block.mlp.activation, "h.0.mlp.activation", "the bend in between")
-        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "and back: M to C")
+        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "up-projection, C to M")
+        self.after(block.mlp.activation, "h.0.mlp.activation", "activation function")
+        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "down-projection, M to C")
         block.register_forward_hook(lambda module, inputs, output: self.added(output))
         for layer, other in enumerate(model.h):
             if layer > 0:
                 self.after(other, f"h.{layer}", "the same, other weights")
         self.after(model.ln_f, "ln_f", norm)
-        self.after(model.lm_head, "lm_head", "a score per next token")
+        self.after(model.lm_head, "lm_head", "next token's logits")
 
     def after(self, module: nn.Module, name: str, does: str) -> None:
-        """Write a line whenever the module has finished."""
+        """Add a line whenever the module returns."""
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.write(name, does, (inputs[0].shape,), output)
@@ -106,39 +107,44 @@ class _Watch:
         self.lines.append(TraceLine(name, does, shapes, tuple(output.shape), spread))
 
     def embedded(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """The two embeddings have been added: (B, T, C) + (T, C) -> (B, T, C)."""
+        """Add a line for the sum of the embeddings: (B, T, C) + (T, C) -> (B, T, C)."""
         token, position = self.lines[-2:]
-        self.write("  wte + wpe", "added, then dropout", (token.output, position.output), output)
+        self.write("  wte + wpe", "add, then dropout", (token.output, position.output), output)
 
     def enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """The residual stream comes into the block: (B, T, C)."""
-        self.entered = tuple(inputs[0].shape)
+        """Remember the shape of the block's input: (B, T, C)."""
+        self.block_input = tuple(inputs[0].shape)
 
     def added(self, stream: Tensor) -> None:
-        """A branch has been added to the residual stream: both (B, T, C)."""
+        """Add a line for a branch that was added to the residual stream: both (B, T, C)."""
         branch = self.lines[-1].output
-        self.write("  + residual", "added to what came in", (self.entered, branch), stream)
+        self.write("  + residual", "added to the stream", (self.block_input, branch), stream)
 
     def joined(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """The heads stand side by side: (B, H, T, D) -> (B, T, C)."""
+        """Add a line for the concatenation of the heads: (B, H, T, D) -> (B, T, C)."""
         heads = self.lines[-1].output
-        self.write("  heads joined", "side by side again", (heads,), inputs[0])
+        self.write("  heads joined", "concatenate the heads", (heads,), inputs[0])
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, dropout: float, positions: Tensor | None
     ) -> Tensor:
-        """Attention by its formula, which is no module: (B, H, T, D) three times -> (B, H, T, D)"""
+        """Compute attention by its definition, and add its three lines.
+
+        (B, H, T, D), (B, H, T, D), (B, H, T, D) -> (B, H, T, D)
+        """
         result = attention(q, k, v, dropout, positions)
         scores = (*q.shape[:-1], k.shape[-2])
-        cut = TraceLine("  q, k, v", "three, cut into heads", (self.lines[-1].output,), (*q.shape,))
-        listen = TraceLine("  softmax", "of q k' / sqrt(D)", ((*q.shape,), (*k.shape,)), scores)
-        self.lines += [cut, listen]
-        self.write("  weights v", "their sum, so weighted", (scores, v.shape), result)
+        c_attn = self.lines[-1].output
+        self.lines += [
+            TraceLine("  q, k, v", "split each into heads", (c_attn,), (*q.shape,)),
+            TraceLine("  softmax", "of q k' / sqrt(D)", ((*q.shape,), (*k.shape,)), scores),
+        ]
+        self.write("  weights v", "weighted sum of values", (scores, v.shape), result)
         return result
 
 
 def render(lines: Sequence[TraceLine]) -> str:
-    """The lines as aligned text; the last column is the spread of the output, where measured."""
+    """Return the lines as a table; its last column is the output's standard deviation, if known."""
     rows = [
         (
             f"  {line.name}",
@@ -150,11 +156,11 @@ def render(lines: Sequence[TraceLine]) -> str:
         for line in lines
     ]
     (B, T), measured = lines[0].inputs[0], any(line.spread is not None for line in lines)
-    note = "std is the output's spread" if measured else "shapes only (it is large)"
+    note = "std is the output's standard deviation" if measured else "shapes only: a large model"
     heading = ("  ", "", "in", "out", "std" if measured else "")
     return "\n".join(
         [
-            f"TRACE  a fresh model reads {B} x {T} random tokens; {note}",
+            f"TRACE  {B} x {T} random tokens through new weights; {note}",
             *columns([heading, *rows], "<<<<<"),
         ]
     )

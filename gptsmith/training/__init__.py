@@ -1,1 +1,1 @@
-"""Teaching a model: optimizers, schedules, the loop, and the run around it."""
+"""Training a model: optimizers, schedules, the loop, and the run around it."""

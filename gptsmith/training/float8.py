@@ -1,4 +1,4 @@
-"""Products of 8-bit floats in training, by torchao.
+"""Training with 8-bit floating-point matrix products, by torchao.
 
 Knows nothing of optimizers or loops.
 """
@@ -11,10 +11,11 @@ from ..model.gpt import GPT
 
 
 def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
-    """Let the linear layers of the blocks multiply in 8-bit floats, by torchao; the weights stay.
+    """Compute the matrix products of the blocks' linear layers in float8; the weights stay.
 
-    Each product finds the scale of its whole tensors as it runs. The head, whose loss is computed
-    in parts, stays in bf16. `emulate` computes what an older device would, slowly.
+    Every product scales its two tensors by their current maxima (tensorwise, dynamic scaling). The
+    head, whose loss is computed in chunks, stays in bf16. `emulate` runs on devices without float8,
+    slowly. ImportError where torchao is not installed.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -26,7 +27,7 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> None:
 
 
 def prepare_model(model: GPT, settings: MachineSettings) -> None:
-    """Let a model compute as the (chosen) settings say; its weights stay."""
+    """Set a model's attention function and matrix products as the settings say; weights stay."""
     model.attend_by(WAYS[settings.attention])
     if settings.dtype == "fp8":
         multiply_in_float8(model)

@@ -1,7 +1,7 @@
-"""One optimizer step, and the stream of steps.
+"""The training step, and the loop over steps.
 
-Yields a report per step and leaves evaluating, saving and showing to the caller; knows nothing of
-files or terminals.
+The loop yields a report per step; evaluating, saving and displaying are the caller's. Knows nothing
+of files or terminals.
 
 Shapes:  R rows of this process's share of the batch    T tokens    V vocabulary
 """
@@ -25,8 +25,8 @@ from ..model.loss import NOT_LEARNED
 from .optimizers import Optimizer
 from .schedules import learning_rate
 
-# So many steps in a row without a finite gradient mean that the run is lost. With fp16 the scaler
-# may first have to halve its way down from 65,536.
+# Steps in a row without a finite gradient after which the run has diverged. With fp16, the gradient
+# scaler may first have to halve its scale many times, from 65,536.
 MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp8": 5, "fp16": 25}
 
 
@@ -34,26 +34,26 @@ Compiled = Literal["no", "yes", "max-autotune"]
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient was not a finite number for several steps in a row."""
+    """The loss or the gradient was not finite for several steps in a row."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did."""
+    """The figures of one optimizer step."""
 
-    step: int  # how many steps are done, this one included
+    step: int  # its number, from 1
     loss: float  # nats per counted token, over the global batch
     grad_norm: float  # of all gradients, before clipping
     learning_rate: float
     tokens: int  # of the global batch
     seconds: float
-    micro_batch: int  # rows that were computed at once
-    skipped: bool  # the gradient was not finite, and nothing was learned
+    micro_batch: int  # rows per forward pass
+    skipped: bool  # the gradient was not finite, so the weights were not updated
 
 
 @dataclass
 class Trainer:
-    """What a step works on; the weights and the optimizer's state change, the rest stays."""
+    """A model, its optimizers and its batches, with the settings of a training step."""
 
     model: GPT
     optimizers: list[Optimizer]
@@ -61,42 +61,43 @@ class Trainer:
     settings: TrainingSettings
     device: torch.device
     dtype: str
-    micro_batch: int  # rows; halved where the GPU's memory runs out
+    micro_batch: int  # rows; halved when the GPU runs out of memory
     scaler: torch.amp.GradScaler
     compiled: Compiled = "no"
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
-        self.ready: tuple[int, Tensor, Tensor] | None = None  # a step's batch, already loaded
+        self.ready: tuple[int, Tensor, Tensor] | None = None  # a step's batch, loaded ahead
 
-    def compile(self, how: Compiled) -> None:
-        """Go on with torch.compile, or without."""
-        self.compiled, self.loss = how, self.model.loss
-        if how != "no":
-            self.loss = torch.compile(self.loss, mode=None if how == "yes" else how)
+    def compile(self, mode: Compiled) -> None:
+        """Turn torch.compile on or off for the loss."""
+        self.compiled, self.loss = mode, self.model.loss
+        if mode != "no":
+            self.loss = torch.compile(self.loss, mode=None if mode == "yes" else mode)
 
     def forget_gradients(self) -> None:
-        """Let the memory of the gradients go."""
+        """Free the gradients."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Leave the gradient of the global batch's mean loss in the parameters; return that loss.
+        """Accumulate the gradient of the global batch's mean loss; return that loss.
 
-        (R, T), (R, T) -> (). Every counted token weighs the same, however rows are divided into
-        micro-batches and processes: each part's mean is weighted by its share of the whole count.
+        (R, T), (R, T) -> (). Every counted token weighs the same, however the rows are divided into
+        micro-batches and processes: each micro-batch's mean loss is weighted by its share of the
+        global batch's counted tokens.
         """
         self.forget_gradients()
-        whole = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
+        counted = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
         total = torch.zeros((), device=self.device)
-        for rows, wanted in zip(
+        for micro_tokens, micro_targets in zip(
             tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
         ):
-            if self.compiled == "max-autotune":  # its CUDA graphs reuse the last pass's memory
+            if self.compiled == "max-autotune":  # its CUDA graphs reuse the memory of the last pass
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
-                loss = self.loss(rows, wanted)
-            loss = loss * ((wanted != NOT_LEARNED).sum() / whole)
+                loss = self.loss(micro_tokens, micro_targets)
+            loss = loss * ((micro_targets != NOT_LEARNED).sum() / counted)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for parameter in self.model.parameters():
@@ -105,7 +106,7 @@ class Trainer:
         return sum_over_processes(total)
 
     def gradient_in_memory(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """`gradient`, with the micro-batch halved for as long as the GPU has no room for it."""
+        """Compute `gradient`, halving the micro-batch as often as the GPU runs out of memory."""
         while True:
             try:
                 return self.gradient(tokens, targets)
@@ -116,20 +117,20 @@ class Trainer:
                         "use a smaller context_length or model"
                     ) from None
                 self.micro_batch = math.ceil(self.micro_batch / 2)
-            # Outside the handler, which would keep the failed pass's tensors alive.
+            # Not in the handler, where the error's traceback keeps the pass's tensors alive.
             self.forget_gradients()
             torch.cuda.empty_cache()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's tokens and targets of the step after `step` others.  -> (R, T), (R, T)"""
+        """Return this process's tokens and targets of a step, from 0.  -> (R, T), (R, T)"""
         if self.ready is not None and self.ready[0] == step:
             return self.ready[1:]
         return self.load(step)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """Read a batch and start its way to the device.  -> (R, T), (R, T)"""
-        tokens, targets = (torch.from_numpy(part) for part in self.batches.at(step))
-        if self.device.type == "cuda":  # from pinned memory, a copy does not wait
+        """Read a batch and start copying it to the device.  -> (R, T), (R, T)"""
+        tokens, targets = (torch.from_numpy(array) for array in self.batches.at(step))
+        if self.device.type == "cuda":  # copies from pinned memory are asynchronous
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
         return (
             tokens.to(self.device, non_blocking=True),
@@ -137,7 +138,7 @@ class Trainer:
         )
 
     def step(self, done: int) -> StepReport:
-        """Do the step that comes after `done` steps."""
+        """Run the step that follows `done` steps: forward, backward, clip, update."""
         started = time.perf_counter()
         seed_device(self.device, step_seed(self.settings.seed, done, self.batches.rank))
         rate = learning_rate(done, self.settings)
@@ -150,9 +151,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.settings.grad_clip or math.inf
         )
-        if done + 1 < self.settings.steps:  # while a GPU is still at work on this one
+        if done + 1 < self.settings.steps:  # load the next batch while the GPU is still busy
             self.ready = (done + 1, *self.load(done + 1))
-        numbers = torch.stack((loss, norm)).tolist()  # the one wait of a step
+        numbers = torch.stack((loss, norm)).tolist()  # the step's only wait for the GPU
         skipped = not all(map(math.isfinite, numbers))
         if not skipped:
             for optimizer in self.optimizers:
@@ -171,16 +172,19 @@ class Trainer:
 
 
 def step_seed(seed: int, done: int, rank: int) -> int:
-    """What seeds the randomness (dropout) of a step: a function of the run's seed and the step.
+    """Return the seed of a step's dropout, from the run's seed, the step and the process.
 
-    So no generator's state has to survive a resume, and evaluating or sampling between two steps
-    cannot disturb them.
+    No generator's state has to be saved for a resume, and evaluating or sampling between two steps
+    does not change them.
     """
     return int(np.random.SeedSequence((seed, done, rank)).generate_state(1, np.uint64)[0])
 
 
 def steps(trainer: Trainer, done: int) -> Iterator[StepReport]:
-    """The steps after the first `done`, to the last; DivergedError where the run is lost."""
+    """Run the steps that follow the first `done`, yielding a report for each.
+
+    DivergedError when MOST_SKIPPED steps in a row had no finite loss or gradient.
+    """
     skipped_in_a_row = 0
     trainer.model.train()
     while done < trainer.settings.steps:

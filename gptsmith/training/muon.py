@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal, so that a step turns every direction alike.
+"""Muon: momentum with orthogonalized updates, so that all directions of a matrix change alike.
 
-For the matrices inside the blocks (Jordan and others, 2024); embeddings, gains and biases learn by
-AdamW beside it. Matrices of one shape are orthogonalized together, in bfloat16, which is what makes
-it fast where they are small. Knows nothing of models.
+For the matrices inside the blocks (Jordan and others, 2024); AdamW updates embeddings, gains and
+biases. Matrices of one shape are orthogonalized in one batch and in bfloat16, which makes it fast
+for small ones. Knows nothing of models.
 
 Shapes:  M matrices of one shape    R rows    C columns
 """
@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the quintic a x + b x^3 + c x^5, whose five-fold application sends every singular value in
-# (0, 1] to about one: Jordan's figures.
+# Jordan's coefficients of a x + b x^3 + c x^5. Applied five times, this polynomial takes every
+# singular value in (0, 1], unless it is tiny, to about one.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 class Muon:
-    """Steps of one size for every singular direction of a matrix, with decoupled weight decay.
+    """Muon with Nesterov momentum and decoupled weight decay.
 
-    `stacks` maps a parameter (R, C) to how many matrices lie in it below one another, as query, key
-    and value do in `c_attn`; each is orthogonalized alone. A wide matrix steps by `lr` in spectral
-    norm, a tall one by sqrt(R/C) times as much, so that outputs change by as much per channel.
+    `stacks` maps a parameter to the number of (R, C) matrices stacked in its rows, as query, key
+    and value are in `c_attn`; each is orthogonalized on its own. The update's spectral norm is `lr`
+    for a wide matrix and sqrt(R/C) times that for a tall one, so that the outputs of both change
+    by as much per channel.
 
-    torch.optim.Muon goes from matrix to matrix, at half the speed for small ones, and knows no
-    stacks.
+    torch.optim.Muon handles one matrix after another, which is half as fast for small ones, and it
+    has no stacks.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Learn from the gradients; parameters without one stay."""
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
-            learning = [p for p in group["params"] if p.grad is not None]
-            for shape, members in self.by_shape(learning).items():
+            updated = [p for p in group["params"] if p.grad is not None]
+            for shape, members in self.by_shape(updated).items():
                 self.step_together(members, shape, group)
 
     def by_shape(self, parameters: list[Tensor]) -> dict[tuple[int, int], list[Tensor]]:
-        """Parameters by the shape of the matrices in them."""
+        """Group parameters by the shape (R, C) of their matrices."""
         shapes = defaultdict(list)
         for p in parameters:
             shapes[len(p) // self.stacks.get(p, 1), p.shape[1]].append(p)
@@ -63,7 +64,7 @@ class Muon:
     def step_together(
         self, members: list[Tensor], shape: tuple[int, int], group: dict[str, Any]
     ) -> None:
-        """One step of all parameters whose matrices have a shape (R, C)."""
+        """Update the parameters whose matrices have one shape (R, C)."""
         rate, momentum = group["lr"], group["momentum"]
         for p in members:
             if "momentum_buffer" not in self.state[p]:
@@ -71,8 +72,8 @@ class Muon:
         gradients = [p.grad for p in members if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in members]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov: where it is going
-        matrices = torch.cat([each.view(-1, *shape) for each in ahead])  # (M, R, C)
+        updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
+        matrices = torch.cat([update.view(-1, *shape) for update in updates])  # (M, R, C)
         directions = orthogonal(matrices).to(members[0].dtype).flatten(0, 1)  # (M R, C)
         if group["weight_decay"]:
             torch._foreach_mul_(members, 1 - rate * group["weight_decay"])
@@ -81,12 +82,12 @@ class Muon:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices with the same singular vectors and singular values near one.  (M, R, C) -> the same
+    """Move the singular values of matrices to about one.  (M, R, C) -> (M, R, C)
 
-    Newton-Schulz iterations in bfloat16; the values end between about 0.7 and 1.2, which is as good
-    as one for learning. A zero matrix stays zero.
+    Newton-Schulz iterations in bfloat16. The singular values end between about 0.7 and 1.2, which
+    trains as well as exactly one. A zero matrix stays zero.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
+    tall = matrices.shape[1] > matrices.shape[2]  # transposed, so that x @ x.mT is the small one
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC

@@ -1,4 +1,4 @@
-"""Which parameters learn how, and the optimizers' state by parameter name.
+"""Which optimizer updates which parameters, and the optimizers' state by parameter name.
 
 Knows nothing of schedules or the loop.
 """
@@ -17,9 +17,10 @@ from .muon import Muon
 
 
 class AdamW:
-    """PyTorch's fused AdamW: matrices and embeddings decay; biases and the gains of norms do not.
+    """PyTorch's fused AdamW, with weight decay for matrices and embeddings only.
 
-    By its function rather than its class, which imports PyTorch's compiler: 1.4 s of a short run.
+    Biases and the norms' gains do not decay. Calls PyTorch's function, since importing its class
+    loads the compiler, which takes 1.4 s.
     """
 
     def __init__(self, parameters: list[Tensor], settings: TrainingSettings) -> None:
@@ -36,20 +37,20 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Learn from the gradients; parameters without one stay."""
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
-            learning = [p for p in group["params"] if p.grad is not None]
-            for p in learning:
+            updated = [p for p in group["params"] if p.grad is not None]
+            for p in updated:
                 if not self.state[p]:
                     self.state[p] = {
                         "step": torch.zeros((), device=p.device),
                         "exp_avg": torch.zeros_like(p),
                         "exp_avg_sq": torch.zeros_like(p),
                     }
-            states = [self.state[p] for p in learning]
+            states = [self.state[p] for p in updated]
             adamw(
-                learning,
-                [p.grad for p in learning if p.grad is not None],
+                updated,
+                [p.grad for p in updated if p.grad is not None],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -69,9 +70,9 @@ Optimizer = AdamW | Muon
 
 
 def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return AdamW for everything, or AdamW, and Muon for the blocks' matrices.
 
-    Each group has "times": its learning rate as a multiple of the schedule's.
+    In each parameter group, "times" is the learning rate as a multiple of the schedule's.
     """
     if settings.optimizer == "adamw":
         return [AdamW(list(model.parameters()), settings)]
@@ -95,9 +96,9 @@ def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
 
 
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state as named tensors on the CPU: "exp_avg.h.0.attn.c_attn.weight", ...
+    """Return the optimizers' state as named tensors: "exp_avg.h.0.attn.c_attn.weight", ...
 
-    Each is of any shape, mostly its parameter's.
+    They are copies on the CPU, and have their parameter's shape or, as step counts, ().
     """
     return {
         f"{key}.{name}": value.detach().cpu().clone()
@@ -111,16 +112,19 @@ def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tens
 def load_state_tensors(
     model: GPT, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give the optimizers the state, of any shapes, that `state_tensors` took.
+    """Restore the state, of any shapes, that `state_tensors` returned.
 
-    ValueError where it does not fit.
+    ValueError where it names a parameter that the model does not have.
     """
     parameters = dict(model.named_parameters())
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
         if name not in parameters:
-            raise ValueError(f"the optimizer's state has {full_name}, which this model has not")
+            raise ValueError(
+                f"the optimizer's state has {full_name}, but the model has no parameter {name}: "
+                "it belongs to another model"
+            )
         parameter = parameters[name]
-        # Step counts live where fused AdamW wants them: beside the parameter, always in float32.
+        # Fused AdamW needs its step counts on the parameter's device, and in float32.
         owners[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)

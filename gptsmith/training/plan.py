@@ -1,6 +1,6 @@
-"""What a run will do and cost, said before its first step.
+"""The plan of a run, shown before its first step: its sizes, memory and time.
 
-The time is measured on this machine, the memory estimated; nothing of the run is changed.
+The time is measured on this machine, and the memory estimated. The run itself does not change.
 """
 
 import math
@@ -22,27 +22,27 @@ from .loop import Trainer
 from .run import Run
 
 LEAST_TRIALS, MOST_TRIALS = 2, 8
-# Seconds of a run, by device, from which compiling for half a minute may repay itself: a GPU saves
-# a third of a step, a CPU little where matrix products are large and a sixth where they are small.
+# Seconds that a run must take for torch.compile, which takes half a minute, to pay off: it saves a
+# third of a step on a GPU; on a CPU a sixth where matrix products are small, and little elsewhere.
 WORTH_COMPILING = {"cuda": 120.0, "cpu": 600.0}
-FASTER = 0.95  # of the eager time; less is not worth another way of rounding
+FASTER = 0.95  # than this share of the eager time, or the different rounding is not worth it
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds that a step should take, by its two parts."""
+    """Measured seconds of the two parts of a step."""
 
     gradient: float  # forward and backward of this process's rows
-    update: float  # clipping, and the optimizers
+    update: float  # gradient clipping and the optimizers
 
     @property
     def step(self) -> float:
-        """Seconds of a whole step."""
+        """Seconds of a step."""
         return self.gradient + self.update
 
 
 def show_plan(run: Run, trial: Trial) -> None:
-    """Say what will happen, before the first step."""
+    """Show the plan of a run."""
     settings, trainer = run.settings, run.trainer
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
@@ -55,16 +55,16 @@ def show_plan(run: Run, trial: Trial) -> None:
         "model": f"{cost.parameter_count(config):,} parameters: {config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} channels, context {config.context_length}, "
         f"vocabulary {config.vocab_size:,}",
-        "data": f"{len(run.dataset.train):,} tokens to learn from, "
-        + (f"{len(held_out):,} held out" if held_out is not None else "none held out"),
-        "steps": f"{training.steps:,} of {training.batch_tokens:,} tokens: {tokens:,} in all, "
-        f"{tokens / len(run.dataset.train):.1f} times the text"
-        + (f"; {run.done:,} are done" if run.done else ""),
+        "data": f"{len(run.dataset.train):,} training tokens, "
+        + (f"{len(held_out):,} validation tokens" if held_out is not None else "none held out"),
+        "steps": f"{training.steps:,} of {training.batch_tokens:,} tokens, {tokens:,} in all: "
+        f"{tokens / len(run.dataset.train):.1f} epochs"
+        + (f"; {run.done:,} steps are done" if run.done else ""),
         "machine": f"{trainer.device}, {machine.dtype}, {machine.threads} threads, "
         f"micro-batch of {machine.micro_batch} rows"
         + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
-        "memory": f"about {size(memory)} on the device, besides PyTorch itself",
+        "memory": f"about {size(memory)} on the device, in addition to PyTorch itself",
         "time": f"about {duration(run_seconds(run, trial))} for {left:,} steps",
         "run": str(run.folder),
     }
@@ -73,49 +73,50 @@ def show_plan(run: Run, trial: Trial) -> None:
 
 
 def try_out(trainer: Trainer, display: Display) -> Trial:
-    """How long a step should take, by doing the parts of the first a few times.
+    """Measure the parts of a step by running those of the first step a few times.
 
-    Leaves no trace: gradients and updates are discarded, and each step seeds its own randomness.
-    To be called before the optimizers are given the state of a run. What cannot work shows here: a
-    micro-batch too large for the GPU is halved, and where torch.compile fails (as without a C++
-    compiler) the run goes on without it, which is said.
+    The run does not change: gradients and updates are discarded, and each step seeds its own random
+    numbers. Call this before loading the optimizers' state. A micro-batch that is too large for the
+    GPU is halved; where torch.compile fails (as without a C++ compiler), a line says so and the run
+    is not compiled.
     """
-    mine = len(trainer.batches.mine)
-    tokens, targets = (part[: trainer.micro_batch] for part in trainer.load(0))
+    rows = len(trainer.batches.mine)
+    tokens, targets = (batch[: trainer.micro_batch] for batch in trainer.load(0))
     trainer.model.train()
     if trainer.compiled != "no":
         try:
             trainer.gradient_in_memory(tokens, targets)
-        except Exception as error:  # the compiler's errors have no common class of their own
+        except Exception as error:  # the compiler's errors have no class in common
             trainer.compile("no")
             display.say(f"torch.compile failed, so the run is not compiled: {first_line(error)}")
-    each = timed(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
-    update = timed(partial(dry_update, trainer), trainer.device)
+    micro_batch = seconds_of(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
+    update = seconds_of(partial(dry_update, trainer), trainer.device)
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     trainer.forget_gradients()
-    seconds = each * -(-mine // trainer.micro_batch), update
-    together = sum_of_numbers(seconds, trainer.device)  # so that all decide alike
-    return Trial(*(total / world_size() for total in together))
+    seconds = micro_batch * -(-rows // trainer.micro_batch), update
+    # The mean over the processes, so that all make the same choices.
+    totals = sum_of_numbers(seconds, trainer.device)
+    return Trial(*(total / world_size() for total in totals))
 
 
 def dry_update(trainer: Trainer) -> None:
-    """What a step does with its gradients, done to copies of the weights."""
+    """Clip the gradients and update the weights as a step does, then restore the weights."""
     weights = list(trainer.model.parameters())
-    kept = [weight.data for weight in weights]
+    originals = [weight.data for weight in weights]
     for weight in weights:
         weight.data = weight.data.clone()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     for optimizer in trainer.optimizers:
         optimizer.step()
-    for weight, data in zip(weights, kept, strict=True):
+    for weight, data in zip(weights, originals, strict=True):
         weight.data = data
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that work takes: the median of a few times after a first, which sets things up."""
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of a few calls, after a first one that warms up."""
     seconds: list[float] = []
-    # Processes that work together must do so equally often, whatever their clocks say.
+    # All processes must call it equally often, as the gradients are summed over them.
     most = MOST_TRIALS if world_size() == 1 else LEAST_TRIALS
     while len(seconds) < LEAST_TRIALS or (sum(seconds) < 0.3 and len(seconds) < most):
         started = time.perf_counter()
@@ -126,13 +127,13 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Trial) -> Trial:
-    """Compile where the steps that are left take long enough, and it turns out faster.
+    """Compile if the `left` steps take long enough, and keep it if that is faster.
 
-    Returns the trial of what was chosen.
+    Returns the trial of the choice.
     """
     if eager.step * left < WORTH_COMPILING.get(trainer.device.type, math.inf):
         return eager
-    display.say("trying torch.compile, as the run is long")
+    display.say("trying torch.compile, since the run is long")
     trainer.compile("yes")
     compiled = try_out(trainer, display)
     if trainer.compiled == "yes" and compiled.step > FASTER * eager.step:
@@ -141,20 +142,20 @@ def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Tri
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its long explanation."""
+    """Return the first line of an error's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def run_seconds(run: Run, trial: Trial) -> float:
-    """Seconds that the rest of a run should take: its steps, and its passes over the held-out text.
+    """Estimate the seconds left in a run: its steps and its evaluations.
 
-    A pass does a third of a step's work per token, as it has no backward.
+    Per token, an evaluation costs a third of a step, as it has no backward pass.
     """
     settings, held_out = run.settings, run.dataset.validation
     tokens = 0 if held_out is None else len(held_out)
     if settings.report.evaluate_tokens is not None:
         tokens = min(tokens, settings.report.evaluate_tokens)
     left = settings.training.steps - run.done
-    passes = -(-left // settings.report.evaluate_every)
+    evaluations = -(-left // settings.report.evaluate_every)
     share = tokens / settings.training.batch_tokens
-    return trial.step * left + trial.gradient / 3 * share * passes
+    return trial.step * left + trial.gradient / 3 * share * evaluations

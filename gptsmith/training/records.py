@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, TensorBoard and Weights & Biases, and the curves as one PNG.
+"""The records of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the loss curves as PNG.
 
 Knows nothing of models.
 """
@@ -14,7 +14,11 @@ Record = Mapping[str, Any]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, one per step; a torn last line (a kill) is left out."""
+    """Return the records of a metrics.jsonl, one per step.
+
+    A last line without its newline, as a killed process leaves, is dropped. ValueError for a line
+    that is not a record.
+    """
     records = []
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -25,13 +29,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not is_record(record):
-            raise ValueError(f"{path}, line {number} is no record of a step: it was edited")
+            raise ValueError(f"{path}, line {number} is not the record of a step: remove it")
         records.append(record)
     return records
 
 
 def is_record(value: Any) -> bool:
-    """Whether a JSON value is what a run records of a step."""
+    """Whether a JSON value is the record of a step."""
     if not isinstance(value, dict) or not isinstance(value.get("step"), int):
         return False
     losses = (value.get("loss"), value.get("validation_loss"))
@@ -39,7 +43,7 @@ def is_record(value: Any) -> bool:
 
 
 def smoothed(losses: Sequence[float], memory: float) -> list[float]:
-    """An exponential average over about `memory` values, unbiased from the first one on."""
+    """Return the exponential moving average over about `memory` values, corrected for bias."""
     average, weight, out = 0.0, 0.0, []
     keep = 1 - 1 / max(1.0, memory)
     for loss in losses:
@@ -50,17 +54,17 @@ def smoothed(losses: Sequence[float], memory: float) -> list[float]:
 
 
 def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """Draw training (thin) and validation (marked) loss against steps into a PNG.
+    """Plot training loss (thin) and validation loss (marked) by step into a PNG file.
 
-    ValueError where no run has a finished step.
+    ValueError where no record has a loss, FileNotFoundError where the folder does not exist.
     """
     from matplotlib.figure import Figure  # half a second to import; no window, no global state
 
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} for {path.name}: make it first")
-    every = [record for records in runs.values() for record in records]
-    if all(record.get("loss") is None for record in every):
-        raise ValueError("there is nothing to plot yet: no step has learned anything")
+        raise FileNotFoundError(f"no folder {path.parent} for {path.name}: create it first")
+    all_records = [record for records in runs.values() for record in records]
+    if all(record.get("loss") is None for record in all_records):
+        raise ValueError("there is nothing to plot yet: no step has a loss")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, records) in enumerate(runs.items()):
@@ -70,7 +74,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    focus(axes, every)
+    focus(axes, all_records)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(temporary, format="png", dpi=120)
@@ -80,10 +84,10 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
 
 
 def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> None:
-    """One run's curves; `name` is empty where it is the only one."""
+    """Plot one run's curves; `name` is empty where it is the only run."""
     label = f"{name}: " if name else ""
-    learned = [r for r in records if r.get("loss") is not None]
-    steps, losses = [r["step"] for r in learned], [r["loss"] for r in learned]
+    finite = [r for r in records if r.get("loss") is not None]
+    steps, losses = [r["step"] for r in finite], [r["loss"] for r in finite]
     axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
     if not name:
         average = smoothed(losses, len(losses) / 50)
@@ -104,24 +108,24 @@ def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> Non
 
 
 def focus(axes: Any, records: Sequence[Record]) -> None:
-    """Leave the first steps' cliff outside the picture where it would flatten everything else."""
+    """Cut off the highest losses, those of the first steps, which would flatten the rest."""
     losses = sorted(
         r[key] for r in records for key in ("loss", "validation_loss") if r.get(key) is not None
     )
-    low, most = losses[0], losses[int(0.98 * (len(losses) - 1))]
-    margin = 0.05 * max(most - low, 0.1)
-    axes.set_ylim(low - margin, most + margin)
+    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]
+    margin = 0.05 * max(high - low, 0.1)
+    axes.set_ylim(low - margin, high + margin)
 
 
 class Recorder:
-    """metrics.jsonl: one record per step, each step once, whatever was killed in between."""
+    """Appends to metrics.jsonl, one record per step."""
 
     def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
         self.path, self.records = path, records
         self.file = path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record; numbers that are not finite, which JSON lacks, become null."""
+        """Append a record; JSON has no infinity or NaN, so these become null."""
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -131,18 +135,21 @@ class Recorder:
         self.file.flush()
 
     def flush(self) -> None:
-        """Put every record on the disk itself."""
+        """Make sure that every record is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flush and let go of the file."""
+        """Flush and close the file."""
         self.flush()
         self.file.close()
 
 
 class Watchers:
-    """TensorBoard and Weights & Biases, each only where it was asked for."""
+    """Logs to TensorBoard and Weights & Biases, where the settings ask for them.
+
+    ImportError where one of them is not installed.
+    """
 
     def __init__(
         self, folder: Path, *, tensorboard: bool, wandb: str | None, settings: Mapping[str, Any]
@@ -169,7 +176,7 @@ class Watchers:
             )
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Send the numbers of a step."""
+        """Log the numbers of a step."""
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self.writer is not None:
             for name, value in numbers.items():
@@ -178,7 +185,7 @@ class Watchers:
             self.wandb_run.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Finish what was begun."""
+        """Close the logs."""
         if self.writer is not None:
             self.writer.close()
         if self.wandb_run is not None:

@@ -1,6 +1,6 @@
-"""One run as it goes on: what is evaluated, recorded, sampled and saved after a step.
+"""One run: train it, and evaluate, record, sample and save after the steps that are due.
 
-A run is a folder; knows nothing of how one begins (`start.py`) or how a step is done (`loop.py`).
+A run is a folder. Knows nothing of how it is opened (`start.py`) or how a step works (`loop.py`).
 """
 
 import json
@@ -39,12 +39,12 @@ EVENTS = "events.jsonl"
 SAMPLES = "samples.md"
 LOSS_PLOT = "loss.png"
 STATE_VERSION = 1
-DRAWING_SHARE = 50  # of the time that drawing took, at least so much passes to the next
+PLOT_INTERVAL = 50  # times the time that a plot took, at least, from one to the next
 
 
 @dataclass
 class Run:
-    """A run that is ready to step, and where it stands."""
+    """A run that is ready to train, and its progress."""
 
     folder: Path
     settings: RunSettings
@@ -52,43 +52,43 @@ class Run:
     dataset: Dataset
     trainer: Trainer
     display: Display
-    recorder: Recorder | None  # only the main process records
+    recorder: Recorder | None  # None in all processes but rank 0
     watchers: Watchers | None
     done: int  # steps
-    seconds: float  # of training, over all the times it was resumed
+    seconds: float  # total training time, resumed runs included
     best_step: int | None
     best_loss: float | None
-    saved: int  # the step of the newest checkpoint, 0 before there is one
-    draw_after: float = 0.0  # monotonic time before which the curve is not drawn again
+    saved: int  # step of the newest checkpoint; 0 if there is none
+    plot_after: float = 0.0  # by time.monotonic; no plot is drawn before it
 
     def path(self, name: str) -> Path:
-        """A file of the run's folder."""
+        """Return the path of a file in the run's folder."""
         return self.folder / name
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, for now."""
+    """How training ended: at the last step, or stopped by a signal."""
 
     folder: Path
     done: int
     steps: int
     best_step: int | None
     best_loss: float | None
-    signal: int | None  # what asked it to stop, if anything did
+    signal: int | None  # the number of the signal, if one asked to stop
 
 
 def follow(run: Run) -> Outcome:
-    """Train to the end, or until a signal asks to stop; evaluate, record and save on the way."""
+    """Train to the last step, or until a signal asks to stop; evaluate, record and save."""
     settings, main = run.settings, rank() == 0
     total, report = settings.training.steps, settings.report
     run.display.open_bar("training", total, run.done)
-    with stop_signals() as asked:
+    with stop_signals() as received:
         try:
             for step in steps(run.trainer, run.done):
                 run.done, run.seconds = step.step, run.seconds + step.seconds
                 record = describe_step(run, step)
-                stopping = any_process(bool(asked))
+                stopping = any_process(bool(received))
                 if due(step.step, report.evaluate_every) or step.step == total:
                     record |= describe_evaluation(run, validate(run))  # all processes take part
                 note_best(run, record)
@@ -97,7 +97,7 @@ def follow(run: Run) -> Outcome:
                     write_record(run, record)
                     if due(step.step, report.sample_every or report.evaluate_every):
                         write_sample(run)
-                    # While steps are skipped, the newest checkpoint stays the one before.
+                    # A skipped step is not saved, so that the newest checkpoint is a good one.
                     if stopping or (worth_saving(run) and not step.skipped):
                         save(run)
                 if stopping:
@@ -106,52 +106,51 @@ def follow(run: Run) -> Outcome:
             raise DivergedError(f"{error}; {advice(run)}") from error
         finally:
             run.display.close_bar()
-    return Outcome(
-        run.folder, run.done, total, run.best_step, run.best_loss, asked[0] if asked else None
-    )
+    signal_number = received[0] if received else None
+    return Outcome(run.folder, run.done, total, run.best_step, run.best_loss, signal_number)
 
 
 def worth_saving(run: Run) -> bool:
-    """Whether this step is the last, the best, or one that is saved in any case."""
+    """Whether this step is the last, the best, or due to be saved."""
     report = run.settings.report
     every = report.save_every or report.evaluate_every
     return run.done in (run.settings.training.steps, run.best_step) or due(run.done, every)
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps is done after this one."""
+    """Whether something that happens every `every` steps happens after this one."""
     return step % every == 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM is put in; a second Ctrl-C interrupts at once.
+    """Collect Ctrl-C and SIGTERM in a list; a second Ctrl-C interrupts at once.
 
-    In a thread that is not the main one, which Python sends no signals, it stays empty.
+    The list stays empty outside the main thread, as Python delivers no signals to other threads.
     """
-    asked: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
-    def ask(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
+    def receive(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-# -- what is recorded
+# -- recording
 
 
 def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
-    """The record of a step, without evaluation."""
+    """Return the record of a step, without evaluation."""
     tokens_per_second = step.tokens / step.seconds
     peak = peak_flops(run.trainer.device)
     flops = cost.flops_per_token(run.settings.model, training=True) * tokens_per_second
@@ -169,7 +168,7 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
 
 
 def validate(run: Run) -> Evaluation | None:
-    """A pass over the validation split, in the precision that the run computes in."""
+    """Evaluate on the validation split, in the run's precision; None if nothing is held out."""
     if run.dataset.validation is None:
         return None
     return evaluate_tokens(
@@ -182,7 +181,7 @@ def validate(run: Run) -> Evaluation | None:
 
 
 def describe_evaluation(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
-    """What a record says of a pass over the validation split."""
+    """Return the fields that an evaluation adds to a record."""
     if evaluation is None:
         return {}
     return {
@@ -194,54 +193,54 @@ def describe_evaluation(run: Run, evaluation: Evaluation | None) -> dict[str, An
 
 
 def note_best(run: Run, record: dict[str, Any]) -> None:
-    """Remember a validation loss that is the lowest so far."""
+    """Remember this step as the best if its validation loss is the lowest so far."""
     loss = record.get("validation_loss", math.nan)
     if loss < (math.inf if run.best_loss is None else run.best_loss):
         run.best_step, run.best_loss = run.done, loss
 
 
 def note_changes(run: Run, step: StepReport) -> None:
-    """Say and record what a step did out of the ordinary."""
+    """Report a skipped update, or a smaller micro-batch, on the terminal and in events.jsonl."""
     if step.skipped:
-        run.display.say(f"step {step.step:,}: the gradient is not finite; nothing was learned")
+        run.display.say(f"step {step.step:,}: the gradient is not finite; the update was skipped")
         write_event(run.folder, "skipped", step=step.step, loss=str(step.loss))
     if step.micro_batch != run.settings.machine.micro_batch:
         remember_micro_batch(run, step.micro_batch)
 
 
 def remember_micro_batch(run: Run, micro_batch: int) -> None:
-    """Keep a micro-batch that memory forced, so that a resumed run begins with it."""
+    """Keep the smaller micro-batch in the settings, so that a resumed run starts with it."""
     before = run.settings.machine.micro_batch
     machine = replace(run.settings.machine, micro_batch=micro_batch)
     run.settings = replace(run.settings, machine=machine)
-    run.display.say(f"out of GPU memory: the micro-batch goes from {before} to {micro_batch} rows")
+    run.display.say(f"out of GPU memory: micro-batch reduced from {before} to {micro_batch} rows")
     write_event(run.folder, "micro_batch", step=run.done, before=before, after=micro_batch)
 
 
 def write_event(folder: Path, event: str, **details: Any) -> None:
-    """Add a line to events.jsonl: what happened to the run, other than its steps."""
+    """Append a line to events.jsonl, which has everything but the steps."""
     line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
     with (folder / EVENTS).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def write_record(run: Run, record: dict[str, Any]) -> None:
-    """Record and show a step; redraw the curve where it was evaluated."""
+    """Record and show a step; redraw the loss curves after an evaluation."""
     assert run.recorder is not None
     run.recorder.add(record)
     if run.watchers is not None:
         run.watchers.add(record)
     run.display.step(record, run.settings.training.steps)
     finished = run.done == run.settings.training.steps
-    if finished or ("validation_loss" in record and time.monotonic() >= run.draw_after):
+    if finished or ("validation_loss" in record and time.monotonic() >= run.plot_after):
         started = time.monotonic()
         if any(record["loss"] is not None for record in run.recorder.records):
             draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
-        run.draw_after = started + DRAWING_SHARE * (time.monotonic() - started)
+        run.plot_after = started + PLOT_INTERVAL * (time.monotonic() - started)
 
 
 def write_sample(run: Run) -> None:
-    """Let the model write something into samples.md."""
+    """Append a sample of generated text to samples.md."""
     settings, model = run.settings.report, run.trainer.model
     if run.tokenizer is None or settings.sample_tokens == 0:
         return
@@ -258,16 +257,16 @@ def write_sample(run: Run) -> None:
         file.write(f"## step {run.done}\n\n{quoted}\n\n")
 
 
-# -- what is saved
+# -- saving
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of where the run stands, point to it, and thin the older ones."""
+    """Write a checkpoint, point `last` and `best` to theirs, and remove older ones."""
     assert run.recorder is not None
-    run.recorder.flush()  # the steps that a checkpoint contains are on disk before it is
+    run.recorder.flush()  # so no checkpoint is ahead of the records on disk
     name = checkpoint_name(run.done)
     target = run.folder / "checkpoints" / name
-    if target.exists():  # damaged, or this run would have gone on from it
+    if target.exists():  # it is damaged, since the run would have resumed from it
         shutil.rmtree(target)
     trainer = run.trainer
     state = {
@@ -275,7 +274,7 @@ def save(run: Run) -> None:
         "version": STATE_VERSION,
         "step": run.done,
         "seconds": run.seconds,
-        # A step draws its randomness from these and its number, so this is all the state there is.
+        # Each step derives its random numbers from these, so no generator's state is needed.
         "rng": {"seed": run.settings.training.seed, "step": run.done, "processes": world_size()},
         "best": {"step": run.best_step, "validation_loss": run.best_loss},
         "micro_batch": trainer.micro_batch,
@@ -288,7 +287,7 @@ def save(run: Run) -> None:
 
 
 def point(run: Run, newest: str) -> None:
-    """Let `last` and `best` name their checkpoints, then remove those no longer kept."""
+    """Write the names of the last and the best checkpoint, then remove those not kept."""
     run.saved = int(newest.removeprefix("step-"))
     best = newest if run.best_step is None else checkpoint_name(run.best_step)
     write_text(run.path("last"), f"{newest}\n")
@@ -300,17 +299,17 @@ def point(run: Run, newest: str) -> None:
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
+    """Return the name of a checkpoint's folder."""
     return f"step-{step:08}"
 
 
 def advice(run: Run) -> str:
-    """What to do after a run diverged."""
+    """Return what to do after a run has diverged."""
     lower = run.settings.training.learning_rate / 3
     if not run.saved:
-        return f"nothing was saved yet: start again with --learning-rate {lower:.2g}"
+        return f"there is no checkpoint yet: start again with --learning-rate {lower:.2g}"
     good = run.folder / "checkpoints" / checkpoint_name(run.saved)
     return (
-        f"the last good checkpoint is {good}: go on from it with "
+        f"the last good checkpoint is {good}: start a run from it with "
         f"--from {good} --learning-rate {lower:.2g}"
     )

@@ -1,7 +1,7 @@
-"""From a run's folder to a run that is ready to step: fresh, resumed or fine-tuned.
+"""Open a run's folder, so that it is ready to train: new, resumed or fine-tuned.
 
-A fresh run is a folder with a config.toml and nothing else, so all three are opened alike, and a
-run that was killed before its first step resumes too. Every automatic choice is made here.
+A new run is a folder with only a config.toml, so all three are opened alike, and a run that was
+killed before its first step can be resumed. Every automatic choice is made here.
 """
 
 import json
@@ -38,29 +38,26 @@ from .plan import compile_if_it_pays, show_plan, try_out
 from .records import Recorder, Watchers, read_metrics
 from .run import CONFIG, METRICS, SAMPLES, Run, point, write_event
 
-CHANGEABLE = ("machine", "report")  # sections that may change in mid-run, as recorded events
-CPU_MICRO_BATCH = 16_384  # tokens; more than fit the caches only slow a CPU down
-MEMORY_SHARE = 0.8  # of what is free; the estimate is not exact, and others need some
-
-
-# -- a run, ready to step
+CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
+CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
+MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: a checkpoint and its state, or the beginning (None)."""
+    """The checkpoint that a run goes on from, and its state; None and {} at the start."""
 
     checkpoint: Path | None
     state: Mapping[str, Any]
 
     @property
     def done(self) -> int:
-        """Steps that are finished."""
+        """Number of steps done."""
         return int(self.state.get("step", 0))
 
 
 def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
-    """Everything a run needs to step on, from its folder; every automatic choice is made here."""
+    """Open a run from its folder, and make every automatic choice."""
     settings = changed(read_toml(folder / CONFIG), changes)
     display.log_every = settings.report.log_every
     machine = devices.choose_to_learn(settings.machine)
@@ -72,7 +69,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     machine = with_micro_batch(machine, model.config, rows, device, position)
     settings = replace(settings, model=model.config, machine=machine)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
-    refuse_what_would_fail_later(dataset, tokenizer, settings)
+    check_evaluation_and_sampling(dataset, tokenizer, settings)
     trial = try_out(trainer, display)
     if machine.compile == "auto":
         left = settings.training.steps - position.done
@@ -108,7 +105,7 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
 
 
 def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
-    """A run's settings with what may change on resume; ValueError where it would be another run."""
+    """Return a run's settings with the changes; ValueError for those not allowed on resume."""
     new = with_overrides(settings, changes)
     for section in vars(settings):
         if section in CHANGEABLE:
@@ -119,78 +116,78 @@ def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
                 raise SettingError(
                     name,
                     f"{getattr(after, name)} contradicts the run, which has "
-                    f"{getattr(before, name)}: leave it out, or begin another run",
+                    f"{getattr(before, name)}: leave it out, or start another run",
                 )
     return new
 
 
 def find_position(folder: Path) -> Position:
-    """The newest whole checkpoint of a run, or its beginning where it has none.
+    """Find the newest intact checkpoint of a run, or its start where there is none.
 
-    Newer damaged ones are passed over, and said; the run will write them again.
+    A warning names newer ones that are damaged; the run will write them again.
     """
     if not on_disk.checkpoints(folder):
         return Position(None, {})
     newest = on_disk.checkpoints(folder)[0].name
     path = on_disk.find_checkpoint(folder, newest, training=True)
     state = saved.load_training(path)[1]
-    whole = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
-    if not whole or not isinstance(state.get("best"), dict):
-        raise DamagedError(f"{path / saved.STATE} lacks what a run needs: was it edited?")
+    complete = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
+    if not complete or not isinstance(state.get("best"), dict):
+        raise DamagedError(f"{path / saved.STATE} lacks the state of a run: was it edited?")
     return Position(path, state)
 
 
 def open_data(
     folder: Path, settings: RunSettings, display: Display
 ) -> tuple[Dataset, Tokenizer | None]:
-    """The tokens to learn from, prepared into the run's folder where they are still text."""
-    named, place = settings.data.data, folder / "data"
-    if named is None:
-        raise ValueError("no data was named: add --data with a source or a prepared folder")
-    if Path(named).is_dir() and is_dataset(Path(named)):
-        dataset, tokenizer = Dataset.open(Path(named)), wanted_tokenizer(settings)
-        if tokenizer is None and (Path(named) / "tokenizer.json").is_file():
-            tokenizer = load_tokenizer(Path(named))
+    """Open the data and its tokenizer; text is first prepared into the run's folder."""
+    source, prepared = settings.data.data, folder / "data"
+    if source is None:
+        raise ValueError("no data is given: add --data with a source or a prepared folder")
+    if Path(source).is_dir() and is_dataset(Path(source)):
+        dataset, tokenizer = Dataset.open(Path(source)), wanted_tokenizer(settings)
+        if tokenizer is None and (Path(source) / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(Path(source))
         check_match(dataset, tokenizer, settings)
         return dataset, tokenizer
-    if rank() == 0 and not is_dataset(place):
+    if rank() == 0 and not is_dataset(prepared):
         tokenizer = wanted_tokenizer(settings)
         kind = settings.data.tokenizer if tokenizer is None else tokenizer
-        for progress in prepare([named], kind or "byte", place, options=settings.prepare):
+        for progress in prepare([source], kind or "byte", prepared, options=settings.prepare):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
     wait_for_processes()
-    return Dataset.open(place), load_tokenizer(place)
+    return Dataset.open(prepared), load_tokenizer(prepared)
 
 
 def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
-    """The tokenizer that the settings call for: the model's own when fine-tuning; None if open."""
-    named, start_from = settings.data.tokenizer, settings.training.start_from
+    """Return the tokenizer that the settings or the model to fine-tune name; None if neither."""
+    kind, start_from = settings.data.tokenizer, settings.training.start_from
     own = None
     if start_from is not None and (Path(start_from) / "tokenizer.json").is_file():
         own = load_tokenizer(Path(start_from))
-    if named is None or (named == "char" and own is None):
+    if kind is None or (kind == "char" and own is None):
         return own
-    tokenizer = open_tokenizer(named)
+    tokenizer = open_tokenizer(kind)
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"--tokenizer {named} is not the one of {start_from}: leave it out to use the model's"
+            f"--tokenizer {kind} is not that of {start_from}: leave it out to use the model's"
         )
     return tokenizer
 
 
 def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings) -> None:
-    """Refuse data that another tokenizer made; check the ids of data that does not say."""
-    named, kind = settings.data.data, settings.data.tokenizer
+    """Raise ValueError if the data was made with another tokenizer, or has ids beyond it."""
+    source, kind = settings.data.data, settings.data.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{named} does not say which tokenizer made it: add --tokenizer, as gpt2")
+        raise ValueError(f"{source} does not name its tokenizer: add --tokenizer, as gpt2")
     if dataset.fingerprint is None:
         dataset.check_ids(tokenizer.vocab_size)
     elif dataset.fingerprint != tokenizer.fingerprint or (kind == "char" != tokenizer.kind):
         made = dataset.info["tokenizer"]["kind"]
         raise ValueError(
-            f"{named} was made with another tokenizer, {made} of {dataset.fingerprint[:12]}, than "
-            f"the {kind or tokenizer.kind} wanted: prepare the text again, or name its --tokenizer"
+            f"{source} was made with another tokenizer ({made}, {dataset.fingerprint[:12]}) than "
+            f"{kind or tokenizer.kind}: prepare the text again, or name its --tokenizer"
         )
 
 
@@ -201,14 +198,14 @@ def open_model(
     position: Position,
     device: torch.device,
 ) -> GPT:
-    """The model where the run stands: a checkpoint's, the one it starts from, or a fresh one."""
+    """Load the checkpoint's model or the one to fine-tune, or initialize a new one."""
     source = position.checkpoint or settings.training.start_from
     if source is not None:
         model = saved.load_model(Path(source), device=device, dropout=settings.model.dropout)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
-                f"but {source} knows only {model.config.vocab_size:,}"
+                f"but the vocabulary of {source} has only {model.config.vocab_size:,}"
             )
         return model
     vocab_size = settings.model.vocab_size if tokenizer is None else tokenizer.vocab_size
@@ -219,13 +216,13 @@ def open_model(
     return GPT(config).to(device)
 
 
-def refuse_what_would_fail_later(
+def check_evaluation_and_sampling(
     dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings
 ) -> None:
-    """ValueError for what only the first evaluation or sample would stumble over."""
+    """Raise ValueError now for what would fail only at the first evaluation or sample."""
     if dataset.validation is not None and len(dataset.validation) < 2:
         raise ValueError(
-            f"a text of {len(dataset.validation)} tokens cannot be evaluated: "
+            f"the validation split has {len(dataset.validation)} tokens, too few to evaluate: "
             "raise --validation-fraction, or set it to 0"
         )
     if tokenizer is not None and settings.report.sample_prompt is not None:
@@ -233,7 +230,7 @@ def refuse_what_would_fail_later(
 
 
 def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
-    """Rows of the global batch: batch_tokens in windows of the context length."""
+    """Return the rows of the global batch; ValueError where they are not whole or too few."""
     T, tokens = config.context_length, settings.batch_tokens
     if tokens % T:
         near = max(1, round(tokens / T)) * T
@@ -257,26 +254,26 @@ def with_micro_batch(
     device: torch.device,
     position: Position,
 ) -> MachineSettings:
-    """The settings with a micro-batch: as set or recorded, else the largest that should fit."""
-    mine = -(-rows // world_size())
+    """Return the settings with a micro-batch: as set or saved, else the largest that should fit."""
+    own_rows = -(-rows // world_size())
     chosen = position.state.get("micro_batch") or machine.micro_batch
     if chosen is None:
-        chosen = mine
+        chosen = own_rows
         if device.type == "cpu":
-            chosen = min(mine, max(1, CPU_MICRO_BATCH // config.context_length))
+            chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
         room = MEMORY_SHARE * devices.available_memory(device)
         if device.type == "cpu":
             room /= world_size()
-        each = number_bytes(machine.dtype)
-        while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=each) > room:
+        width = number_bytes(machine.dtype)
+        while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=width) > room:
             chosen = -(-chosen // 2)
-    return replace(machine, micro_batch=min(chosen, mine))
+    return replace(machine, micro_batch=min(chosen, own_rows))
 
 
 def make_trainer(
     model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
 ) -> Trainer:
-    """What the loop works on: a model on its device, to learn from batches of `rows` windows."""
+    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
     machine = settings.machine
     assert machine.micro_batch is not None
     prepare_model(model, machine)
@@ -302,7 +299,7 @@ def make_trainer(
 
 
 def open_records(run: Run, changes: Mapping[str, Any]) -> None:
-    """Open what is recorded, cut back to the step that the run goes on from."""
+    """Open the run's records, and drop those of steps after the one it resumes from."""
     folder, path = run.folder, run.path(METRICS)
     kept = [r for r in read_metrics(path) if r["step"] <= run.done] if path.exists() else []
     if path.exists():
@@ -317,14 +314,15 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     )
     run.recorder = Recorder(path, kept)
     event = "resumed" if run.done or kept else "started"
-    changes = {name: str(value) for name, value in changes.items()}  # as they are typed
+    changes = {name: str(value) for name, value in changes.items()}
     write_event(folder, event, step=run.done, changes=changes, processes=world_size())
 
 
 def cut_samples(path: Path, done: int) -> None:
-    """Leave out of samples.md what was written after the step that the run goes on from."""
+    """Drop the samples of steps after the one that the run resumes from."""
     if path.is_file():
-        parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
-        heads = [re.match(r"## step (\d+)$", part, re.MULTILINE) for part in parts]
-        kept = [p for p, head in zip(parts, heads, strict=True) if not head or int(head[1]) <= done]
+        samples = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
+        heads = [re.match(r"## step (\d+)$", sample, re.MULTILINE) for sample in samples]
+        pairs = zip(samples, heads, strict=True)
+        kept = [sample for sample, head in pairs if not head or int(head[1]) <= done]
         write_text(path, "".join(kept))

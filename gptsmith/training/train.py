@@ -1,7 +1,7 @@
-"""The ways to train: a fresh run in a new folder, or one that goes on from where it stands.
+"""Train a model: start a run in a new folder, or resume one.
 
-Both are the same act on a run's folder. Knows nothing of what a run consists of (`start.py`), or of
-what happens after a step (`run.py`).
+Both train the run that a folder describes. How a run is opened is in `start.py`, and what follows
+each step in `run.py`.
 """
 
 import re
@@ -35,15 +35,16 @@ def train(
     show: bool = False,
     **choices: Any,
 ) -> Path:
-    """Train a model as `gptsmith train` does; returns the folder of the run.
+    """Train a model as `gptsmith train` does; return the folder of the run.
 
-    `what` is a RunSettings, or the first word of the command: a recipe, a .toml file, or text to
-    learn from. Single settings are given by name, as in `train("notes/", n_layer=2, steps=100)`.
-    `out` is the new folder (default: runs/NAME-N). `resume` names a run to go on with instead; what
-    may change in mid-run can be given by name too. Writes to the terminal only with `show`.
+    `what` is a RunSettings, or the command's first argument: a recipe, a .toml file, or the text to
+    train on. Give single settings by name, as in `train("notes/", n_layer=2, steps=100)`. `out` is
+    the new folder (default: runs/NAME-N). `resume` is the folder of a run to resume; the settings
+    of its [machine] and [report] sections may be changed by name. Writes to the terminal only with
+    `show`.
 
-    ValueError or FileNotFoundError where the settings or the data cannot be used. Where a signal
-    such as Ctrl-C's asks to stop, the run is saved first, and the signal then takes its course.
+    ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C or
+    SIGTERM the run is saved, and then the signal is raised again.
     """
     display = Display(quiet=not show or rank() != 0)
     if resume is None:
@@ -59,7 +60,7 @@ def train(
 
 
 def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
-    """Begin a run in a new folder and train it; a mistake in the settings leaves no folder."""
+    """Start a run in a new folder; a run that fails before its first record leaves no folder."""
     join_processes(find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     if rank() == 0:
@@ -76,19 +77,19 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcom
 
 
 def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
-    """Go on with a run, from its newest whole checkpoint, or from its beginning."""
+    """Resume a run from its newest intact checkpoint, or from the start if it has none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run at {folder}")
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is not the folder of a run")
+        raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is not the folder of a run")
     join_processes(find_device(read_toml(folder / CONFIG).machine.device))
     return train_folder(folder, display, changes)
 
 
 def create(settings: RunSettings, folder: Path) -> None:
-    """Make the folder of a fresh run; an existing one is refused."""
+    """Create the folder of a new run; ValueError if it exists."""
     start_from, data = settings.training.start_from, settings.data.data
-    if start_from is not None:  # what a run's `best` is may change; what was started from may not
+    if start_from is not None:  # a checkpoint, since `best` may name another one on resume
         start_from = str(find_model(start_from).resolve())
     if data is not None and Path(data).exists():
         data = str(Path(data).resolve())
@@ -104,7 +105,7 @@ def create(settings: RunSettings, folder: Path) -> None:
 
 
 def next_run_folder(name: str) -> Path:
-    """`runs/NAME-N` under the current folder, with the first free N."""
+    """Return `runs/NAME-N` in the current folder, N one more than the largest in use."""
     taken = [
         int(match[1])
         for path in Path("runs").glob(f"{name}-*")
@@ -114,7 +115,7 @@ def next_run_folder(name: str) -> Path:
 
 
 def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
-    """Train a run from where it stands to its end."""
+    """Train a run from its current step to its last."""
     with locked(folder):
         run = open_run(folder, display, changes)
         try:
@@ -129,7 +130,7 @@ def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run for this process (its main one) alone; the system lets go when it dies."""
+    """Lock the run against other processes; rank 0 holds the lock, which ends with its process."""
     if rank() != 0:
         yield
         return

@@ -707,7 +707,7 @@ def test_an_existing_run_is_kept(run: str, refused: Callable[..., str]) -> None:
     [
         ("--from nowhere", "no model at nowhere"),
         ("--from model --n-layer 3", "--n-layer cannot go with --from"),
-        ("--from model --tokenizer byte", "--tokenizer byte is not the one of"),
+        ("--from model --tokenizer byte", "--tokenizer byte is not that of"),
         ("--from text.txt", "text.txt is a file"),
         ("--from model --data foreign.txt", "unknown character '中'"),
     ],
@@ -889,7 +889,7 @@ def test_a_folder_where_none_can_be(out: str, refused: Callable[..., str]) -> No
         ("--n-embd 1000000000000 --n-head 1", "memory"),
         # Found before the first step, not at the first sample or evaluation.
         ("--sample-prompt 中", "unknown character '中'"),
-        ("--validation-fraction 1e-9", "a text of 1 tokens cannot be evaluated"),
+        ("--validation-fraction 1e-9", "the validation split has 1 tokens, too few to evaluate"),
         ("--encoding utf-16", "text.txt"),
         ("--encoding punycode", "text.txt"),
     ],

@@ -188,7 +188,7 @@ def test_a_trace_of_gpt2_fits_a_terminal() -> None:
 def test_the_trace_as_text_and_json() -> None:
     lines = list(trace(GPTConfig(**TINY), 2, 4))
     text = render(lines).splitlines()
-    assert text[0].startswith("TRACE  a fresh model reads 2 x 4 random tokens")
+    assert text[0].startswith("TRACE  2 x 4 random tokens through new weights")
     assert len(text) == len(lines) + 2
     assert max(map(len, text)) <= 100
     first = json.loads(json.dumps(lines[0].to_json()))

@@ -310,7 +310,7 @@ def test_what_has_no_compiled_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         open_decoder(model, "yes")
     monkeypatch.setattr(environment, "compiler", lambda: "/bin/false")
     assert open_decoder(model, "auto") is None
-    with pytest.raises(ValueError, match="/bin/false could not compile the step: exit 1; leave"):
+    with pytest.raises(ValueError, match=r"/bin/false could not compile step\.cpp: exit 1; leave"):
         open_decoder(model, "yes")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

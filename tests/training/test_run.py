@@ -89,7 +89,14 @@ def test_a_run_leaves_what_it_promises(capsys: pytest.CaptureFixture[str]) -> No
     assert last["tokens"] == 8 * 48
     shown = capsys.readouterr()
     assert shown.out == ""
-    for word in ("parameters", "held out", "memory", "time", "Finished 8 steps", "gptsmith sample"):
+    for word in (
+        "parameters",
+        "validation tokens",
+        "memory",
+        "time",
+        "Finished 8 steps",
+        "gptsmith sample",
+    ):
         assert word in shown.err
     assert "\x1b" not in shown.err
 
