@@ -236,9 +236,9 @@ def test_a_damaged_checkpoint_is_passed_over(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--learning-rate", "0.1"], "learning_rate 0.1 contradicts the run, which has 0.002"),
+        (["--learning-rate", "0.1"], "--learning-rate 0.1 contradicts the run, which has 0.002"),
         (["--steps", "99"], "steps 99 contradicts the run, which has 8"),
-        (["--n-layer", "2"], "n_layer 2 contradicts the run, which has 1"),
+        (["--n-layer", "2"], "--n-layer 2 contradicts the run, which has 1"),
         (["--seed", "1"], "seed 1 contradicts the run"),
     ],
 )
