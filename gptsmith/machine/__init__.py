@@ -1,1 +1,1 @@
-"""What we run on: the environment, devices, processes, files, the terminal."""
+"""The machine: environment, devices, processes, files and the terminal."""

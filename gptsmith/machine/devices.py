@@ -1,6 +1,6 @@
-"""What computes: device, precision and threads.
+"""Device, precision and threads.
 
-Every automatic choice is made here, once, and comes back as settings that can be recorded.
+Every automatic choice is made here, once, and returned as settings that a run can record.
 """
 
 import re
@@ -15,10 +15,10 @@ from ..config.settings import Dtype, MachineSettings
 from . import environment
 from .dtypes import NUMBER_FORMATS, bits_of
 
-HOPPER = (9, 0)  # CUDA compute capability, the first that multiplies 8-bit floats fast
+HOPPER = (9, 0)  # the first CUDA compute capability with fast float8 matrix products
 
-# Dense bf16 matrix products per second, from the makers' data sheets, for MFU; by the name that
-# torch.cuda.get_device_name gives. A device that is not listed has no MFU rather than a wrong one.
+# Peak dense bf16 FLOP/s by torch.cuda.get_device_name, from the vendor's data sheets, for MFU. A
+# device that is not listed has no MFU rather than a wrong one.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA, then MPS, then the CPU."""
+    """Return the device of a name; "auto" takes CUDA, else MPS, else the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", environment.local_rank() % torch.cuda.device_count())
@@ -42,20 +42,21 @@ def find_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise SettingError("device", "is 'cuda', but PyTorch finds no CUDA GPU here: try cpu")
+            raise SettingError("device", "is 'cuda', but PyTorch finds no CUDA GPU: try cpu")
         if (device.index or 0) >= torch.cuda.device_count():
             raise SettingError(
-                "device", f"is '{name}', but there are {torch.cuda.device_count()} GPUs"
+                "device",
+                f"is '{name}', but there are {torch.cuda.device_count()} GPUs, numbered from 0",
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise SettingError("device", "is 'mps', but this PyTorch has none: try cpu")
+        raise SettingError("device", "is 'mps', but PyTorch finds no MPS device: try cpu")
     return device
 
 
 def find_dtype(name: Dtype, device: torch.device) -> Dtype:
-    """The precision of a name; "auto" is bf16 where the processor multiplies it fast.
+    """Return the precision of a name; "auto" takes bf16 where its matrix products are fast.
 
-    On CPUs that means AVX512-BF16 or AMX; GPUs before Ampere get fp16 with a scaler.
+    A CPU needs AVX512-BF16 or AMX for that; GPUs before Ampere get fp16 with a gradient scaler.
     """
     if name == "fp16" and device.type != "cuda":
         raise SettingError(
@@ -77,23 +78,23 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
 
 
 def choose(settings: MachineSettings) -> MachineSettings:
-    """The settings with the automatic choices made that need no model.
+    """Make the automatic choices that need no model, and return the settings with them.
 
-    What needs one is left: the micro-batch, and whether to compile.
+    The micro-batch and whether to compile depend on the model and are left as they are.
     """
     device = find_device(settings.device)
     if settings.compile == "max-autotune" and device.type != "cuda":
         raise SettingError(
             "compile", f"is max-autotune, which is for CUDA: on {device.type} take yes"
         )
-    dtype: Any = find_dtype(settings.dtype, device)  # where a model is only used, packed too
+    dtype: Any = find_dtype(settings.dtype, device)  # also int8 or int4, for inference
     attention = settings.attention
     if attention == "auto":
-        multiplied = find_dtype("auto", device) if bits_of(dtype) else dtype
-        attention = "blocks" if (device.type, multiplied) == ("cpu", "bf16") else "kernel"
+        activations = find_dtype("auto", device) if bits_of(dtype) else dtype
+        attention = "blocks" if (device.type, activations) == ("cpu", "bf16") else "kernel"
     return replace(
         settings,
-        # Without the number: another rank, or a resumed run, may sit on another GPU.
+        # Without a GPU number, since other ranks and resumed runs may use another GPU.
         device=device.type if settings.device == "auto" else settings.device,
         dtype=dtype,
         attention=attention,
@@ -102,18 +103,18 @@ def choose(settings: MachineSettings) -> MachineSettings:
 
 
 def choose_to_learn(settings: MachineSettings) -> MachineSettings:
-    """As `choose`, for training, which packed weights are not for."""
+    """Make the same choices as `choose` for training, which refuses packed weights."""
     if bits_of(settings.dtype):
         raise SettingError(
             "dtype",
-            f"is {settings.dtype}, which is for using a model: train in another, then "
+            f"is {settings.dtype}, which is for inference: train in another precision, then "
             "`gptsmith quantize` the result",
         )
     return choose(settings)
 
 
 def prepare_machine(settings: MachineSettings) -> torch.device:
-    """Put the process-wide switches of PyTorch as the (chosen) settings say; return the device."""
+    """Set PyTorch's process-wide options as the settings say; return the device."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = find_device("auto" if settings.device == "cuda" else settings.device)
@@ -126,12 +127,12 @@ def prepare_machine(settings: MachineSettings) -> torch.device:
     if settings.deterministic:
         environment.allow_deterministic_cuda()
     if settings.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(settings.deterministic)  # imports a second's worth
+        torch.use_deterministic_algorithms(settings.deterministic)  # takes a second of imports
     return device
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seed what draws the device's random numbers; torch.manual_seed is slow, as it seeds all."""
+    """Seed the device's random numbers; torch.manual_seed seeds all devices, which is slow."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
@@ -139,7 +140,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[None]:
-    """The context in which matrix products run in `dtype` ("float32": as they are)."""
+    """Return the autocast context for matrix products in `dtype`; none for "float32"."""
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device.type, torch_dtype(dtype))
@@ -151,24 +152,24 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def weight_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The type of a model's weights where nothing is learned, for this (chosen) precision.
+    """Return the dtype of a model's weights for inference in a precision other than auto.
 
-    Where they are packed, that of the activations: what is fast.
+    For packed weights, it is the dtype of the activations: the fast one of the device.
     """
     if dtype == "fp8":
-        raise SettingError("dtype", "is fp8, which is for training: take bf16")
+        raise SettingError("dtype", "is fp8, which is only for training: take bf16")
     return torch_dtype(find_dtype("auto", device) if bits_of(dtype) else dtype)
 
 
 def loading(dtype: Dtype, device: torch.device) -> dict[str, Any]:
-    """How `checkpoint.load` gives a model in this (chosen) precision, on this device."""
+    """Return the arguments of `checkpoint.load` for a model in this precision, on this device."""
     bits = bits_of(dtype)
     how = {"dtype": weight_dtype(dtype, device), "bits": bits, "unpacked": bits is None}
     return {"device": device, **how}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Bf16 FLOP/s of the device by its data sheet, or None where it is not listed."""
+    """Return the device's peak bf16 FLOP/s by its data sheet; None if it is not listed."""
     if device.type != "cuda":
         return None
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
@@ -182,14 +183,14 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: on the GPU, or by this process."""
+    """Peak bytes allocated on the GPU, or else used by this process, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return environment.peak_memory()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked, before a clock is read."""
+    """Wait until the device has finished its work, as before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,6 +1,6 @@
-"""Where am I: cores, memory, processes, folders of other tools; the only reader of the environment.
+"""The only reader of environment variables; also cores, memory, ranks and cache folders.
 
-Knows nothing of PyTorch, so that text can be prepared without it; devices.py goes on from here.
+Works without PyTorch, so that text can be prepared without it; devices.py has what needs PyTorch.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from ..config.fields import SettingError
 
 MOST_THREADS = 16  # per core
 
-# Of glibc's malloc.h; thresholds are in bytes.
+# From glibc's malloc.h; thresholds are in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 # What `share_cores` and `use_huge_pages` set for PyTorch.
@@ -25,16 +25,16 @@ FOR_TORCH = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
 
 
 def checked_threads(name: str, count: int | None) -> int:
-    """A number of threads as asked for, or one per core; ValueError for far too many.
+    """Return the number of threads, by default one per core; ValueError for far too many.
 
-    Thousands starve the machine and then end the process.
+    Thousands of threads would block the machine and crash the process.
     """
     if count is not None and count > MOST_THREADS * cores():
         raise SettingError(name, f"is {count}, but there are {cores()} cores: leave it out")
@@ -42,22 +42,22 @@ def checked_threads(name: str, count: int | None) -> int:
 
 
 def rank() -> int:
-    """This process's number among those that `torchrun` started, or 0."""
+    """This process's rank among those that `torchrun` started, or 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process's number on its own machine, which is also its GPU's."""
+    """This process's rank on its own machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes `torchrun` started, or 1."""
+    """Number of processes that `torchrun` started, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def available_memory() -> int:
-    """Bytes that can still be used without swapping, by this machine or its container's limit."""
+    """Bytes that are free without swapping, within the container's limit if there is one."""
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
     used = Path("/sys/fs/cgroup/memory.current")
@@ -68,7 +68,7 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has had in memory so far."""
+    """Peak memory of this process so far, in bytes."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return int(info.peak_wset)
@@ -82,42 +82,42 @@ def peak_memory() -> int:
 
 
 def share_cores() -> None:
-    """Let idle OpenMP threads sleep soon rather than spin; works only before PyTorch is imported.
+    """Let idle OpenMP threads sleep early instead of spinning; call before importing PyTorch.
 
     By default they spin for milliseconds at every barrier, and two programs on the same cores then
-    slow each other down more than tenfold. So they share the cores evenly.
+    slow each other down more than tenfold.
     """
     set_for_torch("GOMP_SPINCOUNT")
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees for the next, where it can be told so.
+    """Let malloc keep the memory that a step frees for the next one, on Linux with glibc.
 
-    It would return each large buffer to the system, which hands it out again page by page: a
-    quarter of the time of a step of GPT-2 on a CPU.
+    It would return each large buffer to the system and get it back page by page, which takes a
+    quarter of GPT-2's step time on a CPU.
     """
-    tell_malloc({M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0})
+    set_malloc_options({M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0})
 
 
 def return_freed_memory() -> None:
-    """Let the C library return large buffers at once, where it can be told so.
+    """Let malloc return large buffers to the system at once, on Linux with glibc.
 
-    Weights that are read one after another otherwise leave holes, of half a model's size in all.
+    Reading weights one after another would otherwise leave holes of half the model's size in all.
     """
-    tell_malloc({M_MMAP_THRESHOLD: 2**20})
+    set_malloc_options({M_MMAP_THRESHOLD: 2**20})
 
 
-def tell_malloc(options: dict[int, int]) -> None:
-    """Set options of glibc's allocator; other systems have none of them."""
+def set_malloc_options(options: dict[int, int]) -> None:
+    """Set options of glibc's malloc; do nothing on other systems, which do not have them."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         for option, value in options.items():
             ctypes.CDLL(None).mallopt(option, value)
 
 
 def use_huge_pages() -> None:
-    """Let PyTorch ask for memory in huge pages; works only before it is imported.
+    """Let PyTorch allocate memory in huge pages; call before importing it.
 
-    Reading weights is a quarter faster on a CPU. Whoever set the variable is left in charge.
+    Reading weights is a quarter faster on a CPU. A variable that is already set stays.
     """
     set_for_torch("THP_MEM_ALLOC_ENABLE")
 
@@ -128,13 +128,13 @@ def set_for_torch(name: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept between runs: it can be made again, so it may be removed."""
+    """Folder of compiled code and measurements; it may be removed, as they can be made again."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "gptsmith"
 
 
 def processor() -> str:
-    """What the processor calls itself, with what it can do, as far as the system tells."""
+    """The processor's name and, on Linux, its instruction set extensions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -144,32 +144,32 @@ def processor() -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler to call: what CXX says, or the first that there is."""
+    """The C++ compiler: the one that CXX names, or else the first one found."""
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def allow_deterministic_cuda() -> None:
-    """Give cuBLAS the workspace without which PyTorch refuses to be deterministic on CUDA."""
+    """Set the cuBLAS workspace that PyTorch requires for determinism on CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def api_key() -> str | None:
-    """What callers of the server have to send, where it was not given as a flag."""
+    """The server's API key from GPTSMITH_API_KEY, or None."""
     return os.environ.get("GPTSMITH_API_KEY") or None
 
 
 def decline_telemetry() -> None:
-    """Ask huggingface_hub not to report on its user; works only before it is imported.
+    """Turn off huggingface_hub's telemetry; call before importing it.
 
-    It would name the version of PyTorch in every request, and ask its server for a list of coding
-    assistants to look for in the environment. Whoever set the variable is left in charge.
+    It would send PyTorch's version with every request, and download a list of coding assistants to
+    look for in the environment. A variable that is already set stays.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def tiktoken_cache_folders() -> list[Path]:
-    """Where tiktoken keeps the vocabulary files that it once downloaded."""
+    """Folders in which tiktoken keeps downloaded vocabulary files."""
     named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
     folders = [Path(name) for name in named if name]
     return [*folders, Path(tempfile.gettempdir()) / "data-gym-cache"]

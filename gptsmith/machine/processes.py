@@ -1,6 +1,6 @@
-"""The processes that share one run's work, and what they add up.
+"""The processes of one run (data parallelism): joining, dividing work, and sums over all of them.
 
-Knows nothing of models; one process alone needs none of this and pays nothing for it.
+Knows nothing of models. In a single process, none of this does anything.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,44 +16,41 @@ from . import environment
 Item = TypeVar("Item")
 
 
-# -- many processes
-
-
 def join_processes(device: torch.device) -> None:
-    """Meet the other processes that `torchrun` started, if any."""
+    """Join the process group, if `torchrun` started several processes."""
     if environment.world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def leave_processes() -> None:
-    """Part from the other processes."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def my_share(items: Iterable[Item]) -> Iterator[Item]:
-    """Of work that every process lists in the same order, the items that this one does."""
+    """Return this process's share of items that all processes list in the same order."""
     if not dist.is_initialized():
         return iter(items)
     return islice(items, dist.get_rank(), None, dist.get_world_size())
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, in place; the same shape."""
+    """Sum a tensor of any shape over all processes, in place; return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_of_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The sums over all processes of a few numbers, in float64."""
+    """Sum each number over all processes, in float64."""
     if not dist.is_initialized():
         return list(numbers)
     return sum_over_processes(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process: the same answer in all."""
+    """Whether the flag is set in any process; all get the same answer."""
     if not dist.is_initialized():
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -61,6 +58,6 @@ def any_process(flag: bool) -> bool:
 
 
 def wait_for_processes() -> None:
-    """Return once every process is here."""
+    """Wait until all processes have called this."""
     if dist.is_initialized():
         dist.barrier()

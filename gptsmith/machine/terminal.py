@@ -1,6 +1,6 @@
-"""The terminal: lines for a person, tables, and a live bar where there is a terminal to move it.
+"""Output on the terminal: lines, tables, and a live progress bar.
 
-Decides nothing; with `cli/` the only place that writes to the terminal.
+Decides nothing. Besides `cli/`, the only place that writes to the terminal.
 """
 
 import sys
@@ -14,12 +14,12 @@ from rich.text import Text
 
 
 def tell(text: str) -> None:
-    """A line to the person at the terminal."""
+    """Write a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "8 s", "3 min", "2 h 10 min"."""
+    """Format seconds: "8 s", "3 min", "2 h 10 min"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as a person says them: "1.5 GB"."""
+    """Format a number of bytes: "1.5 GB"."""
     for unit in ("B", "KB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}"
@@ -36,10 +36,10 @@ def size(number: float) -> str:
 
 
 class Display:
-    """The terminal of one run: a live bar where there is a terminal, else lines now and then."""
+    """The output of one run: a progress bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
-        # `soft_wrap` leaves long lines to the terminal; `highlight` would colour every number.
+        # `soft_wrap` leaves wrapping to the terminal; `highlight` would color every number.
         self.console = Console(
             file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True
         )
@@ -47,18 +47,18 @@ class Display:
         self.log_every, self.last_line = 10, time.monotonic()
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line of its own, above the bar; the text is shown as it is."""
+        """Write a line above the bar, without interpreting markup."""
         self.console.print(Text(text, style=style or ""))
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
-        """A title, and two aligned columns under it."""
+        """Write a title, and two aligned columns under it."""
         self.say(title, "bold")
         width = max(map(len, rows))
         for name, value in rows.items():
             self.console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(value))
 
     def open_bar(self, what: str, total: int, done: int = 0) -> None:
-        """Begin a bar of `total` parts; closes the one before."""
+        """Open a bar of `total` units, after closing any other; only on a terminal."""
         self.close_bar()
         if self.console.quiet or not self.console.is_terminal:
             return
@@ -74,7 +74,7 @@ class Display:
         self.bar.start()
 
     def move_bar(self, done: int, detail: str) -> None:
-        """Show how far the work is."""
+        """Move the bar to `done` units."""
         if self.bar is not None:
             self.bar.update(self.bar.tasks[0].id, completed=done, detail=detail)
 
@@ -102,7 +102,7 @@ class Display:
             self.say(detail)
 
     def preparing(self, done: int, total: int, tokens: int) -> None:
-        """Show how far the preparation of text is: a bar, or a line every 10 seconds."""
+        """Show the progress of data preparation: in the bar, or as a line every 10 seconds."""
         if self.bar is None and self.console.is_terminal:
             self.open_bar("preparing", max(1, total))
         self.move_bar(done, f"{tokens:,} tokens")

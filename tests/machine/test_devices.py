@@ -56,7 +56,7 @@ def test_fp8_is_for_hopper_and_for_training(monkeypatch: pytest.MonkeyPatch) -> 
         else:
             with pytest.raises(ValueError, match="needs a Hopper GPU"):
                 devices.find_dtype("fp8", device)
-    with pytest.raises(ValueError, match="for training: take bf16"):
+    with pytest.raises(ValueError, match="only for training: take bf16"):
         devices.weight_dtype("fp8", device)
 
 
