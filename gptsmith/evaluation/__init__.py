@@ -1,1 +1,1 @@
-"""How well a model predicts."""
+"""How well a model predicts text, and what quantizing costs."""

@@ -1,7 +1,7 @@
-"""How well a model predicts a text: one full pass, token by token.
+"""Evaluate a model on a text: loss, perplexity and bits per byte.
 
-Every window is read once, in order, and every token weighs the same, so two evaluations of one
-model agree whatever the batch size, and two models can be compared.
+Every window is read once, in order, and every token weighs the same, so the result does not depend
+on the batch size, and two models can be compared.
 
 Shapes:  R rows    T tokens (the context length)    V vocabulary
 """
@@ -24,25 +24,25 @@ from ..machine.processes import my_share, sum_of_numbers
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
 
-ROW_TOKENS = 8192  # tokens computed at once; only speed and memory depend on it
+BATCH_TOKENS = 8192  # tokens per forward pass; only speed and memory depend on it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a text found."""
+    """The result of an evaluation."""
 
     loss: float  # nats per token
-    tokens: int  # targets that were counted
-    bytes: int | None  # bytes of text they stand for; None without a tokenizer
+    tokens: int  # number of targets
+    bytes: int | None  # of their text; None without a tokenizer
 
     @property
     def perplexity(self) -> float:
-        """How many equally likely tokens the model is torn between."""
+        """exp(loss): as uncertain as a choice among that many equally likely tokens."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits needed per byte of text: comparable between tokenizers."""
+        """The loss in bits per byte of text, which is comparable between tokenizers."""
         if not self.bytes:
             return None
         return self.loss * self.tokens / math.log(2) / self.bytes
@@ -67,11 +67,11 @@ def evaluate(
     context_length: int | None = None,
     text: PrepareSettings | None = None,
 ) -> Evaluation:
-    """How well a model predicts DATA: a source, which is read whole, or a folder of `prepare`'s.
+    """Evaluate a model on DATA: all of a source, or one split of a folder made by `prepare`.
 
-    Of prepared data `split` is evaluated, by default what was held out; `tokens` limits it to the
-    first so many. `context_length` is the window, by default the model's. `text` says how files are
-    read. ValueError where the data does not suit the model.
+    `split` is the validation split by default; `tokens` limits the evaluation to the first tokens.
+    `context_length` is the window in tokens, by default the model's. `text` has the settings for
+    reading text files. ValueError where the data does not suit the model.
     """
     limit = model.config.context_length
     if context_length is not None and not 1 <= context_length <= limit:
@@ -98,11 +98,11 @@ def evaluate_tokens(
     context_length: int | None = None,
     precision: AbstractContextManager[None] | None = None,
 ) -> Evaluation:
-    """The loss of a model on a stream of tokens, or on its first ones, in windows.
+    """Evaluate a model on a stream of tokens, or on its first tokens, window by window.
 
-    The tokenizer gives the number of bytes that a token stands for. The first token of the stream
-    is no target, as nothing comes before it; the last window is shorter. The sum is in float64.
-    Where several processes train together, they share the windows and all get the whole result.
+    The tokenizer gives the number of bytes of each token. The first token of the stream has no
+    context and is no target; the last window may be shorter. The loss is summed in float64. In a
+    run of several processes, they share the windows, and all get the result for the whole stream.
     """
     length = len(stream) if first_tokens is None else min(first_tokens, len(stream))
     if length < 2:
@@ -124,35 +124,35 @@ def evaluate_tokens(
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Bytes of text that each id of the vocabulary stands for, (V,); an unused one for none."""
+    """Return the bytes of text of each id, (V,); 0 for ids that the tokenizer does not have."""
     lengths = tokenizer.byte_lengths()
     return np.pad(lengths, (0, vocab_size - len(lengths)))
 
 
 def windows(stream: Tokens, length: int, T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and targets of neighbouring windows, (R, T) at a time; the last is (1, shorter)."""
-    rows = max(1, ROW_TOKENS // T)
-    whole = (length - 1) // T  # windows with all their targets
+    """Yield tokens and targets of consecutive windows, (R, T) each; the last is (1, T or less)."""
+    rows = max(1, BATCH_TOKENS // T)
+    whole = (length - 1) // T  # number of full windows
     for first in range(0, whole, rows):
         last = min(first + rows, whole)
-        part = stream.read(first * T, last * T + 1)
-        yield part[:-1].reshape(-1, T), part[1:].reshape(-1, T)
+        ids = stream.read(first * T, last * T + 1)
+        yield ids[:-1].reshape(-1, T), ids[1:].reshape(-1, T)
     if whole * T < length - 1:
-        part = stream.read(whole * T, length)
-        yield part[None, :-1], part[None, 1:]
+        ids = stream.read(whole * T, length)
+        yield ids[None, :-1], ids[None, 1:]
 
 
 @torch.inference_mode()
 def loss_sum(
     model: GPT, tokens: np.ndarray, targets: np.ndarray, precision: AbstractContextManager[None]
 ) -> float:
-    """Total loss in nats of a batch of windows.  (R, T), (R, T) -> float"""
+    """Return the summed loss of a batch of windows, in nats.  (R, T), (R, T) -> float"""
     device = model.device
     with precision:
         logits = model(torch.from_numpy(tokens).to(device)).logits
-    each = F.cross_entropy(
+    losses = F.cross_entropy(
         logits.float().flatten(0, 1),
         torch.from_numpy(targets).to(device).flatten(),
         reduction="none",
     )
-    return float(each.double().sum())
+    return float(losses.double().sum())

@@ -1,7 +1,7 @@
-"""Which precision to use a model in: on a CPU, the fastest that keeps its loss.
+"""Choose the precision for inference: on a CPU, the fastest that keeps the model's loss.
 
-Measured once for a model, on text that it writes itself, and remembered. Knows nothing of how
-numbers are packed.
+It is measured once per model, on text that the model generates, and cached on disk. Knows nothing
+of how weights are packed.
 """
 
 import hashlib
@@ -21,24 +21,25 @@ from ..machine.files import MANIFEST, read_json, write_text
 from ..model.gpt import GPT
 from .quantization import compare_with, decode_speed, first_token, logits_of, own_text
 
-# Nats, of the mean Kullback-Leibler divergence from the float32 model. Losses are printed with
-# four decimals, and read with three: what adds less cannot be told apart.
+# Largest mean Kullback-Leibler divergence from the float32 model, in nats. It is what the precision
+# adds to the loss, and readers of a loss do not look past the third decimal.
 KEEPS_LOSS = 0.001
-TOKENS = 256  # measured on
+TOKENS = 256  # of generated text to measure on
 
 
 class Choice(NamedTuple):
-    """A precision, how far its predictions are from float32's, in nats, and its speed."""
+    """A precision, with its divergence from float32 and its speed."""
 
     dtype: Dtype
-    mean_kl: float
-    times_as_fast: float  # as float32, one row
+    mean_kl: float  # nats, float32 || this one
+    times_as_fast: float  # decode speed of one row, relative to float32
 
 
 def fastest(place: Path, device: torch.device) -> Choice:
-    """The fastest precision in which the model of a folder keeps its loss.
+    """Return the fastest precision in which a folder's model keeps its loss.
 
-    On a GPU, what is fast there without measuring. A quantized folder has but its own.
+    On a GPU this is the device's fast precision, without measuring. A quantized model has only its
+    own.
     """
     if bits := folder.read_bits(place):
         return Choice(dtype_of_bits(bits), 0.0, 1.0)
@@ -53,14 +54,14 @@ def fastest(place: Path, device: torch.device) -> Choice:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_text(remembered, json.dumps(choice._asdict()))
     except OSError as error:
-        warnings.warn(f"the choice of {choice.dtype} is not remembered: {error}", stacklevel=2)
+        warnings.warn(f"the choice of {choice.dtype} could not be cached: {error}", stacklevel=2)
     return choice
 
 
 def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
-    """What may be faster than float32, the fastest first.
+    """Return the precisions that may be faster than float32, the fastest first.
 
-    Packed weights are where the compiled step reads them; PyTorch would unpack them every time.
+    Packed weights need the compiled step, since PyTorch would unpack them in every forward pass.
     """
     packed: list[Dtype] = ["int4", "int8"] if can_pack(place) and environment.compiler() else []
     fast = devices.find_dtype("auto", device)
@@ -68,16 +69,16 @@ def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
 
 
 def can_pack(place: Path) -> bool:
-    """Whether a model can be quantized, and then has a compiled step."""
+    """Whether a model can be quantized and then run by the compiled step."""
     config = folder.read_config(place)
     return config.n_embd % 8 == config.mlp_size % 8 == 0 and not config.modern
 
 
 def measured(place: Path, candidates: list[Dtype]) -> Choice:
-    """The fastest candidate that keeps the loss, or float32. One model is in memory at a time.
+    """Measure the candidates; return the fastest that keeps the loss, or float32.
 
-    Which that is depends on the model: where the weights stay in the processor's own memory, fewer
-    bits gain nothing.
+    Speed depends on the model: where all weights fit the processor's cache, fewer bits gain
+    nothing. One model is in memory at a time.
     """
     stored = saved.open_folder(place)
     model = saved.build(stored)
@@ -96,18 +97,18 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
 
 
 def opened(stored: Stored, dtype: Dtype) -> GPT:
-    """A stored model in a precision, on the CPU."""
+    """Build a stored model in a precision, on the CPU."""
     bits, activations = bits_of(dtype), devices.weight_dtype(dtype, torch.device("cpu"))
     return saved.build(packing(stored, bits) if bits else stored, dtype=activations)
 
 
-# -- what is remembered
+# -- the cache
 
 
 def key(place: Path, candidates: list[Dtype]) -> str:
-    """What a choice depends on, in hexadecimal: the weights, and what there is to choose from.
+    """Return a hexadecimal digest of what a choice depends on: the weights and the candidates.
 
-    The weights are known by their sums in the manifest, or else by their files' sizes and times.
+    The manifest's checksums stand for the weights, or else their files' sizes and times.
     """
     names = {path.name for path in folder.weight_files(place)} | {folder.CONFIG}
     if (place / MANIFEST).is_file():
@@ -121,7 +122,7 @@ def key(place: Path, candidates: list[Dtype]) -> str:
 
 
 def read_choice(path: Path) -> Choice | None:
-    """What was remembered, unless the file is missing or damaged."""
+    """Return the cached choice; None if the file is missing or damaged."""
     try:
         return Choice(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

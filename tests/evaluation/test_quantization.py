@@ -357,7 +357,7 @@ def test_the_report_without_data_says_what_it_compared_on(
     assert lines[0] == f"{model}: 8 bits, in {out}"
     starts = ["weights", "folder", "speed", "compared", "perplexity", "divergence", "likeliest"]
     assert [line.split()[0] for line in lines[1:]] == starts
-    assert "what the original writes at temperature 1 with seed 0" in lines[4]
+    assert "text that the original generates at temperature 1 with seed 0" in lines[4]
     assert main(["describe", str(out)]) == 0
     assert "quantized to 8 bits" in capsys.readouterr().out.splitlines()[0]
 
@@ -459,10 +459,10 @@ def test_training_takes_no_packed_weights_but_starts_from_them_unpacked(
     text, run = model.parent / "text.txt", model.parent / "run"
     text.write_text(TEXT * 5)
     said = refused(capsys, "train", text, "--dtype", "int8", "--out", run)
-    assert said.startswith("dtype is int8, which is for using a model: ")
+    assert said.startswith("dtype is int8, which is for inference: ")
     assert not run.exists()
     said = refused(capsys, "bench", "train", "gpt2", "--dtype", "int4")
-    assert said.startswith("dtype is int4, which is for using a model: ")
+    assert said.startswith("dtype is int4, which is for inference: ")
     words = ["--steps", "1", "--batch-tokens", "38", "--learning-rate", "0", "--compile", "no"]
     words += ["--dtype", "float32", "--out", str(run)]
     assert main(["train", str(text), "--from", str(quantized), *words]) == 0
@@ -562,7 +562,7 @@ def test_auto_remembers_its_choice(
     assert measured == [4, 8] * 2
     (model.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent / "file"))
-    with pytest.warns(UserWarning, match="choice of int8 is not remembered: .*Not a directory"):
+    with pytest.warns(UserWarning, match="choice of int8 could not be cached: .*Not a directory"):
         assert precision.fastest(model, cpu) == choice
 
 
