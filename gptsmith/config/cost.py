@@ -1,6 +1,6 @@
-"""What a GPTConfig costs: its parameters, memory and arithmetic, component by component.
+"""The cost of a GPTConfig: parameters, memory and FLOPs, component by component.
 
-Knows nothing of PyTorch, of a machine or of a run; tests hold it against the real model.
+Knows nothing of PyTorch, machines or runs; tests compare it with the real model.
 
 Letters:  V vocabulary    P positions (context_length)    C channels    M channels inside the MLP
           L blocks        H heads                         T tokens given, at most P
@@ -14,11 +14,11 @@ from .model import GPTConfig
 
 Shape = tuple[int, ...]
 
-FLOAT32 = 4  # bytes; weights, gradients and AdamW's state are always kept in it
+FLOAT32 = 4  # bytes; weights, gradients and AdamW's state are always in float32
 
-# What glibc's heap loses in holes between tensors of under 32 MiB, as a part of the activations:
-# measured, it is between 0.3 and 0.6.
-HEAP_SLACK = 1 / 2
+# Fragmentation of glibc's heap by tensors of under 32 MiB, as a share of the activations: measured
+# between 0.3 and 0.6.
+HEAP_FRAGMENTATION = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def components(config: GPTConfig) -> list[Component]:
 
 
 def block_count(config: GPTConfig) -> int:
-    """How many numbers one block learns."""
+    """Return the number of parameters of one block."""
     return sum(part.count for part in block_components(config))
 
 
 def parameter_count(config: GPTConfig) -> int:
-    """How many numbers the model learns; a head tied to the token embedding counts once."""
+    """Return the number of parameters; tied embedding and head count once."""
     return sum(part.count for part in components(config))
 
 
@@ -107,17 +107,17 @@ def parameter_count(config: GPTConfig) -> int:
 
 
 def weight_bytes(config: GPTConfig, dtype_bytes: int = FLOAT32) -> int:
-    """Bytes of the weights; the gradients are another such set."""
+    """Bytes of the weights; the gradients take as many."""
     return parameter_count(config) * dtype_bytes
 
 
 def optimizer_bytes(config: GPTConfig) -> int:
-    """Bytes of AdamW's state: for each parameter a mean of its gradients, and of their squares."""
+    """Bytes of AdamW's state: running means of each gradient and of its square."""
     return 2 * weight_bytes(config)
 
 
 def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -> int:
-    """Bytes of the keys and values of that many tokens: 2 * L * G * D numbers for each."""
+    """Bytes of the keys and values of some tokens: 2 * L * G * D numbers for each token."""
     return 2 * config.n_layer * config.kv_heads * config.head_size * tokens * dtype_bytes
 
 
@@ -127,69 +127,68 @@ def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
 
 
 def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
-    """Bytes that one training micro-batch of full contexts holds when backward begins.
+    """Bytes of the activations of one micro-batch of full contexts when the backward pass begins.
 
     `dtype_bytes` is 2 under bfloat16 autocast: the residual stream and the loss stay in float32,
-    and each weight is copied. Counted is what PyTorch keeps for backward: in each block the
-    residual stream twice, two norms, query, key, value and attention's output (no T x T), the MLP
-    before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
-    attention weights three times, since the fused kernel there cannot drop. The modern block keeps
-    queries and keys as `_rotated_bytes` says. A test holds it within 10% of what PyTorch says it
-    allocates.
+    and each weight is copied. PyTorch keeps for the backward pass: in each block the residual
+    stream twice, the outputs of two norms, query, key, value and attention's output (no T x T), the
+    MLP before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
+    attention weights three times, since the fused kernel there has no dropout. The modern block
+    adds `_rotated_bytes`. A test holds the result within 10% of what PyTorch allocates.
     """
     H, C, M, T = (sizes(config)[letter] for letter in "HCMP")
     block = FLOAT32 * (2 * C + H + 4) + dtype_bytes * (6 * C + 2 * M)
     head = (FLOAT32 + dtype_bytes) * C
-    bend = FLOAT32 * M  # what the last MLP needs to go back through its activation
+    activation = FLOAT32 * M  # for the backward pass of the last activation function
     if config.modern:
         block += _rotated_bytes(config, dtype_bytes)
         head += FLOAT32 * C  # before the norm that follows the embedding
-        bend = 3 * dtype_bytes * M
+        activation = 3 * dtype_bytes * M
     if config.dropout:
         block += dtype_bytes * 2 * C + FLOAT32 * 3 * H * T + (FLOAT32 - dtype_bytes) * 3 * C
         head += FLOAT32 * C
     copies = 0 if dtype_bytes == FLOAT32 else weight_bytes(config, dtype_bytes)
-    # Backward's own peak is at the loss or, where the vocabulary is small, in the last MLP.
-    last = max(loss_bytes(config, micro_batch), micro_batch * T * bend)
+    # The backward pass peaks at the loss or, where the vocabulary is small, in the last MLP.
+    last = max(loss_bytes(config, micro_batch), micro_batch * T * activation)
     return micro_batch * T * (config.n_layer * block + head) + last + copies
 
 
 def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
     """Bytes per token and block that the modern attention keeps beyond GPT-2's.
 
-    Queries and keys after rotation (in float32) and once more after their norm, with a number per
-    head for it. Grouped keys and values are repeated for attention, and c_attn's output let go.
+    Queries and keys after rotation (in float32) and again after their norm, which adds a number per
+    head. Grouped keys and values are repeated for attention, and c_attn's output is then freed.
     """
     heads = config.n_head + config.kv_heads
-    turned = heads * config.head_size
+    rotated = heads * config.head_size
     repeated = -config.n_embd if config.kv_heads < config.n_head else 0
-    normed = 0 if config.dropout else dtype_bytes * turned  # dropping keeps a scaled copy instead
-    return FLOAT32 * (turned + heads) + normed + dtype_bytes * repeated
+    normed = 0 if config.dropout else dtype_bytes * rotated  # dropout keeps a scaled copy instead
+    return FLOAT32 * (rotated + heads) + normed + dtype_bytes * repeated
 
 
 def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
     """Bytes that a training step needs: weights, gradients, AdamW's state and activations.
 
-    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast. An estimate for
-    choosing a micro-batch on a CPU: it adds half of the blocks' activations for holes in the heap,
-    and leaves out what PyTorch itself takes once loaded (about 0.3 GB). In eleven measurements of
-    0.05 to 3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it gave
-    0.91 to 1.05 times the peak of the process, so leave a fifth free.
+    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast. This estimate
+    serves to choose a micro-batch on a CPU: it adds half of the blocks' activations for heap
+    fragmentation, and leaves out PyTorch itself (about 0.3 GB). In eleven measurements of 0.05 to
+    3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it was 0.91 to 1.05
+    times the process's peak, so leave a fifth free.
     """
     activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
-    holes = int(HEAP_SLACK * (activations - loss_bytes(config, micro_batch)))
-    return 2 * weight_bytes(config) + optimizer_bytes(config) + activations + holes
+    fragmentation = int(HEAP_FRAGMENTATION * (activations - loss_bytes(config, micro_batch)))
+    return 2 * weight_bytes(config) + optimizer_bytes(config) + activations + fragmentation
 
 
 # ---- Arithmetic ----------------------------------------------------------------------------------
 
 
 def multiplied_parameters(config: GPTConfig) -> int:
-    """N of the FLOP formula: L * (4 * C * C + 2 * C * M) + V * C, what each token is multiplied by.
+    """Return N of the FLOP formula: L * (4 * C * C + 2 * C * M) + V * C.
 
-    That is all matrices of the blocks and the head, tied or not; embeddings are only looked up,
-    and biases, norms and rotations cost next to nothing. With fewer heads of keys and values,
-    2 * C * G * D takes the place of 2 of the 4 * C * C.
+    These are the parameters that each token is multiplied by: all matrices of the blocks and the
+    head, tied or not. Embeddings are only looked up, and biases, norms and rotations are
+    negligible. With grouped-query attention, 2 * C * G * D replaces 2 of the 4 * C * C.
     """
     V, L, C, M = (sizes(config)[letter] for letter in "VLCM")
     attention = C * sum(config.attention_rows) + C * C
@@ -199,10 +198,10 @@ def multiplied_parameters(config: GPTConfig) -> int:
 def flops_per_token(config: GPTConfig, *, training: bool) -> float:
     """Floating-point operations per token at the full context: 2 * N + 4 * L * C * T forward.
 
-    A multiplication and an addition for each of the N parameters; for each block and each earlier
-    token, C of both for the attention weight and again for the weighted value (counted over all T,
-    as is the custom; the causal half that a kernel may skip is not taken off). Backward costs
-    twice the forward, so training is 6 * N + 12 * L * C * T.
+    A multiplication and an addition for each of the N parameters; for each block and each of T
+    tokens, C of both for the attention score and C for the weighted value. As is usual, the half
+    that causality lets a kernel skip is counted. The backward pass costs twice the forward pass, so
+    training is 6 * N + 12 * L * C * T.
     """
     attention = 4 * config.n_layer * config.n_embd * config.context_length
     forward = 2 * multiplied_parameters(config) + attention

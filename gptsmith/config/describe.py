@@ -1,6 +1,6 @@
-"""What a model consists of: one page of its tensors, shapes, memory and arithmetic.
+"""Describe a model on one page: its tensors, shapes, parameters, memory and FLOPs.
 
-Knows nothing of weights or PyTorch, only of a GPTConfig; the figures are accounting's.
+Needs only a GPTConfig, not weights or PyTorch; the figures are those of cost.py.
 
 Letters:  B batch       T tokens given    V vocabulary    P positions (context_length)
           L blocks      H heads           D channels per head
@@ -16,9 +16,13 @@ from .model import GPTConfig
 from .tables import columns, human_bytes, human_flops, shape_text
 
 WIDTH = 88  # columns of the page
-BENDS = {"gelu_tanh": ("GELU", " (tanh)"), "gelu_erf": ("GELU", " (erf)"), "relu2": ("ReLU^2", "")}
+ACTIVATIONS = {
+    "gelu_tanh": ("GELU", " (tanh)"),
+    "gelu_erf": ("GELU", " (erf)"),
+    "relu2": ("ReLU^2", ""),
+}
 
-# The legend, as it stands at the top of the page.
+# The legend at the top of the page.
 MEANING = (
     {"V": "vocabulary", "C": "channels", "H": "heads", "L": "blocks"},
     {"P": "positions", "M": "MLP channels", "D": "channels per head"},
@@ -28,7 +32,7 @@ MEANING = (
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the sum that gives the total: 12 blocks of 7,085,568 are 85,026,816."""
+    """One line of a parameter count: "12 blocks", "12 x 7,085,568", 85,026,816."""
 
     name: str
     arithmetic: str
@@ -37,7 +41,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a forward pass: who works, what it does, and the shape that comes out."""
+    """One step of a forward pass: its module or operation, what it does, and its output shape."""
 
     name: str
     does: str
@@ -46,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything the page says; `str` is the page, `to_json` the same figures for a program."""
+    """The description of a model: `str` gives the page, `to_json` the same figures as values."""
 
     title: str
     config: GPTConfig
@@ -57,7 +61,7 @@ class Description:
         return "\n\n".join("\n".join(part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
-        """The page as plain values: counts in parameters, memory in bytes, FLOPs per token."""
+        """Return plain values: parameter counts, memory in bytes, and FLOPs per token."""
         config = self.config
         return {
             "title": self.title,
@@ -86,36 +90,36 @@ class Description:
 
 
 def block_terms(config: GPTConfig) -> list[Term]:
-    """The sum of one block: attention, MLP and two norms."""
+    """Return the terms of a block's parameter count: attention, MLP and two norms."""
     part = {part.name: part.count for part in cost.block_components(config)}
 
     def linear(name: str) -> int:
         return part[f"{name}.weight"] + part[f"{name}.bias"]
 
     out, (rows, keys, _) = linear("attn.c_proj"), config.attention_rows
-    each = linear("attn.c_attn") * rows // (rows + 2 * keys)
-    few = linear("attn.c_attn") * keys // (rows + 2 * keys)
-    qkv = f"3 x {each:,} (q, k, v)" if few == each else f"{each:,} (q) + 2 x {few:,} (k, v)"
+    q = linear("attn.c_attn") * rows // (rows + 2 * keys)
+    k = linear("attn.c_attn") * keys // (rows + 2 * keys)
+    qkv = f"3 x {q:,} (q, k, v)" if k == q else f"{q:,} (q) + 2 x {k:,} (k, v)"
     wide, narrow = linear("mlp.c_fc"), linear("mlp.c_proj")
     norm = part["ln_1.weight"] + part["ln_1.bias"]
     return [
-        Term("attention", f"{qkv} + {out:,} (out)", each + 2 * few + out),
+        Term("attention", f"{qkv} + {out:,} (out)", q + 2 * k + out),
         Term("MLP", f"{wide:,} (in) + {narrow:,} (out)", wide + narrow),
         Term("two norms", f"2 x {norm:,}" if norm else "no weights", 2 * norm),
     ]
 
 
 def terms(config: GPTConfig) -> list[Term]:
-    """The sum of the whole model; its counts add up to the total."""
+    """Return the terms of the model's parameter count, which add up to the total."""
     V, P, C, L = (cost.sizes(config)[letter] for letter in "VPCL")
     block = cost.block_count(config)
     norm = "no weights" if config.modern else f"{C:,} + {C:,}" if config.bias else f"{C:,}"
-    places = "none: rotations" if config.modern else f"{P:,} x {C:,}"
+    positions = "none: rotary" if config.modern else f"{P:,} x {C:,}"
     count = {part.name: part.count for part in cost.components(config)}
-    head = "tied to wte: no more" if config.tie_weights else f"{V:,} x {C:,}"
+    head = "tied to wte" if config.tie_weights else f"{V:,} x {C:,}"
     return [
         Term("token embedding", f"{V:,} x {C:,}", V * C),
-        Term("position embedding", places, count["wpe.weight"]),
+        Term("position embedding", positions, count["wpe.weight"]),
         Term("1 block" if L == 1 else f"{L} blocks", f"{L} x {block:,}", L * block),
         Term("final norm", norm, count["ln_f.weight"] + count["ln_f.bias"]),
         Term("head", head, 0 if config.tie_weights else V * C),
@@ -123,46 +127,46 @@ def terms(config: GPTConfig) -> list[Term]:
 
 
 def forward_stages(config: GPTConfig) -> list[Stage]:
-    """A forward pass from tokens to logits, with one block spelled out."""
-    name, kind = BENDS[config.activation]
+    """Return the steps of a forward pass from tokens to logits, with one block in full."""
+    name, kind = ACTIVATIONS[config.activation]
     norm = "mean square 1" if config.modern else "mean 0, variance 1"
     grouped = config.kv_heads < config.n_head
-    embedded = [Stage("wte + wpe", "the token's vector plus its position's", "(B, T, C)")]
-    turned = []
+    embedded = [Stage("wte + wpe", "token embedding plus position embedding", "(B, T, C)")]
+    rotated = []
     if config.modern:
         embedded = [
-            Stage("wte", "the token's vector", "(B, T, C)"),
-            Stage("ln_0", f"to {norm}", "(B, T, C)"),
+            Stage("wte", "token embedding", "(B, T, C)"),
+            Stage("ln_0", f"normalize to {norm}", "(B, T, C)"),
         ]
         heads = "(B, T, H+G, D)" if grouped else "(B, T, 2H, D)"
-        turned = [Stage("h.attn.qk_norm", f"q, k rotated, to {norm}", heads)]
+        rotated = [Stage("h.attn.qk_norm", f"rotate q and k, normalize to {norm}", heads)]
     return [
         Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
         *embedded,
-        Stage("h.ln_1", f"each vector to {norm}", "(B, T, C)"),
+        Stage("h.ln_1", f"normalize to {norm}", "(B, T, C)"),
         Stage(
             "h.attn.c_attn",
-            "query, key and value, at once",
+            "project to query, key and value",
             "(B, T, C+2GD)" if grouped else "(B, T, 3C)",
         ),
-        *turned,
-        Stage("  q, k, v", "three, cut into heads", "(B, H, T, D)"),
-        Stage("  softmax", "of q k' / sqrt(D): who listens to whom", "(B, H, T, T)"),
-        Stage("  weights v", "what it hears", "(B, H, T, D)"),
-        Stage("h.attn.c_proj", "heads side by side again, mixed", "(B, T, C)"),
-        Stage("  + residual", "added to what came in", "(B, T, C)"),
-        Stage("h.ln_2", f"{norm} again", "(B, T, C)"),
-        Stage("h.mlp.c_fc", "each token alone, in other channels", "(B, T, M)"),
-        Stage(f"  {name}", f"the bend between two matrices{kind}", "(B, T, M)"),
-        Stage("h.mlp.c_proj", "and back", "(B, T, C)"),
-        Stage("  + residual", "added to what came in", "(B, T, C)"),
-        Stage("ln_f", "after the last block, once more", "(B, T, C)"),
-        Stage("lm_head", "a score for every possible next token", "(B, T, V)"),
+        *rotated,
+        Stage("  q, k, v", "split each into heads", "(B, H, T, D)"),
+        Stage("  softmax", "attention weights, from q k' / sqrt(D)", "(B, H, T, T)"),
+        Stage("  weights v", "weighted sum of the values", "(B, H, T, D)"),
+        Stage("h.attn.c_proj", "concatenate the heads, project", "(B, T, C)"),
+        Stage("  + residual", "add to the residual stream", "(B, T, C)"),
+        Stage("h.ln_2", f"normalize to {norm}", "(B, T, C)"),
+        Stage("h.mlp.c_fc", "up-projection, each token alone", "(B, T, M)"),
+        Stage(f"  {name}", f"activation function{kind}", "(B, T, M)"),
+        Stage("h.mlp.c_proj", "down-projection", "(B, T, C)"),
+        Stage("  + residual", "add to the residual stream", "(B, T, C)"),
+        Stage("ln_f", f"normalize to {norm}", "(B, T, C)"),
+        Stage("lm_head", "logits: a score for every next token", "(B, T, V)"),
     ]
 
 
 def memory(config: GPTConfig) -> dict[str, int]:
-    """Bytes in float32 of what training and generation hold; activations of one full context."""
+    """Return the float32 memory of training and generation, in bytes."""
     P = config.context_length
     return {
         "weights": cost.weight_bytes(config),
@@ -188,12 +192,12 @@ def _heading(title: str, config: GPTConfig) -> list[str]:
 
 
 def _flush(line: str, figure: str) -> str:
-    """A line whose figure ends at the right edge of the page."""
+    """Return a line whose figure ends at the right edge of the page."""
     return f"{line} {figure:>{max(0, WIDTH - len(line) - 1)}}"
 
 
 def _tensors(config: GPTConfig) -> list[str]:
-    """Every tensor, with one block standing for all."""
+    """Return the lines of every tensor, with one block for all."""
     whole = [part for part in cost.components(config) if not part.name.startswith("h.")]
     block = cost.block_components(config)
     last = config.n_layer - 1
@@ -217,7 +221,7 @@ def _count(part: Component) -> str:
 
 
 def _sums(config: GPTConfig) -> list[str]:
-    """The arithmetic of one block, and of the whole model."""
+    """Return the parameter counts of one block and of the whole model."""
 
     def addition(parts: list[Term], name: str, total: int) -> list[str]:
         lines = [_flush(f"  {part.name:<20}{part.arithmetic}", f"{part.count:,}") for part in parts]
@@ -225,7 +229,7 @@ def _sums(config: GPTConfig) -> list[str]:
         return [*lines, _flush("", "-" * len(f"{total:,}")), _flush(f"  {name}", f"{total:,}")]
 
     return [
-        "PARAMETERS  how they add up",
+        "PARAMETERS",
         *addition(block_terms(config), "one block", cost.block_count(config)),
         "",
         *addition(terms(config), "the model", cost.parameter_count(config)),
@@ -233,7 +237,7 @@ def _sums(config: GPTConfig) -> list[str]:
 
 
 def _forward(config: GPTConfig) -> list[str]:
-    """The shapes of a forward pass, in letters and in this model's numbers."""
+    """Return the shapes of a forward pass, in letters and in numbers."""
     H, G, wide = config.n_head, config.kv_heads, sum(config.attention_rows)
     sizes = cost.sizes(config)
     sums = {"3C": wide, "C+2GD": wide, "2H": 2 * H, "H+G": H + G}
@@ -245,23 +249,23 @@ def _forward(config: GPTConfig) -> list[str]:
     rows = [(f"  {s.name}", s.does, s.shape, numbers(s.shape)) for s in forward_stages(config)]
     return [
         f"FORWARD  B texts of T tokens each, T up to {config.context_length:,}; "
-        f"h is repeated {config.n_layer} times",
+        f"block h is repeated {config.n_layer} times",
         *columns(rows, "<<<<"),
     ]
 
 
 def _memory(config: GPTConfig) -> list[str]:
-    """What training and generation hold, in float32."""
+    """Return the memory of training and generation, in float32."""
     held, context = memory(config), f"one context of {config.context_length:,} tokens"
-    dropped = "; dropout keeps (T, T) too" if config.dropout else ", kept for backward"
+    dropped = "; dropout keeps (T, T) too" if config.dropout else ", for the backward pass"
     keys = config.kv_heads * config.head_size
     cached = f"2 x {config.n_layer} x {keys} numbers per token"
     rows = [
-        ("weights", "a number for each parameter", "weights"),
-        ("gradients", "a number for each parameter", "gradients"),
-        ("optimizer", "AdamW: the gradient's mean and mean square", "optimizer"),
+        ("weights", "one number per parameter", "weights"),
+        ("gradients", "one number per parameter", "gradients"),
+        ("optimizer", "AdamW: running means of gradient and its square", "optimizer"),
         ("activations", context + dropped, "activations_per_context"),
-        ("training", "all of these, plus holes in the heap: an estimate", "training"),
+        ("training", "all of these and heap fragmentation, estimated", "training"),
         ("KV cache", cached, "kv_cache_per_token"),
         ("", context, "kv_cache_per_context"),
     ]
@@ -270,7 +274,7 @@ def _memory(config: GPTConfig) -> list[str]:
 
 
 def _flops(config: GPTConfig) -> list[str]:
-    """Arithmetic per token, from the formula to the figures."""
+    """Return the FLOPs per token: formulas and figures."""
     N = f"{cost.multiplied_parameters(config):,}"
     attention = "4 C C" if config.kv_heads == config.n_head else "2 C C + 2 C G D"
     rows = [
@@ -279,7 +283,7 @@ def _flops(config: GPTConfig) -> list[str]:
             (name, formula, human_flops(cost.flops_per_token(config, training=training)))
             for name, formula, training in (
                 ("forward", "2 N + 4 L C T", False),
-                ("training", "6 N + 12 L C T, as backward costs twice the forward", True),
+                ("training", "6 N + 12 L C T: a backward pass costs two forward passes", True),
             )
         ),
     ]

@@ -1,6 +1,6 @@
-"""How figures look in a terminal: aligned columns, and units that a person reads.
+"""Format figures for a terminal: aligned columns and units.
 
-Knows nothing of models; returns text and never prints it.
+Knows nothing of models; returns text and does not print it.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ Row = tuple[str, ...]
 
 
 def columns(rows: Sequence[Row], layout: str, *, gap: int = 2) -> list[str]:
-    """Rows as lines: each column as wide as its widest cell, flush left (`<`) or right (`>`)."""
+    """Format rows as lines, with columns aligned left (`<`) or right (`>`) as `layout` says."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     cells = [f"{{:{side}{width}}}" for side, width in zip(layout, widths, strict=True)]
     return [(" " * gap).join(cells).format(*row).rstrip() for row in rows]
