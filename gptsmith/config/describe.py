@@ -283,7 +283,7 @@ def _flops(config: GPTConfig) -> list[str]:
             (name, formula, human_flops(cost.flops_per_token(config, training=training)))
             for name, formula, training in (
                 ("forward", "2 N + 4 L C T", False),
-                ("training", "6 N + 12 L C T: a backward pass costs two forward passes", True),
+                ("training", "6 N + 12 L C T: backward costs twice the forward pass", True),
             )
         ),
     ]
