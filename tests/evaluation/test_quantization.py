@@ -42,8 +42,15 @@ TEXT = "To be, or not to be: that is the question.\n" * 9
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(compiled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is remembered by one test alone; what is compiled is shared."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shared, here = (
+        folder / "gptsmith" / "decode" for folder in (compiled_folder, tmp_path / "cache")
+    )
+    shared.mkdir(parents=True, exist_ok=True)
+    here.parent.mkdir(parents=True)
+    here.symlink_to(shared)
 
 
 @pytest.fixture
