@@ -5,7 +5,7 @@ Knows nothing of schedules or the loop.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,16 +66,27 @@ class AdamW:
             )
 
 
-Optimizer = AdamW | Muon
-
-
-def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
-    """Return AdamW for everything, or AdamW, and Muon for the blocks' matrices.
+class Optimizer(Protocol):
+    """What a training step needs of an optimizer.
 
     In each parameter group, "times" is the learning rate as a multiple of the schedule's.
     """
-    if settings.optimizer == "adamw":
-        return [AdamW(list(model.parameters()), settings)]
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, dict[str, Tensor]]  # kept in checkpoints, by parameter name
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        ...
+
+
+def adamw_for_all(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+    """Return AdamW for all parameters."""
+    return [AdamW(list(model.parameters()), settings)]
+
+
+def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+    """Return Muon for the blocks' matrices, and AdamW for the rest."""
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     # Query, key and value lie in c_attn. With fewer heads of keys, as many heads of queries at a
     # time make one matrix, so that all pieces have the same shape.
@@ -93,6 +104,17 @@ def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
     for group in muon.param_groups:
         group["times"] = settings.muon_learning_rate / settings.learning_rate
     return [AdamW([p for p in model.parameters() if p not in inside], settings), muon]
+
+
+OPTIMIZERS = {
+    "adamw": adamw_for_all,
+    "muon": muon_for_blocks,
+}
+
+
+def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+    """Return the optimizers that the settings name, which share the model's parameters."""
+    return OPTIMIZERS[settings.optimizer](model, settings)
 
 
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
