@@ -139,7 +139,7 @@ def forward_stages(config: GPTConfig) -> list[Stage]:
             Stage("ln_0", f"normalize to {norm}", "(B, T, C)"),
         ]
         heads = "(B, T, H+G, D)" if grouped else "(B, T, 2H, D)"
-        rotated = [Stage("h.attn.qk_norm", f"rotate q and k, normalize to {norm}", heads)]
+        rotated = [Stage("h.attn.qk_norm", "rotate and normalize q and k", heads)]
     return [
         Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
         *embedded,

@@ -368,8 +368,8 @@ def test_what_is_not_understood(words: str, said: str, refused: Callable[..., st
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--n-embd 9", "n_embd 9 is not a multiple of n_head 2: try n_embd 10"),
-        ("--n-layer 0", "n_layer is 0"),
+        ("--n-embd 9", "--n-embd 9 is not a multiple of n_head 2: try n_embd 10"),
+        ("--n-layer 0", "--n-layer is 0"),
         ("--n-layer 2.5", "--n-layer is '2.5'"),
         ("--dropout nan", "dropout is nan"),
         ("--dropout 1", "dropout is 1.0"),

@@ -304,7 +304,7 @@ def test_mistakes_get_one_line(
         "import model out --from book": "holds 0 files of weights",
         "import model notes.txt": "notes.txt already exists",
         "import model out --dtype int9": "dtype is 'int9': one of float32",
-        "import model out --dtype q8_0": "Hugging Face folder: written in float32, fp16, bf16",
+        "import model out --dtype q8_0": "--dtype is 'q8_0': one of float32, fp16, bf16 is needed",
         "import model out --tokenizer byte": "the tokenizer has 257 tokens and the embedding 37",
         "import model out --tokenizer nowhere": "no tokenizer 'nowhere'",
         "export model out": "required: --to",

@@ -377,7 +377,7 @@ def test_what_cannot_be_quantized_is_one_line(
     said = refused(capsys, "quantize", odd, out, "--bits", "8")
     assert said == "n_embd is 36: a multiple of 8 is needed to quantize a model"
     said = refused(capsys, "quantize", quantized, out, "--bits", "8")
-    assert said.startswith(f"{quantized} is quantized already, in 4 bits: ")
+    assert said.startswith(f"{quantized} is already quantized, in 4 bits: ")
     assert refused(capsys, "quantize", model, out, "--bits", "3") == "bits is 3: 8 or 4 is needed"
     assert "bits is 'x'" in refused(capsys, "quantize", model, out, "--bits", "x")
     said = refused(capsys, "quantize", model, out, "--bits", "8", "--tokens", "1")
@@ -466,7 +466,7 @@ def test_training_takes_no_packed_weights_but_starts_from_them_unpacked(
     text, run = model.parent / "text.txt", model.parent / "run"
     text.write_text(TEXT * 5)
     said = refused(capsys, "train", text, "--dtype", "int8", "--out", run)
-    assert said.startswith("dtype is int8, which is for inference: ")
+    assert said.startswith("--dtype is 'int8': one of auto, float32, bf16, fp16, fp8 is needed")
     assert not run.exists()
     said = refused(capsys, "bench", "train", "gpt2", "--dtype", "int4")
     assert said.startswith("dtype is int4, which is for inference: ")

@@ -152,14 +152,14 @@ def test_sample_with_a_draft(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--draft", "bytes"], "bytes has another tokenizer than large: no draft for it"),
+        (["--draft", "bytes"], "the draft bytes has another tokenizer than large"),
         (["--draft", "smal"], "no model at smal, did you mean 'small'?"),
-        (["--draft", "text", "--num-samples", "2"], "a draft is for one text at a time"),
+        (["--draft", "text", "--num-samples", "2"], "--draft is for one text at a time"),
         (
             ["--draft", "text", "--prompt", "a", "--prompt", "b"],
-            "text at a time: take one --prompt",
+            "text at a time: leave out --json and --num-samples",
         ),
-        (["--draft", "text", "--json"], "a draft is for one text at a time"),
+        (["--draft", "text", "--json"], "--draft is for one text at a time"),
     ],
 )
 def test_a_draft_that_cannot_be(

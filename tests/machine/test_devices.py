@@ -28,12 +28,15 @@ def test_attention_in_blocks_is_for_bf16_on_a_cpu(dtype: str, attention: str) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train nowhere.txt --optimizer muom", "no recipe, file or folder"),
-        ("train shakespeare --optimizer muom", "one of adamw, muon is needed, did you mean 'muon'"),
+        ("train nowhere.txt --optimizer muon", "no recipe, file or folder"),
+        ("train shakespeare --optimizer muom", "adamw or muon is needed, did you mean 'muon'"),
         ("bench train gpt2 --dtype fp8 --device cpu", "needs a Hopper GPU or newer: take bf16"),
         ("bench generate gpt2 --dtype fp8 --device cpu", "needs a Hopper GPU or newer: take bf16"),
         ("bench train gpt2 --compile max-autotune --device cpu", "which is for CUDA: on cpu take"),
-        ("train shakespeare --muon-momentum 1", "muon_momentum is 1.0: 0 <= muon_momentum < 1"),
+        (
+            "train shakespeare --muon-momentum 1",
+            "--muon-momentum is 1.0: at least 0 and below 1 is needed",
+        ),
         ("train shakespeare --optimizer muon --learning-rate 0", "with Muon, above 0 is needed"),
         ("bench train gpt2 --attention block", "did you mean 'blocks'"),
     ],

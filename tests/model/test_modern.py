@@ -25,7 +25,7 @@ from gptsmith.cli.main import main
 from gptsmith.config import cost
 from gptsmith.config.describe import block_terms, forward_stages, terms
 from gptsmith.config.model import MODERN
-from gptsmith.config.recipe import read_toml, recipes, updated
+from gptsmith.config.recipe import read_toml, updated
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.data.shards import Dataset
 from gptsmith.model.attention import WAYS
@@ -234,7 +234,7 @@ def test_former_switches_are_understood_and_todays_setting_is_named(tmp_path: Pa
     with pytest.warns(UserWarning, match="now one setting, block gpt2"):
         assert read_toml(path).model == GPTConfig()
     with pytest.warns(UserWarning, match="block modern"):
-        assert updated(PRESETS["nanogpt"], FORMER, "model") == PRESETS["modern"]
+        assert updated(PRESETS["nanogpt"], FORMER) == PRESETS["modern"]
 
 
 @pytest.mark.parametrize(
@@ -251,13 +251,13 @@ def test_former_switches_are_understood_and_todays_setting_is_named(tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:.*now one setting")
 def test_former_switches_that_do_not_fit_are_refused(words: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        updated(GPTConfig(), words, "model")
+        updated(GPTConfig(), words)
 
 
 def test_another_block_brings_its_own_activation_and_biases() -> None:
-    assert updated(PRESETS["nanogpt"], {"block": "modern"}, "model") == PRESETS["modern"]
-    assert updated(PRESETS["nanogpt"], {"block": "gpt2"}, "model") == PRESETS["nanogpt"]
-    assert updated(PRESETS["modern"], {"block": "gpt2"}, "model") == GPTConfig()
+    assert updated(PRESETS["nanogpt"], {"block": "modern"}) == PRESETS["modern"]
+    assert updated(PRESETS["nanogpt"], {"block": "gpt2"}) == PRESETS["nanogpt"]
+    assert updated(PRESETS["modern"], {"block": "gpt2"}) == GPTConfig()
 
 
 # -- the mathematics
@@ -422,16 +422,3 @@ def test_a_run_goes_on_bit_for_bit_and_is_a_nanochat(
     assert main(["sample", "through", "--prompt", "the", "--max-tokens", "12"]) == 0
     assert len(capsys.readouterr().out) > 3
     assert main(["evaluate", "through", "--data", "through/data"]) == 0
-
-
-def test_the_profile_of_a_step_knows_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "train", "shakespeare-modern", "--rows", "2", "--steps", "2"]
-    assert main([*words, "--optimizer", "muon", "--profile", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["profile"]
-    parts = {part["part"]: part for part in found["parts"]}
-    config = read_toml(recipes()["shakespeare-modern"]).model
-    flops = cost.flops_per_token(config, training=True) * 2 * config.context_length
-    inside = [part for name, part in parts.items() if not name.startswith("optimizer")]
-    assert sum(part["gigaflops"] for part in inside) == pytest.approx(flops / 1e9)
-    assert parts["norms"]["milliseconds"] > 0
-    assert parts["activation"]["backward_milliseconds"] > 0
