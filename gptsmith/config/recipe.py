@@ -69,10 +69,8 @@ def parse_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
         if str(value) == str(choice):
             return choice
-    words = list(map(str, choices))
-    wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-    close = suggestion(str(value), choices)
-    raise SettingError(name, f"is {value!r}: {wanted} is needed{close}")
+    known, close = ", ".join(map(str, choices)), suggestion(str(value), choices)
+    raise SettingError(name, f"is {value!r}: one of {known} is needed{close}")
 
 
 def number_of(value: Any, kind: type) -> int | float | None:

@@ -235,7 +235,7 @@ def test_the_help_shows_kinds_choices_and_defaults(parser: Parser) -> None:
     ("words", "said"),
     [
         ("--count many", "--count is 'many': a whole number is needed"),
-        ("--bits 5", "--bits is '5': 8 or 4 is needed"),
+        ("--bits 5", "--bits is '5': one of 8, 4 is needed"),
         ("--size large", "--size is 'large': a size such as 500MB or 5GB is needed"),
         ("--size 0", "--size is '0': a size such as 500MB or 5GB is needed"),
         ("--speed nan", "--speed is nan: a number that a machine can hold is needed"),

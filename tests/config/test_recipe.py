@@ -178,8 +178,8 @@ def test_words_become_values(value: Any, hint: Any, expected: Any) -> None:
         ([1], int, "a whole number"),
         ({"a": 1}, float, "a number"),
         ("5 PB", Bytes, "a size such as 500MB or 5GB"),
-        ("3", Literal[8, 4], "8 or 4"),
-        (8.5, Literal[8, 4], "8 or 4"),
+        ("3", Literal[8, 4], "one of 8, 4"),
+        (8.5, Literal[8, 4], "one of 8, 4"),
         (3, Path, "a path"),
     ],
 )
