@@ -230,7 +230,7 @@ def quantize(
     stored = saved.open_folder(source)
     if stored.bits is not None:
         raise ValueError(
-            f"{source} is already quantized, in {stored.bits} bits: give the model that it was "
+            f"{source} is quantized already, in {stored.bits} bits: give the model that it was "
             "made from"
         )
     packed = packing(stored, bits)
