@@ -377,7 +377,7 @@ def test_what_cannot_be_quantized_is_one_line(
     said = refused(capsys, "quantize", odd, out, "--bits", "8")
     assert said == "n_embd is 36: a multiple of 8 is needed to quantize a model"
     said = refused(capsys, "quantize", quantized, out, "--bits", "8")
-    assert said.startswith(f"{quantized} is already quantized, in 4 bits: ")
+    assert said.startswith(f"{quantized} is quantized already, in 4 bits: ")
     said = refused(capsys, "quantize", model, out, "--bits", "3")
     assert said == "--bits is '3': 8 or 4 is needed"
     assert "bits is 'x'" in refused(capsys, "quantize", model, out, "--bits", "x")

@@ -29,7 +29,7 @@ def test_attention_in_blocks_is_for_bf16_on_a_cpu(dtype: str, attention: str) ->
     ("words", "message"),
     [
         ("train nowhere.txt --optimizer muon", "no recipe, file or folder"),
-        ("train shakespeare --optimizer muom", "adamw or muon is needed, did you mean 'muon'"),
+        ("train shakespeare --optimizer muom", "one of adamw, muon is needed, did you mean 'muon'"),
         ("bench train gpt2 --dtype fp8 --device cpu", "needs a Hopper GPU or newer: take bf16"),
         ("bench generate gpt2 --dtype fp8 --device cpu", "needs a Hopper GPU or newer: take bf16"),
         ("bench train gpt2 --compile max-autotune --device cpu", "which is for CUDA: on cpu take"),
