@@ -1,7 +1,9 @@
 """What several tests need: small models with every dimension different, and a deaf network."""
 
 import logging
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gptsmith import GPT, GPTConfig
+
+# A loaded machine takes its time for an example, and for making one up.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TINY: dict[str, Any] = {
     "vocab_size": 37,
@@ -32,6 +39,20 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for it to hold. The limit only says when to give up: a loaded machine takes its time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen in {seconds} s"
+        time.sleep(0.002)
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of its children that have ended: what a promise of speed
+    is held by, because other work on the machine does not add to it."""
+    return sum(os.times()[:4])
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A real server in a thread of the test: uvicorn on a free port of this machine."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,12 +24,21 @@ class Running:
         self.url, self.served, self.accesses = address, served, accesses
 
     def wait_until_idle(self) -> float:
-        """How many seconds it took until no text was being written or waiting; at most 10."""
+        """How many seconds it took until no text was being written or waiting; at most 120."""
         begun = time.monotonic()
         while any(self.served.service.counts()) or not self.served.service.engine.idle:
-            assert time.monotonic() < begun + 10, "somebody still writes"
+            assert time.monotonic() < begun + 120, "somebody still writes"
             time.sleep(0.002)
         return time.monotonic() - begun
+
+
+def refuses(address: str) -> bool:
+    """Whether nobody listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 120).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 @contextmanager
@@ -57,11 +67,11 @@ def serving(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
-            assert ready.wait(20), "the server did not start"
+            assert ready.wait(120), "the server did not start"
             yield Running(url(bound), served, accesses)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(120)
         assert not thread.is_alive()
 
 

@@ -4,9 +4,9 @@ import asyncio
 import json
 import math
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 
 import httpx2
 import openai
@@ -19,7 +19,7 @@ from gptsmith.serving.answers import ChatCompletion, Completion
 from gptsmith.serving.chat import ChatTemplate
 from gptsmith.serving.errors import ErrorResponse
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, until
 from tests.serving.running import Running, serving
 
 TOKENIZER = byte_tokenizer()
@@ -502,16 +502,20 @@ def test_who_hangs_up_frees_the_slots_at_once(slow: Running) -> None:
     client = client_of(slow)
     stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=2, stream=True)
     next(iter(stream))
+    writers = [turn.writer for turn in slow.served.service.engine.turns]
     stream.close()
-    assert slow.wait_until_idle() < 1  # the texts would take four
+    slow.wait_until_idle()
 
     body = json.dumps({"model": "toy", "max_tokens": LONG, "n": 3}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", int(slow.url.rpartition(":")[2]))) as raw:
         raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        while sum(slow.served.service.counts()) < 3:
-            time.sleep(0.002)
-    assert slow.wait_until_idle() < 1
+        until(lambda: sum(slow.served.service.counts()) == 3)
+        until(lambda: len(slow.served.service.engine.turns) == 2)
+        writers += [turn.writer for turn in slow.served.service.engine.turns]
+    slow.wait_until_idle()
+    assert len(writers) == 4
+    assert all(len(writer.new) < LONG for writer in writers), "written to the end"
     assert [access.status for access in slow.accesses[-2:]] == [499, 499]
 
 
@@ -524,24 +528,21 @@ def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) 
     for event in stream:
         if event.choices[0].finish_reason == "stop":
             break
-    begun = time.monotonic()
-    while slow.served.service.counts().running > 1:
-        assert time.monotonic() < begun + 1
-        time.sleep(0.002)
+    until(lambda: slow.served.service.counts().running < 2)
     assert slow.served.service.counts().running == 1, "the other one goes on"
     stream.close()
     slow.wait_until_idle()
 
 
 def test_a_request_has_its_time() -> None:
-    with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=0.3) as running:
+    with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=1.0) as running:
         client = client_of(running)
         begun = time.monotonic()
         with pytest.raises(openai.InternalServerError, match="the time for a request") as caught:
             client.completions.create(model="toy", prompt="a", max_tokens=LONG)
         assert caught.value.status_code == 504
         assert caught.value.response.headers["x-should-retry"] == "false"
-        assert 0.25 < time.monotonic() - begun < 2
+        assert 0.95 < time.monotonic() - begun < LONG * 0.01
         events = iter(
             client.completions.create(model="toy", prompt="a", max_tokens=LONG, stream=True)
         )
@@ -589,19 +590,21 @@ def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
 
 def test_a_long_text_is_read_aside_while_others_go_on() -> None:
     """A tokenizer that takes its time stalls nobody's stream."""
+    reading, go_on = threading.Event(), threading.Event()
 
     class Slow(Tokenizer):
         def encode(self, text: str, **how: object) -> list[int]:
             if len(text) > 10_000:
-                time.sleep(0.5)
+                reading.set()
+                assert go_on.wait(120), "nobody's stream went on meanwhile"
             return super().encode(text[:5], **how)  # type: ignore[arg-type]
 
     tokenizer = Slow(byte_tokenizer().backend)
     with serving(toy(1024), tokenizer, step_seconds=0.002) as running:
         running.served.__dict__["longest_prompt"] = 1 << 20
 
-        async def both() -> list[float]:
-            times = []
+        async def both() -> int:
+            meanwhile = 0
             async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x") as client:
                 stream = await client.completions.create(
                     model="toy", prompt="a", max_tokens=300, stream=True
@@ -610,9 +613,10 @@ def test_a_long_text_is_read_aside_while_others_go_on() -> None:
                     client.completions.create(model="toy", prompt="a" * 30_000, max_tokens=1)
                 )
                 async for _ in stream:
-                    times.append(time.monotonic())
+                    meanwhile += reading.is_set()
+                    if meanwhile == 20:
+                        go_on.set()
                 await long
-            return times
+            return meanwhile
 
-        times = asyncio.run(both())
-    assert max(b - a for a, b in pairwise(times)) < 0.3
+        assert asyncio.run(both()) >= 20

@@ -5,7 +5,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptsmith.serving.guard import Access, Guard, line
+from tests.conftest import until
 
 MOST_BYTES = 10
 HUNG_UP: Message = {"type": "http.disconnect"}
@@ -405,15 +405,8 @@ def served(app: ASGIApp, http_by: Any, seen: Callable[[Access], None]) -> Iterat
         yield listening.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("http_by", ["h11", "auto"])
@@ -421,7 +414,7 @@ def test_behind_a_real_server(http_by: str) -> None:
     """Large bodies, lengths that are none, and a client that leaves, over real sockets."""
     told: list[Access] = []
     inner = FastAPI()
-    left = threading.Event()
+    asked, left = threading.Event(), threading.Event()
 
     @inner.post("/size")
     async def size(request: Request) -> PlainTextResponse:
@@ -429,12 +422,13 @@ def test_behind_a_real_server(http_by: str) -> None:
 
     @inner.get("/wait")
     async def wait(request: Request) -> None:
+        asked.set()
         while not await request.is_disconnected():
             await asyncio.sleep(0.01)
         left.set()
 
     with served(inner, http_by, told.append) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         # One connection throughout: what is left of a refused body is no request of its own.
         for count, chunked, status in (
             (100_000, False, 200),
@@ -450,14 +444,14 @@ def test_behind_a_real_server(http_by: str) -> None:
             assert answer.status == status
             assert body == b"100000" if status == 200 else b"larger than 100,000 bytes" in body
 
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as raw:
             raw.sendall(b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n")
             assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as raw:
             raw.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
-            time.sleep(0.1)
-        assert left.wait(10)
+            assert asked.wait(120)
+        assert left.wait(120)
         until(lambda: told[-1].path == "/wait")
         assert told[-1].status == 499
         connection.close()

@@ -163,25 +163,45 @@ class Found:
             yield sample["doc"], list(zip(asked, answers, strict=True))
 
 
-def evaluate(ready: str, toy: Toy, tasks: Path, *flags: str, **how: Any) -> Found:
-    """Run the harness against a server, which is where the line says that it is ready."""
-    assert LM_EVAL.is_dir(), "lm-eval is missing: `make test` installs it"
+def words_for(ready: str, toy: Toy, tasks: Path, *flags: str, **how: Any) -> list[str]:
+    """What is typed to ask a server, which is where the line says that it is ready."""
     address = ready.split(" at ")[1].split()[0]
     how |= {"model": toy.folder.name, "base_url": f"{address}/v1/completions"}
     how |= {"tokenizer": toy.folder, "max_length": CONTEXT, "max_retries": 1}
     names = [f"toy_{path.stem}" for path in tasks.glob("*.yaml")]
     words = ["run", "--model", "local-completions", *flags, "--include_path", str(tasks)]
     words += ["--model_args", ",".join(f"{name}={value}" for name, value in how.items())]
-    words += ["--tasks", ",".join(names), "--output_path", str(tasks / "out"), "--log_samples"]
-    offline = {"HF_HOME": str(tasks / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return [
+        *words,
+        "--tasks",
+        ",".join(names),
+        "--output_path",
+        str(tasks / "out"),
+        "--log_samples",
+    ]
+
+
+# The harness's command, once for each list of words: importing it takes most of the time.
+HARNESS = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    cli_evaluate()
+"""
+
+
+def evaluate(home: Path, *typed: list[str]) -> None:
+    """Run the harness, offline."""
+    assert LM_EVAL.is_dir(), "lm-eval is missing: `make test` installs it"
+    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *words],
+        [sys.executable, "-c", HARNESS, json.dumps(typed)],
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(LM_EVAL)} | offline,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Found(tasks / "out")
 
 
 def check_choices(found: Found, toy: Toy) -> None:
@@ -229,13 +249,33 @@ def rolling(toy: Toy, text: str) -> float:
     return total
 
 
+@pytest.fixture(scope="module")
+def asked(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+    """What the harness found by prompts of tokens, four at a time, and by prompts of text, three
+    in a request, of another server."""
+    # Nothing to read for prompts of text: where a text begins the harness puts <|endoftext|>, and
+    # they never have special tokens.
+    ids, texts = tmp_path_factory.mktemp("ids"), tmp_path_factory.mktemp("texts")
+    read = [{"text": text} for text in (LINES[1], TEXT)]
+    write_tasks(ids, choose=questions(), read=read, write=beginnings())
+    write_tasks(texts, choose=questions(), write=beginnings())
+    quiet = "--no-log-requests"
+    with (
+        started(toy.folder, quiet) as (_, one),
+        started(toy.folder, quiet, "--compile", "no") as (_, other),
+    ):
+        evaluate(
+            tmp_path_factory.mktemp("hub"),
+            words_for(one, toy, ids, num_concurrent=4, tokenized_requests=True),
+            words_for(other, toy, texts, "--batch_size=3", tokenized_requests=False),
+        )
+    return Found(ids / "out"), Found(texts / "out")
+
+
 @pytest.mark.slow
-def test_prompts_of_tokens_four_at_a_time(toy: Toy, tmp_path: Path) -> None:
+def test_prompts_of_tokens_four_at_a_time(toy: Toy, asked: tuple[Found, Found]) -> None:
     assert len(toy.ids(LINES[1])) < CONTEXT < len(toy.ids(TEXT))
-    texts = [{"text": text} for text in (LINES[1], TEXT)]
-    write_tasks(tmp_path, choose=questions(), read=texts, write=beginnings())
-    with started(toy.folder, "--no-log-requests") as (_, ready):
-        found = evaluate(ready, toy, tmp_path, num_concurrent=4, tokenized_requests=True)
+    found, _ = asked
     check_choices(found, toy)
     check_texts(found, toy)
     size = total = 0.0
@@ -249,11 +289,7 @@ def test_prompts_of_tokens_four_at_a_time(toy: Toy, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prompts_of_text_three_in_a_request(toy: Toy, tmp_path: Path) -> None:
-    # Nothing to read: where a text begins the harness puts <|endoftext|>, and a prompt of text
-    # never has special tokens.
-    write_tasks(tmp_path, choose=questions(), write=beginnings())
-    with started(toy.folder, "--no-log-requests", "--compile", "no") as (_, ready):
-        found = evaluate(ready, toy, tmp_path, "--batch_size=3", tokenized_requests=False)
+def test_prompts_of_text_three_in_a_request(toy: Toy, asked: tuple[Found, Found]) -> None:
+    _, found = asked
     check_choices(found, toy)
     check_texts(found, toy)

@@ -104,8 +104,8 @@ def test_a_token_is_counted_in_no_time() -> None:
     metrics = Metrics(lambda: (0, 0), slots=64)
     fastest = math.inf
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(1000):
             metrics.next_token(0.2)
-        fastest = min(fastest, time.perf_counter() - begun)
+        fastest = min(fastest, time.thread_time() - begun)
     assert fastest < 0.010

@@ -72,7 +72,7 @@ class Visit:
         sheet = self.page.locator(".sheet").nth(number).and_(self.page.locator("[data-finish]"))
         return str(sheet.get_attribute("data-finish"))
 
-    def until(self, expression: str, seconds: float = 5) -> None:
+    def until(self, expression: str, seconds: float = 60) -> None:
         """Waits for it to hold; the policy keeps the browser's own waiting from evaluating it."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression):
@@ -94,7 +94,7 @@ def visit(browser: Any, server_url: str) -> Iterator[Callable[..., Visit]]:
     def opened(url: str, **options: Any) -> Visit:
         context = browser.new_context(**options)
         contexts.append(context)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(60_000)
         visit = Visit(context.new_page())
         visits.append(visit)
 

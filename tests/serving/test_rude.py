@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -17,7 +17,7 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.serving import http
 from gptsmith.serving.chat import ChatTemplate
 from gptsmith.tokenizers import byte_tokenizer
-from tests.conftest import TINY, scrambled, single_thread
+from tests.conftest import TINY, processor_seconds, scrambled, single_thread, until
 from tests.serving.running import Running, serving
 
 TOKENIZER = byte_tokenizer()
@@ -57,7 +57,7 @@ def server(whole_server: tuple[Running, str]) -> Iterator[Running]:
 
 def plain(running: Running) -> str:
     """The text of a plain request."""
-    found = httpx2.post(f"{running.url}/v1/completions", json=PLAIN, timeout=20)
+    found = httpx2.post(f"{running.url}/v1/completions", json=PLAIN, timeout=120)
     assert found.status_code == 200, found.text
     return found.json()["choices"][0]["text"]
 
@@ -67,7 +67,7 @@ def check_idle(running: Running, before: str) -> None:
 
     What was sent before its sender left may still be on its way, so there is some time for it.
     """
-    until(lambda: health(running) == (0, 0), 10)
+    until(lambda: health(running) == (0, 0))
     running.wait_until_idle()
     assert plain(running) == before
 
@@ -80,18 +80,11 @@ def health(running: Running) -> tuple[int, int]:
 
 def post(running: Running, body: Any, path: str = "/v1/completions") -> httpx2.Response:
     content = body if isinstance(body, str | bytes) else json.dumps(body)
-    return httpx2.post(running.url + path, content=content, headers=JSON, timeout=20)
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
+    return httpx2.post(running.url + path, content=content, headers=JSON, timeout=120)
 
 
 def connected(running: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=10)
+    return socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=120)
 
 
 def request(body: Any, version: str = "1.1", headers: Sequence[str] = ()) -> bytes:
@@ -212,7 +205,7 @@ TAKEN = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_body_that_makes_no_sense_is_refused_in_a_line(server: Running, what: str) -> None:
     body, message = REFUSED[what]
-    begun = time.monotonic()
+    begun = processor_seconds()
     found = post(server, body)
     assert found.status_code == 400
     error = found.json()["error"]
@@ -220,7 +213,7 @@ def test_a_body_that_makes_no_sense_is_refused_in_a_line(server: Running, what: 
     assert len(error["message"]) < 200
     assert "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert time.monotonic() - begun < 2
+    assert processor_seconds() - begun < 2
 
 
 @pytest.mark.parametrize("what", TAKEN)
@@ -279,9 +272,9 @@ def test_a_bias_for_a_whole_vocabulary_stops_nobody() -> None:
 
     bias = dict.fromkeys(range(50000), 0.5)
     job = Job(prompt=[1], max_tokens=1, sampling=SamplingSettings(), seed=1, bias=bias)
-    begun = time.monotonic()
+    begun = processor_seconds()
     writers = [Writer.of(job, 50_257) for _ in range(16)]
-    assert time.monotonic() - begun < 1
+    assert processor_seconds() - begun < 1
     assert writers[0].bias is not None
     assert writers[0].bias.sum() == 25_000
 
@@ -364,22 +357,21 @@ def test_who_begins_and_does_not_go_on_is_cut_off(
         begun = time.monotonic()
         raw.sendall(sent)
         assert read_all(raw) == b""
-        assert 0.2 < time.monotonic() - begun < 3
+        assert time.monotonic() - begun > 0.2
 
 
 def test_who_sends_drop_by_drop_is_cut_off_too(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "PATIENCE", 0.4)
-    with connected(server) as raw:
-        begun = time.monotonic()
-        try:
-            for byte in request(PLAIN):
-                raw.sendall(bytes([byte]))
-                time.sleep(0.05)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        assert time.monotonic() - begun < 3  # all of it would take ten
+
+    def drop_by_drop() -> None:  # all of it would take ten seconds
+        for byte in request(PLAIN):
+            raw.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    with connected(server) as raw, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        drop_by_drop()
 
 
 def test_a_text_that_takes_longer_than_patience_is_not_cut_off(
@@ -387,7 +379,7 @@ def test_a_text_that_takes_longer_than_patience_is_not_cut_off(
 ) -> None:
     """Whole or in events, and the next on the same connection: only clients are waited for."""
     monkeypatch.setattr(http, "PATIENCE", 0.3)
-    with httpx2.Client(timeout=20) as client:
+    with httpx2.Client(timeout=120) as client:
         for stream in (False, True, False):
             body = LONG | {"max_tokens": 400, "stream": stream}
             begun = time.monotonic()
@@ -400,7 +392,6 @@ def test_who_reads_nothing_holds_up_nobody(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others go on, the slot is free when the text is written, and in the end it is cut off."""
-    monkeypatch.setattr(http, "PATIENCE", 1.0)
     made = http.Connection.connection_made
 
     def with_small_buffer(self: http.Connection, transport: Any) -> None:
@@ -409,19 +400,25 @@ def test_who_reads_nothing_holds_up_nobody(
         made(self, transport)
 
     monkeypatch.setattr(http.Connection, "connection_made", with_small_buffer)
-    raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-    tasks = len(server.accesses)
-    with raw:
-        raw.sendall(request(LONG | {"stream": True, "logprobs": 20}))
+
+    def who_reads_nothing() -> socket.socket:
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        raw.sendall(request(LONG | {"max_tokens": 300, "stream": True, "logprobs": 20}))
+        return raw
+
+    done = len(server.accesses)
+    with who_reads_nothing():
         until(lambda: any(server.served.service.counts()))
-        begun = time.monotonic()
-        post(server, PLAIN)
-        assert time.monotonic() - begun < 2
+        assert post(server, PLAIN).status_code == 200
         server.wait_until_idle()
-        until(lambda: len(server.accesses) == tasks + 2)
-    assert server.accesses[-1].status == 499
+        assert len(server.accesses) == done + 1, "it has been cut off already"
+    until(lambda: len(server.accesses) == done + 2)
+    monkeypatch.setattr(http, "PATIENCE", 0.3)
+    with who_reads_nothing():
+        until(lambda: len(server.accesses) == done + 3)
+    assert [access.status for access in server.accesses[-3:]] == [200, 499, 499]
 
 
 # -- clients that leave
@@ -445,11 +442,13 @@ def test_whoever_leaves_frees_the_slot(server: Running, phase: str, stream: bool
         until(lambda: any(len(turn.writer.new) > 5 for turn in service.engine.turns))
     elif phase == "end":
         until(lambda: any(len(turn.writer.new) >= 28 for turn in service.engine.turns))
+    writers = [turn.writer for turn in service.engine.turns]
     vanish(raw)
-    until(lambda: sum(service.counts()) == len(others), 1)
+    until(lambda: sum(service.counts()) == len(others))
     for other in others:
         vanish(other)
-    assert server.wait_until_idle() < 1  # the texts would take two
+    server.wait_until_idle()
+    assert all(len(writer.new) < LONG["max_tokens"] for writer in writers), "written to the end"
 
 
 def test_hundreds_come_and_vanish(server: Running) -> None:
@@ -470,13 +469,13 @@ def test_who_finds_no_room_comes_again_later(server: Running) -> None:
     answers: list[httpx2.Response] = []
 
     def ask() -> None:
-        answers.append(post(server, LONG | {"max_tokens": 100}))
+        answers.append(post(server, LONG | {"max_tokens": 300}))
 
     threads = [threading.Thread(target=ask) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     refused = [each for each in answers if each.status_code == 429]
     served = [each for each in answers if each.status_code == 200]
     assert len(refused) + len(served) == 12
@@ -488,7 +487,7 @@ def test_who_finds_no_room_comes_again_later(server: Running) -> None:
 
 
 def test_time_is_over_while_waiting_and_while_running() -> None:
-    with serving(toy(), TOKENIZER, slots=1, step_seconds=0.005, timeout=0.4) as running:
+    with serving(toy(), TOKENIZER, slots=1, step_seconds=0.005, timeout=1.0) as running:
         before = plain(running)
         found: dict[str, httpx2.Response] = {}
 
@@ -503,11 +502,11 @@ def test_time_is_over_while_waiting_and_while_running() -> None:
                 "waits to stream": {"stream": True},
             }.items()
         ]
-        for thread in threads:
+        for number, thread in enumerate(threads, 1):
             thread.start()
-            time.sleep(0.03)
+            until(lambda number=number: sum(running.served.service.counts()) == number)
         for thread in threads:
-            thread.join(10)
+            thread.join(120)
         late = found.pop("waits to stream")
         for each in found.values():
             assert each.status_code == 504
@@ -563,7 +562,7 @@ def test_a_step_that_fails_fails_its_texts_only(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert sorted(each.status_code for each in found) == [200, 500]
     for each in found:
         assert "secret" not in each.text

@@ -21,7 +21,8 @@ import pytest
 from gptsmith import GPTConfig, save
 from gptsmith.serving.http import UvicornServer, listen
 from gptsmith.tokenizers import byte_tokenizer
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, until
+from tests.serving.running import refuses
 
 CONTEXT = 20_000  # tokens: many seconds of writing
 BODY = {"model": "toy", "prompt": "a", "logit_bias": {"256": -100}, "stream": True}
@@ -58,14 +59,13 @@ def ready(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], st
 
 def until_healthy(address: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     """What the server says of itself, once it does."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
+
+    def answers() -> bool:
         assert process.poll() is None, f"it ended with {process.returncode}"
-        try:
-            return httpx2.get(f"{address}/health", timeout=5).json()
-        except httpx2.ConnectError:
-            time.sleep(0.05)
-    raise AssertionError("it does not answer")
+        return not refuses(address)
+
+    until(answers)
+    return httpx2.get(f"{address}/health", timeout=120).json()
 
 
 class Listener(threading.Thread):
@@ -80,7 +80,7 @@ class Listener(threading.Thread):
     def run(self) -> None:
         try:
             url = f"{self.address}/v1/completions"
-            with httpx2.stream("POST", url, json=self.body, timeout=60) as answer:
+            with httpx2.stream("POST", url, json=self.body, timeout=120) as answer:
                 self.lines += (line for line in answer.iter_lines() if line)
         except httpx2.TransportError:
             self.cut = True
@@ -97,13 +97,13 @@ def listeners(address: str, count: int, running: int, waiting: int) -> list[List
     found = [Listener(address, count) for _ in range(running + waiting)]
     for each in found:
         each.start()
-    end = time.monotonic() + 20
-    while True:
-        health = httpx2.get(f"{address}/health").json()
-        if (health["running"], health["waiting"]) == (running, waiting):
-            return found
-        assert time.monotonic() < end, health
-        time.sleep(0.01)
+
+    def all_there() -> bool:
+        health = httpx2.get(f"{address}/health", timeout=120).json()
+        return (health["running"], health["waiting"]) == (running, waiting)
+
+    until(all_there)
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -113,13 +113,11 @@ def test_after_a_signal_what_runs_and_what_waits_is_finished(
     with ready(folder, "--slots", "2") as (process, address):
         clients = listeners(address, 400, running=2, waiting=3)
         process.send_signal(number)
-        time.sleep(0.3)
+        until(lambda: refuses(address))
         assert process.poll() is None, "the texts take longer than this"
-        with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"{address}/health")
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         for client in clients:
-            client.join(5)
+            client.join(120)
             assert client.finish == "length"
 
 
@@ -128,13 +126,12 @@ def test_at_a_second_signal_it_ends_at_once(folder: Path, number: signal.Signals
     with ready(folder, "--slots", "1") as (process, address):
         clients = listeners(address, CONTEXT, running=1, waiting=2)
         process.send_signal(number)
-        time.sleep(0.3)
-        begun = time.monotonic()
+        until(lambda: refuses(address))
         process.send_signal(number)
-        assert process.wait(5) == 128 + number
-        assert time.monotonic() - begun < 1
+        # The texts alone would take until the 30 s are over that a first signal leaves them.
+        assert process.wait(20) == 128 + number
         for client in clients:
-            client.join(5)
+            client.join(120)
             assert client.cut
 
 
@@ -143,10 +140,10 @@ def test_what_is_not_finished_in_time_is_cut(folder: Path) -> None:
         clients = listeners(address, CONTEXT, running=1, waiting=2)
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert 0.8 < time.monotonic() - begun < 4
+        assert process.wait(20) == 0  # and not after the 30 s that are usual
+        assert time.monotonic() - begun > 0.8
         for client in clients:
-            client.join(5)
+            client.join(120)
             error = json.loads(client.lines[-1].removeprefix("data: "))["error"]
             assert error["message"] == "the server is stopping: ask again in a moment"
         # The one had begun, and the others had not.
@@ -161,10 +158,8 @@ def test_whoever_says_nothing_does_not_keep_it_from_ending(folder: Path) -> None
         half[1].sendall(b"GET /hea")
         half[2].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert half[2].recv(1000)
-        begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert time.monotonic() - begun < 3
+        assert process.wait(20) == 0  # the usual patience is 30 s, and that with a request 60
         for raw in half:
             raw.close()
 
@@ -173,16 +168,16 @@ def test_a_server_that_was_killed_leaves_its_port(folder: Path) -> None:
     with ready(folder, "--slots", "1") as (process, address):
         clients = listeners(address, CONTEXT, running=1, waiting=1)
         process.kill()
-        process.wait(5)
+        process.wait(120)
     with started(folder, "--port", address.rpartition(":")[2]) as process:
         assert address in process.stderr.readline()
         assert until_healthy(address, process)["running"] == 0
     for client in clients:
-        client.join(5)
+        client.join(120)
         assert client.cut
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_of_two_that_begin_at_once_at_a_port_one_is_told() -> None:
     """Both can be bound to it as long as neither listens."""
     ended = []
@@ -223,7 +218,7 @@ def test_a_standard_stream_that_is_closed_is_not_missed(
         opened = os.readlink(f"/proc/{process.pid}/fd/{closed}")
         assert opened == os.devnull
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
     assert ("serving toy at" in (tmp_path / "said").read_text()) is (closed == 1)
 
 
@@ -235,7 +230,7 @@ def test_a_stderr_that_is_full_does_not_end_it(folder: Path) -> None:
     ):
         until_healthy(f"http://127.0.0.1:{port}", process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
@@ -243,11 +238,11 @@ def test_a_reader_of_stderr_who_does_not_read_holds_nobody_up(folder: Path, gone
     with ready(folder) as (process, address):
         if gone:
             process.stderr.close()
-        with httpx2.Client(timeout=5) as client:
+        with httpx2.Client(timeout=120) as client:
             for _ in range(600):  # lines that no pipe holds
                 assert client.get(f"{address}/{'x' * 200}").status_code == 404
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
 
 
 def free_port() -> int:

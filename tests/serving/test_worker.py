@@ -46,8 +46,8 @@ def slowed(service: Service, seconds: float) -> None:
 
 
 async def until_idle(service: Service) -> None:
-    """Wait until the engine has nothing to do, for two seconds at most."""
-    for _ in range(200):
+    """Wait until the engine has nothing to do, for two minutes at most."""
+    for _ in range(12_000):
         if service.engine.idle and service.inbox.empty():
             return
         await asyncio.sleep(0.01)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
+from tests.conftest import until
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 TINY = (
@@ -342,10 +342,3 @@ def test_two_processes_learn_what_one_does() -> None:
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
         assert first.get("validation_loss", 0) == pytest.approx(second.get("validation_loss", 0))
     assert events(two)[0]["processes"] == 2
-
-
-def until(condition: Any, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
