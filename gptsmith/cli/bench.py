@@ -76,7 +76,7 @@ class Moved(argparse.Action):
 
 
 def measurement(word: str) -> str:
-    """Return the word after `bench`; for `serve`, the error names the program that loads a server."""
+    """Return the word after `bench`; for `serve`, name the program that loads a server instead."""
     if word == "serve":
         raise argparse.ArgumentTypeError("to load a server, run python benchmarks/serve.py MODEL")
     return word
@@ -186,7 +186,7 @@ def render(found: Figures) -> str:
 # -- a table of several measurements, each in a process of its own
 
 
-def measure_in_process(model: str, settings: Mapping[str, Any]) -> Figures:
+def alone(model: str, settings: Mapping[str, Any]) -> Figures:
     """Run `bench generate` in a process of its own, so that peak memory is its own too."""
     flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
     words = ["bench", "generate", model, "--json", *(word for pair in flags for word in pair)]
@@ -210,7 +210,7 @@ def measure_table(
         where = f"round {round} of {rounds}: gptsmith, {dtype}, {rows_text(rows)}"
         tell(f"{where}, {prompt} + {new} tokens")
         case = {"dtype": dtype, "rows": rows, "prompt_tokens": prompt, "max_tokens": new}
-        figures = measure_in_process(options.model, machine | case)
+        figures = alone(options.model, machine | case)
         del figures["tokens"]  # only programs that compare systems need them
         measurements.append({"round": round, "system": "gptsmith", **case, **figures})
         found.setdefault((dtype, shape), []).append(figures)

@@ -104,7 +104,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def find_verb(name: str) -> tuple[Any, Parser]:
-    """Return a verb's module and the parser of its arguments; UsageError if there is no such verb."""
+    """Return a verb's module and the parser of its arguments; UsageError for an unknown verb."""
     if name not in VERBS:
         known = ", ".join(VERBS)
         raise UsageError(f"there is no command '{name}'{suggestion(name, VERBS)} (known: {known})")

@@ -32,19 +32,11 @@ class CommonRequest(RequestObject):
     model: str = Field(description="name of the model, as listed by /v1/models")
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token")
     top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="sample from the likeliest tokens that together reach this probability",
+        1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability"
     )
-    top_k: int | None = Field(
-        None, ge=1, description="sample from the K likeliest tokens (not in OpenAI's API)"
-    )
+    top_k: int | None = Field(None, ge=1, description="sample from the K likeliest (not OpenAI's)")
     min_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="drop tokens less likely than this share of the likeliest one's probability",
+        None, gt=0, le=1, description="drop tokens below this share of the top probability"
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="above 1, tokens of the text so far become less likely"
@@ -53,19 +45,13 @@ class CommonRequest(RequestObject):
         0.0, ge=-2, le=2, description="subtracted from the logits of generated tokens"
     )
     frequency_penalty: float = Field(
-        0.0,
-        ge=-2,
-        le=2,
-        description="subtracted from a token's logit once for each time it was generated",
+        0.0, ge=-2, le=2, description="subtracted for each time that a token was generated"
     )
     logit_bias: LogitBias = Field({}, description="token ids, and what is added to their logits")
     n: int = Field(1, ge=1, le=MOST_CHOICES, description="completions of each prompt")
     stop: Stop = Field([], description="a completion ends before the first of these strings")
     seed: int | None = Field(
-        None,
-        ge=-SEEDS,
-        lt=SEEDS,
-        description="the same seed gives the same text; choice j uses seed + j",
+        None, ge=-SEEDS, lt=SEEDS, description="same seed, same text; choice j uses seed + j"
     )
     stream: bool = Field(False, description="send the text as it is generated, as events")
     stream_options: StreamOptions | None = None
@@ -112,10 +98,7 @@ class CompletionRequest(CommonRequest):
     prompt: Prompt = Field([""], description="text to continue; if empty, a new text begins")
     max_tokens: int = Field(16, ge=0, description="maximum number of new tokens")
     best_of: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_CHOICES,
-        description="completions generated, of which the n likeliest are returned",
+        None, ge=1, le=MOST_CHOICES, description="generate so many and return the n likeliest"
     )
     logprobs: int | None = Field(
         None, ge=0, le=MOST_ALTERNATIVES, description="likeliest alternatives to report per token"
@@ -186,9 +169,7 @@ class ChatCompletionRequest(CommonRequest):
     max_completion_tokens: int | None = Field(
         None, ge=0, description="maximum number of new tokens (default: up to the context limit)"
     )
-    max_tokens: int | None = Field(
-        None, ge=0, description="the older name of max_completion_tokens"
-    )
+    max_tokens: int | None = Field(None, ge=0, description="older name of max_completion_tokens")
     logprobs: bool = Field(False, description="report the log-probability of each token")
     top_logprobs: int | None = Field(
         None, ge=0, le=MOST_ALTERNATIVES, description="likeliest alternatives to report per token"
