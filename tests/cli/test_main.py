@@ -318,7 +318,7 @@ def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "gpt9", "--traceback"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
-    assert err.splitlines()[-1].startswith("gptsmith: 'gpt9' is no preset")
+    assert err.splitlines()[-1].startswith("gptsmith: 'gpt9' is not a preset")
 
 
 # -- words that are not understood
@@ -358,7 +358,7 @@ def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
         ("describe gpt2 --trace 0x4", "BxT is needed"),
         ("describe gpt2 --trace 1x9999", "9999 tokens are more than the context_length of 1024"),
         ("bench serv gpt2", "invalid choice: 'serv'"),
-        ("bench train gpt9", "'gpt9' is no preset"),
+        ("bench train gpt9", "'gpt9' is not a preset"),
     ],
 )
 def test_what_is_not_understood(words: str, said: str, refused: Callable[..., str]) -> None:
@@ -662,7 +662,7 @@ def test_a_run_without_any_whole_checkpoint(run: str, refused: Callable[..., str
         ("evaluate", "run", "--data", "text.txt"),
         ("train", "--resume", "run"),
     ):
-        assert "run has no whole checkpoint to use" in refused(*words)
+        assert "run has no intact checkpoint" in refused(*words)
 
 
 # -- going on with a run

@@ -56,7 +56,7 @@ def test_a_state_dict_becomes_the_same_model(
     assert report.source_format == "GPTModel of the book"
     assert report.difference == 0
     assert report.tensors.ignored == {
-        f"trf_blocks.{layer}.att.mask": "a causal mask, no weight" for layer in range(2)
+        f"trf_blocks.{layer}.att.mask": "a causal mask, not a weight" for layer in range(2)
     }
     model, tokenizer = gptsmith.load(tmp_path / "out")
     assert tokenizer is None

@@ -181,7 +181,7 @@ def test_the_report_names_every_tensor(tmp_path: Path, capsys: pytest.CaptureFix
         "Hugging Face folder",
         "parameters: 2 layers, 3 heads, 12 channels, context 11, vocabulary 37",
         "2 h.*.attn.c_attn.weight",
-        "a causal mask, no weight: 2 h.*.attn.bias",
+        "a causal mask, not a weight: 2 h.*.attn.bias",
         "the tied head, which is wte.weight: lm_head.weight",
         "run by transformers",
         str(tmp_path / "a"),

@@ -80,7 +80,7 @@ def test_older_checkpoints_carry_masks(tmp_path: Path) -> None:
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 11, 11).tril() for i in range(2)}
     torch.save(whole | {"model": whole["model"] | masks}, tmp_path / "ckpt.pt")
     report = import_model(tmp_path, tmp_path / "out")  # the folder that holds it
-    assert report.tensors.ignored["h.1.attn.bias"] == "a causal mask, no weight"
+    assert report.tensors.ignored["h.1.attn.bias"] == "a causal mask, not a weight"
     model, _ = gptsmith.load(tmp_path / "out")
     assert (
         model(some_tokens(length=7)).logits - reference(some_tokens(length=7))
