@@ -443,7 +443,7 @@ def test_what_sample_refuses(flags: str, said: str, run: str, refused: Callable[
         ("--data latin.txt", "byte 0xe9 at position 3 is not utf-8"),
         ("--data text.txt --tokens 1", "--tokens is 1: at least 2"),
         ("--data text.txt --context-length 9", "1 to the model's 8 is needed"),
-        ("--data text.txt --split validation", "--split is of prepared data"),
+        ("--data text.txt --split validation", "--split is for prepared data"),
         ("--data bytes", "made with another tokenizer"),
     ],
 )
@@ -493,7 +493,7 @@ def test_an_empty_folder_and_empty_standard_input(
     refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("nothing").mkdir()
-    assert "nothing holds no text" in refused("prepare", "nothing", "--out", "new")
+    assert "nothing has no text files" in refused("prepare", "nothing", "--out", "new")
     stdin_of(monkeypatch, b"")
     assert "it is empty" in refused("prepare", "-", "--out", "new")
 
@@ -524,10 +524,10 @@ def no_count(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (short, "is cut short: its header counts"),
+        (short, "is cut short: its header says"),
         (wrong_magic, "begins with magic number 117901063"),
         (wrong_version, "version 99"),
-        (wrong_count, "is cut short: its header counts 65,535 tokens"),
+        (wrong_count, "is cut short: its header says 65,535 tokens"),
         (no_count, "counts 0 tokens"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"abc"), "a token shard begins with"),
