@@ -130,8 +130,8 @@ def sources_in(folder: Path) -> list[Source]:
     if others:
         such = min(others).relative_to(folder)
         warnings.warn(
-            f"{folder}: skipped {len(others)} files or folders that are hidden or not known as text, "
-            f"such as {such}",
+            f"{folder}: skipped {len(others)} files or folders that are hidden or not known as "
+            f"text, such as {such}",
             stacklevel=2,
         )
     found.sort(key=lambda path: path.relative_to(folder).parts)

@@ -112,7 +112,7 @@ def test_what_the_book_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture)
     words = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "book"]
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "no way to say activation gelu_erf (it has gelu_tanh)" in said
+    assert "cannot express activation gelu_erf (it has gelu_tanh)" in said
     assert main([*words, "--approximate"]) == 0
     assert "activation gelu_erf (it has gelu_tanh)" in capsys.readouterr().out
 
