@@ -201,10 +201,12 @@ def test_evaluate_refuses_what_is_not_the_models(run: Path) -> None:
     model, tokenizer = gptsmith.load(run)
     for choice, said in {
         "context_length": "context_length is 9: 1 to the model's 8 is needed",
-        "split": "split is of prepared data: notes.txt is text",
+        "split": "split is for prepared data: notes.txt is text",
     }.items():
         wrong: dict[str, Any] = {choice: {"context_length": 9, "split": "validation"}[choice]}
         with pytest.raises(ValueError, match=said):
             gptsmith.evaluate(model, tokenizer, "notes.txt", **wrong)
-    with pytest.raises(ValueError, match=r"the model has no tokenizer to encode notes\.txt with"):
+    with pytest.raises(
+        ValueError, match=r"the model has no tokenizer to encode notes\.txt: use data"
+    ):
         gptsmith.evaluate(model, None, "notes.txt")

@@ -1,6 +1,7 @@
-"""A model's configuration as Hugging Face's `config.json` has it, and back: GPT-2's and NanoChat's.
+"""Convert a model's configuration to Hugging Face's `config.json` and back, for GPT-2 and NanoChat.
 
-A quantized model's is the original's with a section about it. Knows nothing of files or tensors.
+A quantized model has the original's config.json with a section about the quantization. Knows
+nothing of files or tensors.
 """
 
 from collections.abc import Mapping
@@ -10,20 +11,20 @@ from typing import Any
 from ..config.model import GPTConfig
 from ..config.quantization import VOCABULARY_BITS, check_bits
 
-# Our word for an activation, and the one a Hugging Face config.json uses for the same function.
+# Our name of an activation, and the names that config.json may use for it.
 HUGGING_FACE_ACTIVATIONS = {
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "gelu_erf": ("gelu",),
 }
 
-# Switches of GPT2Config that change the mathematics, with the value that is GPT-2.
+# Fields of GPT2Config that change the mathematics, with the only values that we support.
 _ORDINARY = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
 
-# The same of NanoChatConfig; what it leaves unsaid caps the logits, which this model does not.
+# The same for NanoChatConfig. Its default caps the logits, which our model does not do.
 _NANOCHAT_ORDINARY = {
     "hidden_act": "relu2",
     "attention_bias": False,
@@ -36,9 +37,9 @@ _NANOCHAT_DEFAULTS = {"final_logit_softcapping": 15.0}
 
 
 def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
-    """The model that a Hugging Face `config.json` describes.
+    """Return the configuration in a Hugging Face `config.json`.
 
-    ValueError unless it is a GPT-2, or a NanoChat as we build it.
+    ValueError unless it is a GPT-2, or a NanoChat with the options that we support.
     """
     if theirs.get("model_type") == "nanochat":
         return _from_nanochat(theirs)
@@ -73,14 +74,14 @@ def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
         bias=own.get("bias", True),
         qkv_bias=own.get("qkv_bias"),
         tie_weights=theirs.get("tie_word_embeddings", True),
-        # One rate serves all three places here; of a foreign folder's three, the largest.
+        # We have one dropout rate for all three places, so take the largest.
         dropout=max(rates.values()),
         norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
     )
 
 
 def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
-    """The modern block of a NanoChat's `config.json`; absent keys are NanoChatConfig's own."""
+    """Return the configuration in a NanoChat's `config.json`; defaults are NanoChatConfig's."""
     rotation = theirs.get("rope_parameters") or {}
     if not isinstance(rotation, dict):
         raise ValueError(f"config.json has rope_parameters {rotation!r}: an object is needed")
@@ -112,9 +113,9 @@ def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
 
 
 def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
-    """The `config.json` of GPT2LMHeadModel, with what it cannot say under "gptsmith".
+    """Return the `config.json` of GPT2LMHeadModel, with our own fields under "gptsmith".
 
-    Of the modern block, that of NanoChatForCausalLM, which can say all of it.
+    For the modern block it is that of NanoChatForCausalLM, which needs no further fields.
     """
     if config.modern:
         return _to_nanochat(config)
@@ -159,20 +160,19 @@ def _to_nanochat(config: GPTConfig) -> dict[str, Any]:
         "final_logit_softcapping": None,
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_weights,
-        "pad_token_id": None,  # NanoChatConfig's own is 1, which need not be padding
+        "pad_token_id": None,  # NanoChatConfig's default is 1, which may be an ordinary token
         "use_cache": True,
     }
 
 
-# -- a quantized model's
+# -- quantized models
 
-
-MODEL_TYPE = "gptsmith-quantized"  # a name that nobody else takes for a model of theirs
+MODEL_TYPE = "gptsmith-quantized"  # unknown to other tools, so that none loads it as GPT-2
 FORMAT = 1
 
 
 def quantized_json(config: GPTConfig, bits: int) -> dict[str, Any]:
-    """The config.json of a quantized model: the original's, under a type of its own."""
+    """Return the config.json of a quantized model: the original's with another model type."""
     theirs = to_hugging_face(config)
     return {
         **theirs,
@@ -188,19 +188,19 @@ def quantized_json(config: GPTConfig, bits: int) -> dict[str, Any]:
 
 
 def bits_in(theirs: Mapping[str, Any]) -> int | None:
-    """The bits of the model that a config.json describes; None where it is not quantized."""
+    """Return the bits of a model, given its config.json; None if it is not quantized."""
     return None if theirs.get("model_type") != MODEL_TYPE else check_bits(_section(theirs)["bits"])
 
 
 def original_json(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the model that a quantized one was made from; any other as it is."""
+    """Return a quantized model's config.json with the original model type; any other unchanged."""
     if theirs.get("model_type") != MODEL_TYPE:
         return dict(theirs)
     return {**theirs, "model_type": _section(theirs)["model_type"]}
 
 
 def _section(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the quantization, once this version is known to understand it."""
+    """Return config.json's section about the quantization; ValueError for an unknown format."""
     section = theirs.get("quantization")
     if not isinstance(section, dict) or not {"format", "bits", "model_type"} <= section.keys():
         raise ValueError(
@@ -208,7 +208,7 @@ def _section(theirs: Mapping[str, Any]) -> dict[str, Any]:
         )
     if section["format"] != FORMAT:
         raise ValueError(
-            f"the folder is of quantized format {section['format']!r}, but this version of "
+            f"the folder has quantization format {section['format']!r}, but this version of "
             f"gptsmith reads format {FORMAT}: quantize the original again, or update gptsmith"
         )
     if section.get("vocabulary_bits") != VOCABULARY_BITS:

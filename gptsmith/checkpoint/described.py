@@ -1,4 +1,4 @@
-"""The page about a model, by whatever names it: a configuration, a preset, a recipe or a folder.
+"""The description of a model, given as a configuration, a preset, a recipe or a folder.
 
 Reads JSON and the headers of tensors, so it needs no PyTorch.
 """
@@ -13,10 +13,10 @@ from .folder import find_model, read_folder
 
 
 def describe(what: GPTConfig | str | Path, *, title: str | None = None) -> Description:
-    """Every tensor of a model, its parameters, memory and FLOPs: `str` of the result is the page.
+    """Describe every tensor of a model, its parameters, memory and FLOPs; `str` gives the page.
 
     `what` is a configuration, the name of a preset or recipe, a recipe's file, or any MODEL.
-    ValueError or FileNotFoundError where it is none of these, or the folder is damaged.
+    ValueError or FileNotFoundError if it is none of these, or if the folder is damaged.
     """
     if isinstance(what, GPTConfig):
         return Description(title or "a model", what)
@@ -27,9 +27,9 @@ def describe(what: GPTConfig | str | Path, *, title: str | None = None) -> Descr
 
 
 def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
-    """The configuration of a preset, a recipe or a model's folder, with its title and the folder.
+    """Return the configuration, title and folder of a preset, a recipe or a model's folder.
 
-    The folder is None where there is none; its tensors' shapes are checked.
+    The folder is None for presets and recipes; otherwise its tensors' shapes are checked.
     """
     if what in PRESETS:
         return PRESETS[what], what, None
@@ -39,6 +39,6 @@ def described_config(what: str) -> tuple[GPTConfig, str, Path | None]:
         return read_toml(Path(what)).model, what, None
     if not Path(what).exists():
         hint = suggestion(what, [*PRESETS, *recipes()])
-        raise ValueError(f"'{what}' is no preset, recipe or model{hint}")
+        raise ValueError(f"'{what}' is not a preset, recipe or model{hint}")
     found = read_folder(find_model(what))
     return found.config, str(found.path), found.path

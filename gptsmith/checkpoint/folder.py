@@ -1,6 +1,6 @@
-"""What lies in a model's folder: which files, whole or damaged, and which folder a name means.
+"""Read and verify a model's folder without its tensors, and find the folder that MODEL names.
 
-Knows nothing of tensors: it reads JSON, sizes and SHA-256, so it needs no PyTorch.
+Reads JSON, file headers, sizes and SHA-256 only, so it needs no PyTorch.
 """
 
 import json
@@ -25,24 +25,24 @@ TRAINING = "training"
 
 
 class ModelFolder(NamedTuple):
-    """What a model's folder says of itself, once its parts are known to fit one another."""
+    """The description of a model's folder, whose tensors match its configuration."""
 
     path: Path
     config: GPTConfig
-    bits: int | None  # in which its matrices are packed; None where they are not
+    bits: int | None  # of packed matrices; None if the model is not quantized
     tensors: dict[str, TensorInfo]  # by their names in the files
     match: TensorMatch
 
     @property
     def tensor_bytes(self) -> int:
-        """What all tensors take."""
+        """Size of all tensors, in bytes."""
         return sum(tensor.bytes for tensor in self.tensors.values())
 
 
 def verify(folder: Path, *, training: bool = True) -> None:
-    """Raise DamagedError unless every file in the manifest is there, whole.
+    """Raise DamagedError if a file in the manifest is missing or changed.
 
-    A folder without a manifest (from elsewhere) passes. `training=False` leaves out `training/`.
+    A folder without a manifest (from another tool) passes. `training=False` skips `training/`.
     """
     if not (folder / MANIFEST).exists():
         return
@@ -66,7 +66,7 @@ def verify(folder: Path, *, training: bool = True) -> None:
 
 
 def read_description(folder: Path) -> tuple[GPTConfig, int | None]:
-    """The model of a folder's `config.json`, and in how many bits its matrices are packed."""
+    """Return the configuration in a folder's `config.json`, and the bits of packed matrices."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
     values = read_json(folder / CONFIG)
@@ -77,17 +77,17 @@ def read_description(folder: Path) -> tuple[GPTConfig, int | None]:
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The model that a folder's `config.json` describes."""
+    """Return the configuration in a folder's `config.json`."""
     return read_description(folder)[0]
 
 
 def read_bits(folder: Path) -> int | None:
-    """In how many bits a folder's matrices are packed; None where they are not."""
+    """Return the bits of a folder's packed matrices; None if it is not quantized."""
     return read_description(folder)[1]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a model's weights: one, or the shards of an index."""
+    """Return the safetensors files with a model's weights: one, or the shards of an index."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
@@ -108,7 +108,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> ModelFolder:
-    """What a folder says of its model; ValueError where its tensors are not those of its config."""
+    """Return a folder's description; ValueError if its tensors do not match its config.json."""
     config, bits = read_description(folder)
     tensors = {n: t for path in weight_files(folder) for n, t in safetensors_header(path).items()}
     if bits is not None:
@@ -119,7 +119,7 @@ def read_folder(folder: Path) -> ModelFolder:
 
 
 def match_unpacked(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape]) -> TensorMatch:
-    """What each tensor is to the Hugging Face class that a folder's config.json names."""
+    """Match a folder's tensors with those of its Hugging Face class."""
     return match_tensors(
         hugging_face(config),
         config,
@@ -133,23 +133,23 @@ def match_unpacked(folder: Path, config: GPTConfig, shapes: Mapping[str, Shape])
 
 
 def safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """What a safetensors file says of its tensors; DamagedError unless it is that long.
+    """Return the tensors in a safetensors file's header; DamagedError if the file is too short.
 
-    The library's `safe_open` would say it too, but imports NumPy for it, a third of the time that
-    `gptsmith describe FOLDER` takes, and does not tell a file that is cut short from others.
+    The library's `safe_open` could read it, but it imports NumPy, which takes a third of the time
+    of `gptsmith describe FOLDER`, and it does not distinguish truncated files from invalid ones.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise DamagedError(f"{path} is cut short: {size:,} bytes do not even hold its header")
+            raise DamagedError(f"{path} is cut short: its {size:,} bytes end within the header")
         try:
             entries = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
             raise DamagedError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(entries, dict):
-        raise DamagedError(f"{path} is not a safetensors file: its header is no object")
+        raise DamagedError(f"{path} is not a safetensors file: its header is not a JSON object")
     entries.pop("__metadata__", None)
     tensors, end = dict[str, TensorInfo](), 8 + length
     try:
@@ -162,26 +162,26 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
         raise DamagedError(f"{path} is not a safetensors file: its header is not valid") from error
     if size < end:
         raise DamagedError(
-            f"{path} is cut short: {size:,} bytes are fewer than its header promises"
+            f"{path} is cut short: it has {size:,} bytes, fewer than its header says"
         )
     return tensors
 
 
-# -- which folder a name means
+# -- finding the folder that a name means
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, newest first."""
+    """Return a run's checkpoints, newest first."""
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run, rather than one model."""
+    """Return whether a folder is a training run, not a single model."""
     return (folder / "checkpoints").is_dir()
 
 
 def pointed_to(run: Path, pointer: str) -> Path | None:
-    """The checkpoint that a run's `best` or `last` names, or None where there is none yet."""
+    """Return the checkpoint that a run's `best` or `last` names; None if there is none yet."""
     path = run / pointer
     if not path.is_file():
         return None
@@ -189,9 +189,9 @@ def pointed_to(run: Path, pointer: str) -> Path | None:
 
 
 def find_checkpoint(run: Path, pointer: str, *, training: bool) -> Path:
-    """The verified checkpoint that `pointer` names; where it is damaged, the newest good one.
+    """Return the checkpoint that `pointer` names, verified; if damaged, the newest intact one.
 
-    Falling back is said in a warning. FileNotFoundError where no checkpoint is whole.
+    A warning reports the fallback. FileNotFoundError if no checkpoint is intact.
     """
     first = pointed_to(run, pointer)
     candidates = [first] if first else []
@@ -208,11 +208,11 @@ def find_checkpoint(run: Path, pointer: str, *, training: bool) -> Path:
             warnings.warn(f"{problems[0]}; using {path} instead", stacklevel=2)
         return path
     why = f": {problems[0]}" if problems else ""
-    raise FileNotFoundError(f"{run} has no whole checkpoint to use{why}")
+    raise FileNotFoundError(f"{run} has no intact checkpoint{why}")
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder with the model that MODEL means: a run's best checkpoint, or the folder itself."""
+    """Return the folder of MODEL, verified: a run's best checkpoint, or the folder itself."""
     folder = Path(name)
     if not folder.exists():
         beside = folder.parent.glob("*") if folder.parent.is_dir() else []

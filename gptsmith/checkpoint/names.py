@@ -1,6 +1,6 @@
-"""What other systems call our tensors, as tables, and whether a file's tensors fit them.
+"""Tables of other systems' names for our tensors, and the check that a file's tensors match them.
 
-Knows nothing of tensors themselves or of files: names and shapes, as a file's header has them.
+Works on names and shapes, as in a file's header. Knows nothing of tensors or files themselves.
 """
 
 import re
@@ -14,11 +14,11 @@ from ..config.model import GPTConfig
 
 
 class WeightName(NamedTuple):
-    """A tensor of ours, and those of theirs with the same numbers; {} stands for the layer."""
+    """One of our tensors, and theirs with the same numbers; {} stands for the layer."""
 
     ours: str
-    theirs: tuple[str, ...]  # several lie below one another in ours: query, key and value
-    transposed: bool = False  # (in, out) there, (out, in) here, as nn.Linear has it
+    theirs: tuple[str, ...]  # several (query, key, value) are concatenated along the rows of ours
+    transposed: bool = False  # theirs is (in, out), ours (out, in) as in nn.Linear
 
 
 _COMPONENTS = {
@@ -34,10 +34,10 @@ def weight_names(
     linear: tuple[str, str] = (".weight", ".bias"),
     transposed: bool = False,
 ) -> list[WeightName]:
-    """A system's table, from what it calls each of our modules, or the several that make one.
+    """Return a system's table, given its name, or names, for each of our modules.
 
-    `embedding` (the head too), `norm` and `linear` are the endings of its weights and biases;
-    with `transposed` its linear layers have matrices (in, out).
+    `embedding` (also for the head), `norm` and `linear` are the suffixes of its weights and biases.
+    `transposed` means that its linear layers have matrices (in, out).
     """
     table = []
     for ours, part in _COMPONENTS.items():
@@ -53,7 +53,7 @@ def weight_names(
     return table
 
 
-PREFIX = "transformer."  # before every name of GPT2LMHeadModel's but the head's; not always there
+PREFIX = "transformer."  # of all names in GPT2LMHeadModel except the head's; some files omit it
 
 _SAME = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in _COMPONENTS}
 OURS = weight_names(_SAME)  # also nanoGPT's
@@ -73,33 +73,33 @@ NANOCHAT = weight_names(  # NanoChatForCausalLM's, the published form of the mod
 
 
 class NoWeights(NamedTuple):
-    """Tensors of somebody's files that are no weights, by the pattern of their names."""
+    """Tensors in other systems' files that are not weights, by the pattern of their names."""
 
     pattern: re.Pattern[str]
     why: str
 
 
-CAUSAL = "a causal mask, no weight"
+CAUSAL = "a causal mask, not a weight"
 MASKS = NoWeights(re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)"), CAUSAL)  # in older GPT-2s
 
 
 def hugging_face(config: GPTConfig) -> list[WeightName]:
-    """The table of the Hugging Face class that a configuration belongs to."""
+    """Return the table of a configuration's Hugging Face class."""
     return NANOCHAT if config.modern else GPT2
 
 
 def full_name(name: str) -> str:
-    """The name of one of GPT-2's tensors with the prefix that it has in GPT2LMHeadModel."""
+    """Return a tensor's name in GPT2LMHeadModel, with its prefix."""
     return name if name.startswith("lm_head") else PREFIX + name
 
 
 def components_by_name(config: GPTConfig) -> dict[str, Component]:
-    """Every tensor that the model could have, by our name; some are absent, the head maybe tied."""
+    """Return every tensor that a model could have, by our name; some may be absent or tied."""
     return {part.name: part for part in components(config)}
 
 
 def per_layer(table: Iterable[WeightName], config: GPTConfig) -> list[WeightName]:
-    """A table with an entry for each layer in place of one for all."""
+    """Return a table with one entry for each layer instead of one for all."""
     return [
         name._replace(
             ours=name.ours.format(layer), theirs=tuple(each.format(layer) for each in name.theirs)
@@ -110,7 +110,7 @@ def per_layer(table: Iterable[WeightName], config: GPTConfig) -> list[WeightName
 
 
 def their_shapes(name: WeightName, config: GPTConfig, shape: Shape) -> dict[str, Shape]:
-    """Name and shape of each of their tensors for one of ours, of this shape."""
+    """Return the name and shape of each of their tensors for one of ours, which has `shape`."""
     heights = config.attention_rows if len(name.theirs) == 3 else shape[:1]
     shapes = [(height, *shape[1:]) for height in heights]
     if name.transposed:
@@ -118,7 +118,7 @@ def their_shapes(name: WeightName, config: GPTConfig, shape: Shape) -> dict[str,
     return dict(zip(name.theirs, shapes, strict=True))
 
 
-# -- what a file holds, against what it should
+# -- a file's tensors, compared with the expected ones
 
 
 class TensorInfo(NamedTuple):
@@ -126,8 +126,8 @@ class TensorInfo(NamedTuple):
 
     file: Path
     shape: Shape
-    dtype: str  # a word of headers, as in machine/dtypes.py: "F32"
-    start: int  # in the file, in bytes
+    dtype: str  # as in file headers, such as "F32": see machine/dtypes.py
+    start: int  # offset in the file, in bytes
     bytes: int
 
 
@@ -137,11 +137,11 @@ ZEROS = "zeros, as the model has no such bias"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorMatch:
-    """What became of each tensor in a file, and which of ours it does not hold."""
+    """Which tensors of a file are read or ignored, and which of ours are not in it."""
 
-    read: dict[str, Shape] = field(default_factory=dict)
+    read: dict[str, Shape] = field(default_factory=dict)  # by their names
     ignored: dict[str, str] = field(default_factory=dict)  # their name: why
-    missing: dict[str, str] = field(default_factory=dict)  # our name: why that is well
+    missing: dict[str, str] = field(default_factory=dict)  # our name: why that is fine
 
 
 def match_tensors(
@@ -155,11 +155,11 @@ def match_tensors(
     ignored: NoWeights | None = None,
     zero_biases: bool = False,
 ) -> TensorMatch:
-    """Explain every tensor of a file; ValueError for one that is missing, unknown or misshapen.
+    """Match every tensor of a file; ValueError if one is missing, unknown or has a wrong shape.
 
-    `ignored` says which tensors are known to be no weights. With `zero_biases` the file
-    may hold, as zeros, the biases that the model does without. The errors name the `source`, what
-    `says` how the tensors ought to be, and the `kind` of model.
+    `ignored` are tensors that are not weights. With `zero_biases`, the file may contain zeros for
+    biases that the model does not have. The errors name the `source`, the `kind` of model, and what
+    `says` which shapes are expected.
     """
     table = list(table)
     check_layers([each for name in table for each in name.theirs], config, found, source, says)
@@ -195,7 +195,7 @@ def check_shapes(
     says: str,
     note: str = "",
 ) -> None:
-    """ValueError for the first tensor of a file that is missing, unknown or misshapen."""
+    """Raise ValueError if a tensor of a file is missing, unknown or has a wrong shape."""
     if lacking := [name for name in expected if name not in found]:
         raise ValueError(f"{source} lacks {len(lacking)} tensors of a {kind}, {lacking[0]} first")
     if extra := sorted(found.keys() - expected.keys()):
@@ -208,8 +208,9 @@ def check_shapes(
 def check_layers(
     names: Iterable[str], config: GPTConfig, found: Iterable[str], source: object, says: str
 ) -> None:
-    """ValueError unless a file has as many layers as the configuration, before any is listed.
+    """Raise ValueError unless a file has as many layers as the configuration says.
 
+    Called before the layers are enumerated, since a bad configuration could ask for billions.
     `names` are those of the blocks' tensors, with {} for the layer.
     """
     starts = {name.partition("{}")[0] for name in names if "{}" in name}

@@ -1,6 +1,6 @@
-"""Which tensors a quantized model's folder holds, and whether a folder's are those.
+"""The tensors that a quantized model's folder must contain, and the check that it does.
 
-Names, shapes and number formats; knows nothing of tensors themselves, or of files.
+Works on names, shapes and number formats. Knows nothing of tensors or files themselves.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from .names import TensorInfo, TensorMatch, check_layers, check_shapes, full_nam
 
 
 class PackedTensor(NamedTuple):
-    """A tensor of a quantized model's folder."""
+    """A tensor that a quantized model's folder must contain."""
 
     shape: Shape
     dtypes: tuple[str, ...]  # the number formats that it may have
@@ -38,7 +38,7 @@ def expected_tensors(config: GPTConfig, bits: int) -> dict[str, PackedTensor]:
 def match_packed(
     folder: object, config: GPTConfig, bits: int, found: Mapping[str, TensorInfo]
 ) -> TensorMatch:
-    """What each tensor of a folder is; ValueError where they are not those that are needed."""
+    """Match the tensors of a folder; ValueError if they are not the expected ones."""
     blocks, says = [full_name(f"h.{{}}.{part}") for part in ("attn", "mlp")], "config.json"
     check_layers(blocks, config, found, folder, says)
     expected = expected_tensors(config, bits)
@@ -54,5 +54,7 @@ def match_packed(
     for name, tensor in expected.items():
         words = [NUMBER_FORMATS[dtype].header for dtype in tensor.dtypes]
         if (got := found[name].dtype) not in words:
-            raise ValueError(f"{folder}: {name} is of type {got}, but {' or '.join(words)} is due")
+            raise ValueError(
+                f"{folder}: {name} is of type {got}, but {' or '.join(words)} is needed"
+            )
     return TensorMatch(read=shapes)

@@ -1,6 +1,6 @@
-"""Safetensors files: tensors fetched from them and written to them, one at a time.
+"""Read and write safetensors files, one tensor at a time.
 
-Knows nothing of models: what a tensor is called, and what is in it, is the caller's business.
+Knows nothing of models: names and contents are the caller's business.
 """
 
 import json
@@ -20,9 +20,9 @@ from .tensors import Entry, Fetch
 
 
 def fetch_from(tensors: Mapping[str, TensorInfo]) -> Fetch:
-    """What fetches tensors of safetensors files.
+    """Return a function that fetches tensors from safetensors files.
 
-    A file is opened anew for each, since what has been looked at stays in memory until it closes.
+    It reopens the file for each tensor, because mapped pages stay in memory until the file closes.
     """
 
     def get(name: str) -> Tensor:
@@ -31,13 +31,13 @@ def fetch_from(tensors: Mapping[str, TensorInfo]) -> Fetch:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except SafetensorError as error:
-            raise DamagedError(f"{path} is not a whole safetensors file: {error}") from error
+            raise DamagedError(f"{path} is not an intact safetensors file: {error}") from error
 
     return get
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
-    """Write tensors to a file, one at a time; `safetensors` itself wants all of them at once."""
+    """Write tensors to a file, one at a time; the library needs all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -53,7 +53,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None) -> None:
-    """Write one safetensors file, or several of a limited size and the index that lists them."""
+    """Write one safetensors file, or several of at most `shard_bytes` each and their index."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         full = sum(other.bytes for other in shards[-1]) + entry.bytes
@@ -73,7 +73,7 @@ def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Tensors in memory, of any shapes, as what is to be written."""
+    """Return tensors in memory, of any shapes, as entries to write."""
     return [
         Entry(name, tuple(tensor.shape), dtype_named(tensor.dtype), tensor.detach)
         for name, tensor in tensors.items()

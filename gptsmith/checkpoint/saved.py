@@ -1,4 +1,4 @@
-"""A model is one folder: to disk and back, as the Hugging Face class of its kind keeps it.
+"""Save a model as a Hugging Face folder, and load it.
 
 Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
 """
@@ -52,7 +52,7 @@ def save(
     optimizer: Mapping[str, Tensor] | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a model as a new Hugging Face folder (GPT-2's or NanoChat's), whole or not at all.
+    """Write a model as a new Hugging Face folder (GPT-2 or NanoChat), completely or not at all.
 
     `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
     """
@@ -68,7 +68,7 @@ def save(
 
 
 def stored_model(model: GPT) -> Stored:
-    """A model in memory as a stored one, without a tokenizer; a packed one stays packed."""
+    """Return a model in memory as a stored one, without a tokenizer; packing is kept."""
     get = model.state_dict().__getitem__
     stored = Stored(config=model.config, fetch=get, tokenizer=None)
     if (bits := packed_bits(model)) is None:
@@ -77,9 +77,9 @@ def stored_model(model: GPT) -> Stored:
 
 
 def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> None:
-    """Write a stored model into a folder that exists, in `stored.dtype`, one tensor at a time.
+    """Write a stored model into an existing folder, in `stored.dtype`, one tensor at a time.
 
-    Files grow no larger than `shard_bytes`, but for a tensor that is larger alone.
+    Files have at most `shard_bytes`, unless a single tensor is larger.
     """
     if stored.bits is not None:
         entries = packed_entries(stored, stored.bits)
@@ -91,7 +91,7 @@ def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> No
 
 
 def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, int | None]:
-    """Write config.json, with `more` in it, and the tokenizer; return its special ids."""
+    """Write config.json, including `more`, and the tokenizer; return the special token ids."""
     config, tokenizer = stored.config, stored.tokenizer
     end_of_text = None if tokenizer is None else tokenizer.end_of_text
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
@@ -103,9 +103,9 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, in
 
 
 def hugging_face_entries(stored: Stored) -> list[Entry]:
-    """A model's tensors with the names and orientation that its Hugging Face class saves.
+    """Return a model's tensors with the names and orientation of its Hugging Face class.
 
-    GPT2LMHeadModel has every bias, so the ones that this model does without are written as zeros.
+    GPT2LMHeadModel has every bias, so absent ones are written as zeros.
     """
     config, table = stored.config, hugging_face(stored.config)
     wider = config if config.modern else replace(config, bias=True, qkv_bias=True)
@@ -127,11 +127,11 @@ def load(
     bits: int | None = None,
     unpacked: bool = False,
 ) -> tuple[GPT, Tokenizer | None]:
-    """The model of a run, checkpoint or Hugging Face folder, in evaluation mode.
+    """Load the model of a run, checkpoint or Hugging Face folder, in evaluation mode.
 
     `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
-    quantized folder loads packed, unless it is to be `unpacked`. The tokenizer is None where the
-    folder has none. What a manifest lists is verified first.
+    quantized folder stays packed unless `unpacked`. The tokenizer is None if the folder has none.
+    Files listed in a manifest are verified first.
     """
     return load_folder(find_model(name), device=device, dtype=dtype, bits=bits, unpacked=unpacked)
 
@@ -144,7 +144,7 @@ def load_folder(
     bits: int | None = None,
     unpacked: bool = False,
 ) -> tuple[GPT, Tokenizer | None]:
-    """As `load`, of a folder that `find_model` found."""
+    """As `load`, for a folder that `find_model` returned."""
     stored = open_folder(folder)
     if bits is not None:
         stored = packing(stored, bits)
@@ -155,9 +155,9 @@ def load_folder(
 def load_model(
     folder: Path, *, device: torch.device | str = "cpu", dropout: float | None = None
 ) -> GPT:
-    """The model in a folder, in float32 and evaluation mode.
+    """Load the model of a folder in float32 and evaluation mode, unpacked if it is quantized.
 
-    `dropout` replaces the folder's, as fine-tuning may want. What is quantized is unpacked.
+    `dropout` replaces the folder's, for fine-tuning.
     """
     stored = open_folder(folder, with_tokenizer=False)
     if stored.bits is not None:
@@ -168,9 +168,9 @@ def load_model(
 
 
 def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
-    """What a model's folder holds; ValueError where its tensors are not those of its config.json.
+    """Open a model's folder; ValueError if its tensors do not match its config.json.
 
-    No tensor is read but biases.
+    Reads no tensors yet, except biases that config.json calls absent.
     """
     found = read_folder(folder)
     get = fetch_from(found.tensors)
@@ -195,7 +195,7 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
 def stored_unpacked(
     folder: Path, config: GPTConfig, match: TensorMatch, names: Iterable[str], get: Fetch
 ) -> Stored:
-    """A model in the tensors of its Hugging Face class, which `get` fetches by these names."""
+    """Return the model in a Hugging Face class's tensors, which `get` fetches by `names`."""
     exact = {name.removeprefix(PREFIX): name for name in names}
     fetch = from_theirs(hugging_face(config), config, lambda name: get(exact[name]))
     if not config.modern:
@@ -206,10 +206,10 @@ def stored_unpacked(
 def with_biases_found(
     config: GPTConfig, fetch: Fetch, found: Container[str], folder: Path
 ) -> GPTConfig:
-    """The configuration with biases switched on where the tensors have them.
+    """Return the configuration with biases switched on if the tensors have them.
 
-    Tensors are the truth: a folder fine-tuned elsewhere may have learned the biases that were
-    written as zeros, and its "gptsmith" section still calls absent.
+    The tensors decide: another tool may have fine-tuned biases that were written as zeros and that
+    the "gptsmith" section still calls absent.
     """
     absent = [part.name for part in components(config) if part.absent and part.name in found]
     learned = [name for name in absent if fetch(name).any()]
@@ -223,11 +223,11 @@ def with_biases_found(
 
 
 def check_pair(config: GPTConfig, tokenizer: Tokenizer | None, place: object) -> None:
-    """ValueError where a tokenizer has ids that the model does not."""
+    """Raise ValueError if a tokenizer has ids that the model does not have."""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{place}: the tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"but the model's vocabulary only {config.vocab_size:,}: they are no pair"
+            f"but the model's vocabulary only {config.vocab_size:,}: they do not belong together"
         )
 
 
@@ -238,7 +238,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     unpacked: bool = False,
 ) -> GPT:
-    """A stored model in memory, in evaluation mode; a packed one stays so unless `unpacked`."""
+    """Read a stored model into memory, in evaluation mode; packed unless `unpacked`."""
     model = without_weights(stored.config).to(dtype)
     packed = stored.bits is not None and not unpacked
     if packed:
@@ -246,14 +246,14 @@ def build(
     weights = {}
     for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         weights[name] = stored.tensor(name).to(dtype).contiguous()
-    model.load_state_dict(weights, assign=True, strict=False)  # what is packed is there already
+    model.load_state_dict(weights, assign=True, strict=False)  # packed matrices are there already
     if not packed:
         model.tie_weights()
     return model.to(device).eval()
 
 
 def put_all_packed(model: GPT, stored: Stored, device: torch.device) -> None:
-    """Give a model without weights its packed matrices, each on the device before the next."""
+    """Give a model its packed matrices, moving each to the device before reading the next."""
     assert stored.bits is not None
     for name, bits in packed_matrices(model.config, stored.bits).items():
         words, scales = (stored.fetch(f"{name}.{kind}").to(device) for kind in ("words", "scales"))
@@ -261,16 +261,16 @@ def put_all_packed(model: GPT, stored: Stored, device: torch.device) -> None:
 
 
 def without_weights(config: GPTConfig) -> GPT:
-    """A model whose weights are yet to be assigned, so that they take no memory and no time."""
+    """Return a model whose weights are still on the meta device: no memory, no initialization."""
     with torch.device("meta"), _NothingDrawn():
         return GPT(config)
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Where this holds, torch.nn.init does nothing.
+    """A context in which torch.nn.init does nothing.
 
-    On the device "meta" it would draw no number either, but import PyTorch's compiler for it, which
-    takes longer than to read GPT-2.
+    On the meta device it would draw no numbers either, but it would import PyTorch's compiler,
+    which takes longer than reading GPT-2.
     """
 
     def __torch_function__(
@@ -282,9 +282,9 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors (any shapes) and the training state, as `save` was given them."""
+    """Load the optimizer's tensors (any shapes) and the training state, as given to `save`."""
     if not (folder / STATE).is_file() or not (folder / OPTIMIZER).is_file():
-        raise ValueError(f"{folder} holds a model but no training state: start from it with --from")
+        raise ValueError(f"{folder} has a model but no training state: start from it with --from")
     state = read_json(folder / STATE)
     tensors = safetensors_header(folder / OPTIMIZER)
     get = fetch_from(tensors)

@@ -1,7 +1,7 @@
-"""A model's tensors, fetched one at a time and under any names: from any file, for any file.
+"""Fetch, rename and write a model's tensors one at a time.
 
-Nothing here ever holds all of a model, so that one as large as the memory can be read, renamed and
-written. Knows nothing of configurations on disk or of any format of files.
+No function holds all of a model, so that models as large as the memory can be converted. Knows
+nothing of configurations on disk or of file formats.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ from .names import (
 )
 from .packing import expected_tensors
 
-Fetch = Callable[[str], Tensor]  # a tensor by its name, ready to be forgotten after use
+Fetch = Callable[[str], Tensor]  # returns a tensor by its name; the caller frees it after use
 
 
 VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
@@ -42,23 +42,23 @@ VOCABULARY = ("wte.weight", "lm_head.weight")  # a row for each token
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A model that lies in some file: what it is, and each of its tensors when asked for."""
+    """A model in a file, whose tensors are read one by one when they are asked for."""
 
     config: GPTConfig
-    fetch: Fetch  # our name -> the tensor, our way round, in the numbers of the file; unpacked
+    fetch: Fetch  # our name -> the tensor in our orientation and the file's number format, unpacked
     tokenizer: Tokenizer | None
-    dtype: str = "float32"  # what most of its numbers are stored in, or come closest to
+    dtype: str = "float32"  # the number format of most weights, or the nearest that we know
     tensors: TensorMatch = TensorMatch()
-    bits: int | None = None  # if its matrices are packed: `fetch` has their words and scales too
+    bits: int | None = None  # of packed matrices; `fetch` then also returns their words and scales
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the model by our name: of a tied head, the embedding."""
+        """Return a tensor by our name; for a tied head, the embedding."""
         tied = name == "lm_head.weight" and self.config.tie_weights
         return self.fetch("wte.weight" if tied else name)
 
 
 class Entry(NamedTuple):
-    """A tensor yet to be written, under somebody's name for it."""
+    """A tensor to write, under the target's name for it."""
 
     name: str
     shape: Shape
@@ -67,26 +67,26 @@ class Entry(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What it takes in a file."""
+        """Size in a file, in bytes."""
         return prod(self.shape) * NUMBER_FORMATS[self.dtype].bytes
 
     def tensor(self) -> Tensor:
-        """Itself, in its number format, row by row in memory; ValueError for another shape."""
+        """Return the tensor, contiguous, in its number format; ValueError for a wrong shape."""
         tensor = self.fetch()
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{self.name} is {tuple(tensor.shape)}, but should be {self.shape}")
         return tensor.detach().cpu().to(torch_dtype(self.dtype)).contiguous()
 
     def read(self) -> Any:
-        """Its numbers as they lie in a file: little-endian, row by row."""
+        """Return the tensor's bytes as in a file: little-endian and row-major."""
         return self.tensor().reshape(-1).view(torch.uint8).numpy().data
 
 
-# -- under other names
+# -- renaming
 
 
 def from_theirs(table: Iterable[WeightName], config: GPTConfig, get: Fetch) -> Fetch:
-    """What fetches our tensors where `get` fetches theirs."""
+    """Return a function that fetches our tensors, given `get`, which fetches theirs."""
     by_name = {name.ours: name for name in per_layer(table, config)}
 
     def fetch(ours: str) -> Tensor:
@@ -109,7 +109,7 @@ def stored_under(
     tokenizer: Tokenizer | None = None,
     **explaining: Any,
 ) -> Stored:
-    """A model in tensors of these names and shapes, which `match_tensors` checks and explains."""
+    """Return the model in tensors with these names and shapes, checked by `match_tensors`."""
     match = match_tensors(table, config, shapes, **explaining)
     fetch = from_theirs(table, config, get)
     return Stored(config=config, fetch=fetch, tokenizer=tokenizer, dtype=dtype, tensors=match)
@@ -118,14 +118,14 @@ def stored_under(
 def stored_state(
     table: Sequence[WeightName], config: GPTConfig, state: Mapping[str, Tensor], **explaining: Any
 ) -> Stored:
-    """A state dict under their names (any shapes) as a stored model."""
+    """Return a state dict with their names (any shapes) as a stored model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     stored = stored_under(table, config, shapes, state.__getitem__, **explaining)
     return replace(stored, dtype=nearest_dtype(stored.fetch("wte.weight").dtype))
 
 
 def first_tokens(count: int, fetch: Fetch) -> Fetch:
-    """What fetches the same model without the tokens from `count` on."""
+    """Return a function that fetches the model with only the first `count` tokens' rows."""
 
     def get(name: str) -> Tensor:
         tensor = fetch(name)
@@ -137,7 +137,7 @@ def first_tokens(count: int, fetch: Fetch) -> Fetch:
 def to_theirs(
     table: Iterable[WeightName], config: GPTConfig, fetch: Fetch, dtype: str
 ) -> list[Entry]:
-    """Their tensors of a model, in the table's order; what the model does without is left out."""
+    """Return their tensors of a model, in the table's order, without absent and tied ones."""
     ours, entries = components_by_name(config), []
     for name in per_layer(table, config):
         part = ours[name.ours]
@@ -150,7 +150,7 @@ def to_theirs(
 
 
 def _cut_out(name: WeightName, number: int, config: GPTConfig, fetch: Fetch) -> Tensor:
-    """One of their tensors, cut out of ours and transposed."""
+    """Return one of their tensors, split off from ours and transposed as the table says."""
     tensor = fetch(name.ours)
     if len(name.theirs) > 1:
         tensor = tensor.split(config.attention_rows)[number]
@@ -158,9 +158,9 @@ def _cut_out(name: WeightName, number: int, config: GPTConfig, fetch: Fetch) -> 
 
 
 def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
-    """What fetches the same model as one of `wider`, which has tensors that `config` lacks.
+    """Return a function that fetches the model as one of `wider`, which has additional tensors.
 
-    An absent bias is zeros, and an untied head is the embedding that it was tied to.
+    An absent bias becomes zeros, and a tied head becomes a copy of the embedding.
     """
     ours, theirs = components_by_name(config), components_by_name(wider)
 
@@ -172,24 +172,24 @@ def with_all(config: GPTConfig, fetch: Fetch, wider: GPTConfig) -> Fetch:
     return get
 
 
-# -- packed
+# -- packing
 
 
 def packing(stored: Stored, bits: int) -> Stored:
-    """The same model with its matrices packed as they are fetched.
+    """Return the model with its matrices packed when they are fetched.
 
-    ValueError where they are packed in another number of bits already.
+    ValueError if they are already packed in another number of bits.
     """
     if stored.bits == bits:
         return stored
     if stored.bits is not None:
         raise ValueError(
-            f"the model is quantized already, in {stored.bits} bits: for {bits}, the one that it "
-            "was made from is needed"
+            f"the model is already quantized to {stored.bits} bits: for {bits} bits, use the "
+            "original model"
         )
     matrices = packed_matrices(stored.config, bits)
 
-    # Words and scales are asked for one after the other: the last matrix is kept.
+    # A matrix's words and scales are fetched one after the other, so the last one is cached.
     @lru_cache(maxsize=1)
     def packed(module: str) -> tuple[Tensor, Tensor]:
         return pack(stored.fetch(f"{module}.weight"), matrices[module])
@@ -202,7 +202,7 @@ def packing(stored: Stored, bits: int) -> Stored:
 
 
 def with_packed(stored: Stored, bits: int, get: Fetch) -> Stored:
-    """A model whose matrices are packed, given what fetches their words and scales."""
+    """Return the model with packed matrices, whose words and scales `get` fetches."""
     matrices = packed_matrices(stored.config, bits)
 
     def fetch(name: str) -> Tensor:
@@ -217,7 +217,7 @@ def with_packed(stored: Stored, bits: int, get: Fetch) -> Stored:
 
 
 def packed_entries(stored: Stored, bits: int) -> list[Entry]:
-    """The tensors of a packed model's folder; what is not packed is in the model's own numbers."""
+    """Return the tensors of a packed model's folder; unpacked ones keep the model's dtype."""
     return [
         Entry(
             name,
@@ -229,11 +229,11 @@ def packed_entries(stored: Stored, bits: int) -> list[Entry]:
     ]
 
 
-# -- in a file of any format that keeps numbers as memory does
+# -- reading files that store numbers as memory does
 
 
 def read_bytes(tensor: TensorInfo) -> np.ndarray:
-    """A tensor's bytes in its file; DamagedError where the file has become shorter."""
+    """Read a tensor's bytes from its file; DamagedError if the file has become shorter."""
     data = np.fromfile(tensor.file, np.uint8, tensor.bytes, offset=tensor.start)
     if len(data) < tensor.bytes:
         raise DamagedError(f"{tensor.file} is cut short: it became smaller while it was read")
@@ -241,6 +241,6 @@ def read_bytes(tensor: TensorInfo) -> np.ndarray:
 
 
 def read_tensor(tensor: TensorInfo) -> Tensor:
-    """A tensor of any shape, in one of the number formats that models are stored in."""
+    """Read a tensor of any shape, in one of the number formats that models are stored in."""
     data = torch.from_numpy(read_bytes(tensor))
     return data.view(torch_dtype(dtype_named(tensor.dtype))).reshape(tensor.shape)

@@ -1,7 +1,7 @@
-"""The command that measures how fast this machine trains and generates: bench.
+"""The verb that measures how fast this machine trains and generates: bench.
 
-Comparisons with other systems, the load of a server and the profile of a training step are programs
-in `benchmarks/`. Knows nothing of how a measurement is made, which `timing.py` says.
+Programs in `benchmarks/` compare with other systems, load a server and profile a training step.
+Knows nothing of how a measurement is made (`timing.py`).
 """
 
 import argparse
@@ -26,14 +26,14 @@ from ..machine.terminal import tell
 from .flags import Parser, add_flags, chosen, given
 from .opening import dtype_to_use
 
-LONG_PROMPT = 1024  # tokens of the prompt that is timed for its own sake, if the context holds them
+LONG_PROMPT = 1024  # tokens of the prompt for measuring prefill, if the context holds them
 MOVED = {"--against": "generate.py", "--profile": "profile_training.py"} | dict.fromkeys(
     ("--clients", "--seconds", "--seed", "--slots", "--api-key"), "serve.py"
 )
 FOREIGN = {"train": ("rounds", "generate"), "generate": ("optimizer", "train")}
 LEGEND = """
 value: the median over the rounds, and the range
-peak memory: most that was resident of the process, with Python, libraries and files"""
+peak memory: largest resident size of the process, including Python, libraries and files"""
 
 Figures = dict[str, Any]
 Shape = tuple[int, int, int]  # rows, prompt tokens, new tokens
@@ -41,7 +41,7 @@ Shape = tuple[int, int, int]  # rows, prompt tokens, new tokens
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """What is measured, and how often."""
+    """What to measure, and how often."""
 
     steps: int = setting(10, "train: optimizer steps that are timed")
     optimizer: Literal["adamw", "muon"] = setting("adamw", "train: what updates the weights")
@@ -60,7 +60,7 @@ class BenchSettings:
         at_least(self, 1, "steps", "prompt_tokens", "max_tokens", "rounds")
 
     def row_counts(self) -> list[int]:
-        """The numbers of rows that are asked for; none where the default is wanted."""
+        """Return the numbers of rows in --rows; empty if it was not given."""
         words = [] if self.rows is None else self.rows.split(",")
         counts = [parse_value("--rows", word, int) for word in words]
         if wrong := [count for count in counts if count < 1]:
@@ -69,21 +69,21 @@ class BenchSettings:
 
 
 class Moved(argparse.Action):
-    """A flag of what is a program in `benchmarks/` now: its error says which."""
+    """A flag that moved to a program in `benchmarks/`; the error names the program."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
         parser.error(f"bench has no {flag}: run python benchmarks/{MOVED[str(flag)]} instead")
 
 
 def measurement(word: str) -> str:
-    """The word after `bench`; the error of `serve` says which program measures a server."""
+    """Return the word after `bench`; for `serve`, name the program that loads a server instead."""
     if word == "serve":
         raise argparse.ArgumentTypeError("to load a server, run python benchmarks/serve.py MODEL")
     return word
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith bench`."""
+    """Add the arguments of `gptsmith bench`."""
     kinds, presets = ("train", "generate"), f"presets: {', '.join(PRESETS)}"
     parser.add_argument("what", type=measurement, choices=kinds, help="what to measure")
     parser.add_argument("model", metavar="MODEL|PRESET|RECIPE", help=presets)
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     asked, wanted = given(options, BenchSettings), chosen(options, BenchSettings)
     name, other = FOREIGN[options.what]
     if name in asked:
-        raise ValueError(f"bench {options.what} has no --{name}: say 'bench {other}'")
+        raise ValueError(f"bench {options.what} has no --{name}: use it with 'bench {other}'")
     config, title, folder = described_config(options.model)
     machines = chosen_machines(options, folder)
     if options.what == "train":
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def chosen_machines(options: argparse.Namespace, folder: Path | None) -> list[MachineSettings]:
-    """The settings of the machine, once for each dtype that is asked for."""
+    """Return machine settings for each dtype to measure."""
     words = [word for words in options.dtypes for word in words.split(",")]
     machine = chosen(options, MachineSettings)
     if options.what == "generate":
@@ -137,7 +137,7 @@ def chosen_machines(options: argparse.Namespace, folder: Path | None) -> list[Ma
 def measure_training(
     wanted: BenchSettings, config: GPTConfig, machines: Sequence[MachineSettings]
 ) -> Figures:
-    """The figures of training: of whole optimizer steps."""
+    """Measure whole optimizer steps of training."""
     (machine, *more), (rows, *others) = machines, wanted.row_counts() or [4]
     if more or others:
         raise ValueError("bench train measures one dtype and number of rows at a time")
@@ -153,7 +153,7 @@ def measure_generation(
     machines: Sequence[MachineSettings],
     folder: Path | None,
 ) -> Figures:
-    """The figures of greedy generation: of one measurement, or a table of several."""
+    """Measure greedy generation: one measurement, or a table of several."""
     rows = wanted.row_counts()
     use_huge_pages()
     from ..machine.devices import choose
@@ -164,15 +164,17 @@ def measure_generation(
         how = {"rows": rows[0], "prompt_tokens": prompt, "max_tokens": new}
         return bench_generate(config, machines[0], folder=folder, **how)
     if new < 2:
-        raise ValueError("max_tokens is 1, which is no decoding: at least 2 are needed")
+        raise ValueError("max_tokens is 1, but decoding starts at the second: 2 or more are needed")
     long = min(LONG_PROMPT, config.context_length) if wanted.prompt_tokens is None else prompt
     shapes = [*((count, prompt, new) for count in rows or [1, 8]), (1, long, 1)]
-    dtypes = [choose(each).dtype for each in machines]  # what is impossible is said at once
+    dtypes = [
+        choose(each).dtype for each in machines
+    ]  # an impossible dtype fails before the first measurement
     return measure_table(options, dtypes, shapes, wanted.rounds or 1)
 
 
 def render(found: Figures) -> str:
-    """One measurement's figures as text, without the tokens, which are for programs."""
+    """Return one measurement as text, without its tokens, which only programs need."""
     width, lines = max(map(len, found)), []
     for name, value in found.items():
         shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
@@ -181,11 +183,11 @@ def render(found: Figures) -> str:
     return "\n".join(lines)
 
 
-# -- a table of several, each in a process of its own
+# -- a table of several measurements, each in a process of its own
 
 
 def alone(model: str, settings: Mapping[str, Any]) -> Figures:
-    """What `bench generate` finds in a process of its own, whose peak memory is then its own."""
+    """Run `bench generate` in a process of its own, so that peak memory is its own too."""
     flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
     words = ["bench", "generate", model, "--json", *(word for pair in flags for word in pair)]
     command = [sys.executable, "-m", "gptsmith", *words]
@@ -199,7 +201,7 @@ def alone(model: str, settings: Mapping[str, Any]) -> Figures:
 def measure_table(
     options: argparse.Namespace, dtypes: Sequence[str], shapes: Sequence[Shape], rounds: int
 ) -> Figures:
-    """Every dtype with every shape: the table, and the measurements that it sums up."""
+    """Measure every dtype with every shape; return the table and the single measurements."""
     machine = given(options, MachineSettings)
     found: dict[tuple[str, Shape], list[Figures]] = {}
     measurements = []
@@ -209,20 +211,20 @@ def measure_table(
         tell(f"{where}, {prompt} + {new} tokens")
         case = {"dtype": dtype, "rows": rows, "prompt_tokens": prompt, "max_tokens": new}
         figures = alone(options.model, machine | case)
-        del figures["tokens"]  # which are for programs that compare them
+        del figures["tokens"]  # only programs that compare systems need them
         measurements.append({"round": round, "system": "gptsmith", **case, **figures})
         found.setdefault((dtype, shape), []).append(figures)
     table = [
         table_line(dtype, title, name, found[dtype, shape])
         for dtype, (title, shape, name) in product(dtypes, measures(shapes))
     ]
-    # Where scripts look for the figures of one measurement, there are the first one's.
+    # The first measurement's figures also stand where scripts expect those of a single one.
     first = found[dtypes[0], shapes[0]][0]
     return {**first, "rounds": rounds, "table": table, "measurements": measurements}
 
 
 def measures(shapes: Sequence[Shape]) -> list[tuple[str, Shape, str]]:
-    """The title, the shape and the figure of each line; the last shape is the long prompt's."""
+    """Return title, shape and figure of each line; the last shape is that of the long prompt."""
     *decodes, prefill = shapes
     first, one = decodes[0], rows_text(decodes[0][0])
     return [
@@ -234,7 +236,10 @@ def measures(shapes: Sequence[Shape]) -> list[tuple[str, Shape, str]]:
 
 
 def table_line(dtype: str, title: str, name: str, figures: Sequence[Figures]) -> Figures:
-    """A figure over the rounds; the keys that were for another system beside ours stay, as null."""
+    """Return one line of the table: a figure over all rounds.
+
+    `ratio` and `differs_from` are null: the JSON once compared with other systems.
+    """
     values = [each[name] for each in figures]
     value = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
     return {
@@ -248,12 +253,12 @@ def table_line(dtype: str, title: str, name: str, figures: Sequence[Figures]) ->
 
 
 def rows_text(rows: int) -> str:
-    """ "1 row", "8 rows" """
+    """Return a number of rows in words: "1 row", "8 rows"."""
     return f"{rows} row{'s' if rows > 1 else ''}"
 
 
 def render_table(head: str, found: Figures) -> str:
-    """The table as text, with what its words mean."""
+    """Return the table as text, with a legend."""
     tokens = f"{found['prompt_tokens']} + {found['new_tokens']} tokens"
     head = f"{head}, {found['parameters']:,} parameters, greedy, {tokens}"
     where = f"on {found['device']}, {found['threads']} threads, rounds: {found['rounds']}\n"

@@ -1,4 +1,4 @@
-"""The verb that shows what a model consists of: describe."""
+"""The verb that shows a model's parameters, shapes, memory and FLOPs: describe."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from .flags import Parser, add_flags, chosen
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeSettings:
-    """How a model is described."""
+    """What to show."""
 
     trace: str | None = setting(
         None, "run a forward pass of B rows of T tokens, and show every shape", metavar="BxT"
@@ -22,7 +22,7 @@ class DescribeSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith describe`."""
+    """Add the arguments of `gptsmith describe`."""
     what = f"a model, a recipe, or a preset: {', '.join(PRESETS)}"
     parser.add_argument("what", metavar="MODEL|PRESET|RECIPE", help=what)
     add_flags(parser, DescribeSettings)
@@ -50,7 +50,7 @@ def run(options: Namespace) -> None:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """ "2x4" -> (2, 4): a batch of 2 rows, of 4 tokens each."""
+    """Parse the shape of a batch: "2x4", 2 rows of 4 tokens, is (2, 4)."""
     if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text):
         raise ValueError(f"--trace is '{text}': BxT is needed, as 2x4 for 2 rows of 4 tokens")
     batch, tokens = text.split("x")

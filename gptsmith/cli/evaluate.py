@@ -12,7 +12,7 @@ from .opening import DATA_HELP, MODEL_HELP, open_model
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """What is evaluated."""
+    """What to evaluate on."""
 
     data: str = setting(REQUIRED, f"what to evaluate on: {DATA_HELP}", metavar="DATA")
     split: Split | None = setting(
@@ -28,7 +28,7 @@ class EvaluateSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith evaluate`."""
+    """Add the arguments of `gptsmith evaluate`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, EvaluateSettings)
     add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))

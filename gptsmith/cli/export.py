@@ -1,4 +1,4 @@
-"""The verb that writes a model in another format: export; and what import shares with it."""
+"""The verb that writes a model in another format: export. `import` shares some of its helps."""
 
 import json
 from argparse import Namespace
@@ -16,16 +16,16 @@ from .opening import MODEL_HELP
 
 NumberFormat = Annotated[str, partial(dtype_named, known=DTYPES)]
 DTYPE_HELP = "number format of the weights (default: as stored)"
-SHARD_HELP = "largest file of weights of a Hugging Face folder, as 5GB (default: one file)"
+SHARD_HELP = "maximum size of a weights file in a Hugging Face folder, as 5GB (default: one file)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What is written."""
+    """What to write."""
 
     to: str = setting(REQUIRED, f"one of {', '.join(WRITABLE)}", metavar="FORMAT")
     approximate: bool = setting(
-        False, "write the nearest model that the format can express, where it cannot express all"
+        False, "if the format cannot express the model exactly, write the nearest one that it can"
     )
     dtype: NumberFormat | None = setting(
         None, f"{DTYPE_HELP}; q8_0 is for gguf", metavar="|".join(DTYPES)
@@ -35,7 +35,7 @@ class ExportSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith export`."""
+    """Add the arguments of `gptsmith export`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="new file or folder")
     add_flags(parser, ExportSettings)
@@ -59,5 +59,5 @@ def run(options: Namespace) -> None:
 
 
 def show(report: Any, as_json: bool) -> None:
-    """Write the report of a conversion."""
+    """Print the report of a conversion."""
     print(json.dumps(report.to_json(), indent=2) if as_json else report)

@@ -1,7 +1,7 @@
-"""Flags made from the fields of settings dataclasses, and errors of one line that suggest.
+"""Command-line flags from the fields of settings dataclasses, and one-line errors with suggestions.
 
-A field's name is the flag, its type the check, its `help` the help. Built on argparse, which is
-part of Python, starts in a few milliseconds, and leaves the wording of errors to us.
+A field gives the flag its name, its type and its help. Built on argparse, which is part of Python,
+imports in a few milliseconds, and lets us word the errors.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def format_help(self) -> str:
-        """The help; its usage shows the words and flags that are needed, in this order."""
+        """Return the help, whose usage line shows the required arguments and flags."""
         words = [usage(action) for action in self._actions if not action.option_strings]
         flags = [
             f"{action.option_strings[0]} {action.metavar}"
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The namespace of these words; UsageError where one is not understood."""
+        """Parse the arguments of a verb; UsageError if one is unknown."""
         options, unknown = self.parse_known_args(words)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def naming_flags(self, options: argparse.Namespace) -> Iterator[None]:
-        """Let the error of a setting that was given on the command line name its flag."""
+        """Make errors about a setting from the command line name its flag."""
         try:
             yield
         except SettingError as error:
@@ -65,13 +65,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def usage(action: argparse.Action) -> str:
-    """How a word that follows the verb is shown: "SOURCE [SOURCE ...]" for one or more."""
+    """Return a positional argument as the usage line shows it, as in "SOURCE [SOURCE ...]"."""
     shown = action.metavar or "|".join(action.choices or ())
     return {"?": "[{0}]", "+": "{0} [{0} ...]"}.get(str(action.nargs), "{0}").format(shown)
 
 
 class Formatter(argparse.HelpFormatter):
-    """Help in two columns, wide enough for our longest flags."""
+    """Writes help in two columns that are wide enough for our longest flags."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
@@ -83,7 +83,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 class SettingAction(argparse.Action):
-    """Turns a word into a value of the setting's type; a setting of several collects them."""
+    """Parses a value by the setting's type; for a tuple, the flag can be repeated."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, hint: Any, **more: Any) -> None:
         super().__init__(option_strings, dest, **more)
@@ -111,9 +111,9 @@ def add_flags(
     without: Iterable[str] = (),
     defaults: Any = None,
 ) -> None:
-    """Add a flag per field; what is not given stays out of the namespace.
+    """Add a flag for each field; flags that are not given stay out of the namespace.
 
-    The help shows the fields' defaults, or the values of `defaults`, settings of the same class.
+    The help shows the fields' defaults, or those in `defaults`, an instance of the same class.
     """
     for field in fields(settings):
         if field.name in without:
@@ -136,7 +136,7 @@ def add_flags(
 
 
 def help_text(field: Field[Any], default: Any) -> str:
-    """A field's sentence with its default, which may take the place of one that it tells."""
+    """Return a field's help with its default, which replaces a "(default: ...)" in the text."""
     text = field.metadata["help"]
     if isinstance(default, bool):
         default = "yes" if default else "no"
@@ -146,7 +146,7 @@ def help_text(field: Field[Any], default: Any) -> str:
 
 
 def metavar(hint: Any) -> str:
-    """What stands for a value in the help: its choices, or its kind."""
+    """Return the placeholder for a value in the help: its choices, or its kind."""
     hint = without_none(hint)
     if hint == Bytes:
         return "SIZE"
@@ -158,11 +158,11 @@ def metavar(hint: Any) -> str:
 
 
 def given(options: argparse.Namespace, *kinds: type) -> dict[str, Any]:
-    """The values that were given on the command line, of the fields of these dataclasses."""
+    """Return the values that the command line gives for the fields of these dataclasses."""
     names = {field.name for kind in kinds for field in fields(kind)}
     return {name: value for name, value in vars(options).items() if name in names}
 
 
 def chosen(options: argparse.Namespace, kind: type[Settings]) -> Settings:
-    """The settings that the command line gives, with defaults for those it does not."""
+    """Return the settings from the command line, with defaults for those that are not given."""
     return kind(**given(options, kind))

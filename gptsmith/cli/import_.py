@@ -1,4 +1,4 @@
-"""The verb that brings a model from another format: import."""
+"""The verb that converts a model from another format: import."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ImportSettings:
     tokenizer: str | None = setting(
         None,
         "tokenizer: gpt2, byte, none, a folder or a meta.pkl (default: the source's own, or gpt2 "
-        "where the vocabulary has its size)",
+        "if the vocabulary has its size)",
         metavar="NAME",
     )
     dtype: Annotated[str, partial(dtype_named, known=OWN_DTYPES)] | None = setting(
@@ -40,7 +40,7 @@ class ImportSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith import`."""
+    """Add the arguments of `gptsmith import`."""
     parser.add_argument(
         "source", metavar="SOURCE", help="file or folder of another format, or gpt2[-medium|...]"
     )
@@ -49,7 +49,7 @@ def arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Bring a model from another format into a folder of our own."""
+    """Convert a model from another format to a Hugging Face folder."""
     settings = chosen(options, ImportSettings)
     from ..convert.carry import import_model
 

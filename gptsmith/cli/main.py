@@ -1,7 +1,6 @@
-"""The table of verbs, and what a mistake looks like.
+"""The command line: finds the verb, runs it, and reports mistakes in one line.
 
-Exits with 0, with 2 for a mistake (one line says what was got, what is wanted and what to do), or
-with 128 + N after signal N.
+The exit status is 0, 2 after a mistake, or 128 + N after signal N.
 """
 
 import errno
@@ -21,8 +20,8 @@ from ..machine.environment import share_cores
 from ..machine.terminal import tell
 from .flags import Parser, UsageError
 
-# Each verb is a file of this folder, which has `arguments(parser)` and `run(options)`; one that is
-# a word of Python has an underscore after its name.
+# Each verb is a module of this package with `arguments(parser)` and `run(options)`. If its name is
+# a Python keyword, the module's name ends with an underscore.
 VERBS = {
     "prepare": "turn text into token shards",
     "tokenizer": "learn a byte-level BPE tokenizer from text",
@@ -40,19 +39,19 @@ VERBS = {
 
 
 def overall_help() -> str:
-    """What `gptsmith --help` says."""
+    """Return the text of `gptsmith --help`."""
     width = max(map(len, VERBS))
     rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in VERBS.items())
     return (
-        "usage: gptsmith VERB ...\n\nGPT-2, whole: from a folder of text to a trained model, and "
-        f"back to text.\n\n{rows}\n\n"
+        "usage: gptsmith VERB ...\n\nGPT-2 from a folder of text to a trained model, and back to "
+        f"text.\n\n{rows}\n\n"
         "`gptsmith VERB --help` shows a verb's options. With --traceback, an error shows where in "
         "the code it happened.\nA first run:  gptsmith train shakespeare"
     )
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Carry out a command line; the exit status: 0, 2 for a mistake, 128 + N after signal N."""
+    """Run a command line; return the exit status: 0, 2 after a mistake, 128 + N after signal N."""
     arguments = list(sys.argv[1:] if words is None else words)
     with_traceback = "--traceback" in arguments
     open_closed()
@@ -64,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
@@ -77,9 +76,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def open_closed() -> None:
-    """Open standard output and error where we were started without them.
+    """Open standard output and error if the process was started without them.
 
-    A new file gets the lowest free number, so a socket could otherwise be taken for one of them.
+    Otherwise a new socket could get their file descriptors: the lowest free number is used.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -88,7 +87,7 @@ def open_closed() -> None:
 
 
 def dispatch(words: list[str]) -> int:
-    """Find the verb and carry it out."""
+    """Find the verb and run it."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(overall_help())
         return 0 if words else 2
@@ -105,7 +104,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def find_verb(name: str) -> tuple[Any, Parser]:
-    """The module of a verb, and the parser of what may follow it; UsageError where there is none"""
+    """Return a verb's module and the parser of its arguments; UsageError for an unknown verb."""
     if name not in VERBS:
         known = ", ".join(VERBS)
         raise UsageError(f"there is no command '{name}'{suggestion(name, VERBS)} (known: {known})")
@@ -129,15 +128,15 @@ def notes_to_stderr() -> Iterator[None]:
 
 
 def is_about_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch failed to allocate; it has no class for that on a CPU."""
+    """Whether PyTorch failed to allocate memory; on a CPU it has no class for that error."""
     said = str(error)
     return any(word in said for word in ("t allocate memory", "size calculation overflowed"))
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line, with the file that a system error is about."""
+    """Return an error as one line, with the file that a system error is about."""
     if isinstance(error, MemoryError | RuntimeError):
-        return "there is not enough memory for this: use a smaller model, batch or request"
+        return "there is not enough memory: use a smaller model, batch or request"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: free some space and try again"
     if isinstance(error, OSError) and error.strerror and error.filename:

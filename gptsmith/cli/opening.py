@@ -1,4 +1,4 @@
-"""What the word MODEL means for every verb that uses one: its folder, opened on this machine."""
+"""How verbs open MODEL: find its folder, verify it, and load it on the chosen device."""
 
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -16,20 +16,20 @@ DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
 def open_model(options: Namespace, name: str) -> Any:
-    """The model and tokenizer that MODEL means, on the machine that the flags ask for."""
+    """Return the model and tokenizer of MODEL, with the flags' device and dtype."""
     return open_folder(options, name)[1:]
 
 
 def open_folder(options: Namespace, name: str) -> Any:
-    """The folder that MODEL means, verified, with its model and tokenizer as `open_model`."""
-    # Verifying a model's files and importing PyTorch take a second each: at once, on two cores.
-    with ThreadPoolExecutor(max_workers=1) as aside:
-        found = aside.submit(find_model, name)
+    """As `open_model`, but return the verified folder as well, before the model."""
+    # Verifying the files and importing PyTorch take a second each, so they run in parallel.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verifying = pool.submit(find_model, name)
         from ..checkpoint.saved import load_folder
         from ..machine import devices
         from ..model.attention import WAYS
 
-        folder = found.result()
+        folder = verifying.result()
     settings = chosen(options, InferenceSettings)
     machine = devices.choose(
         MachineSettings(
@@ -46,10 +46,10 @@ def open_folder(options: Namespace, name: str) -> Any:
 
 
 def open_writer(options: Namespace, name: str) -> Any:
-    """As `open_folder`, for a model that generates text, with its compiled step as well."""
+    """As `open_folder`, but return the compiled step as well; ValueError without a tokenizer."""
     folder, model, tokenizer = open_folder(options, name)
     if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer.json, so it cannot read or write text")
+        raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
     from ..generation.compiled import open_decoder
 
     decoder = open_decoder(model, chosen(options, InferenceSettings).compile)
@@ -57,10 +57,10 @@ def open_writer(options: Namespace, name: str) -> Any:
 
 
 def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
-    """The precision that a word means where a model is used.
+    """Return the precision that a --dtype means for using a model.
 
-    Without a word it is float32, or a quantized folder's own; "auto" is the fastest that keeps the
-    loss of a model that there is.
+    Without one it is float32, or the folder's own if it is quantized. "auto" is the fastest that
+    keeps the model's loss.
     """
     if word not in (None, "auto"):
         return word
@@ -76,12 +76,12 @@ def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
 
 
 def told_fastest(folder: Path, device: Any) -> Any:
-    """The precision that suits the model and device, which is said."""
+    """Return the fastest precision that keeps the model's loss, and report it on the terminal."""
     from ..evaluation.precision import KEEPS_LOSS, fastest
 
     dtype, kl, times = fastest(folder, device)
     if dtype == "float32":
-        tell(f"dtype float32: nothing faster stays within {KEEPS_LOSS} nats of it on average")
+        tell(f"dtype float32: no faster one stays within {KEEPS_LOSS} nats of it on average")
     elif device.type == "cpu":
         tell(
             f"dtype {dtype}: {kl:.2g} nats from float32 on average, below {KEEPS_LOSS}, and "

@@ -10,13 +10,13 @@ from .flags import Parser, add_flags, chosen
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings:
-    """Where the curves go."""
+    """Where the plot is written."""
 
     out: Path = setting(Path("loss.png"), "PNG file to write", metavar="FILE")
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith plot`."""
+    """Add the arguments of `gptsmith plot`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     add_flags(parser, PlotSettings)
 

@@ -14,7 +14,7 @@ from .opening import SOURCE_HELP
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
-    """What the text becomes, and where it goes."""
+    """The tokenizer, and where the dataset is written."""
 
     tokenizer: str = setting(
         "gpt2",
@@ -25,7 +25,7 @@ class TargetSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith prepare`."""
+    """Add the arguments of `gptsmith prepare`."""
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     add_flags(parser, TargetSettings)
     add_flags(parser, PrepareSettings)

@@ -35,7 +35,7 @@ class QuantizeSettings:
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith quantize`."""
+    """Add the arguments of `gptsmith quantize`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="new folder")
     add_flags(parser, QuantizeSettings)

@@ -16,7 +16,7 @@ from .opening import MODEL_HELP, open_model, open_writer
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """What is generated."""
+    """What to generate."""
 
     prompt: tuple[str, ...] = setting(
         (), "text to continue; repeatable: several prompts are continued in one batch"
@@ -42,12 +42,12 @@ class SampleSettings:
 
     @property
     def single(self) -> bool:
-        """Whether there is one text, which can be shown while it is written."""
+        """Whether there is only one text, which can be shown while it is generated."""
         return len(self.prompt) <= 1 and self.num_samples == 1 and not self.json
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith sample`."""
+    """Add the arguments of `gptsmith sample`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, SampleSettings)
     add_flags(parser, SamplingSettings)
@@ -59,8 +59,7 @@ def run(options: Namespace) -> None:
     settings, sampling = chosen(options, SampleSettings), chosen(options, SamplingSettings)
     if settings.draft is not None and not settings.single:
         raise ValueError(
-            "--draft is for one text at a time: leave out --json and --num-samples, and give one "
-            "--prompt"
+            "--draft needs a single text: leave out --json and --num-samples, and give one --prompt"
         )
     use_huge_pages()
     _, model, tokenizer, decoder = open_writer(options, options.model)
@@ -95,11 +94,11 @@ def run(options: Namespace) -> None:
 
 
 def write(model: Any, tokenizer: Any, prompt: str, **wanted: Any) -> None:
-    """Print a prompt and what continues it, as it is generated."""
+    """Print a prompt and its continuation while it is generated."""
     from ..generation.writing import stream
 
     pieces = stream(model, tokenizer, prompt, **wanted)
-    first = next(pieces, "")  # what cannot be done is said before anything is written
+    first = next(pieces, "")  # so that an error comes before any output
     print(prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -107,7 +106,7 @@ def write(model: Any, tokenizer: Any, prompt: str, **wanted: Any) -> None:
 
 
 def open_draft(options: Namespace, name: str | None, tokenizer: Any) -> Any:
-    """What guesses for the model: its own text, a model with the same tokenizer, or nothing."""
+    """Return the draft that guesses tokens: the text itself, or a model with the same tokenizer."""
     if name is None:
         return None
     from ..generation.drafts import FromModel, FromText
@@ -117,7 +116,7 @@ def open_draft(options: Namespace, name: str | None, tokenizer: Any) -> Any:
     model, other = open_model(options, name)
     if other is None or other.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"the draft {name} has another tokenizer than {options.model}: a model with the same "
-            "one is needed"
+            f"the draft {name} has another tokenizer than {options.model}: use a model with the "
+            "same tokenizer"
         )
     return FromModel(model)

@@ -20,12 +20,12 @@ from .opening import MODEL_HELP, open_writer
 
 LOG = logging.getLogger(__name__)
 EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
-MOST_LINES = 1000  # that wait to be read; what comes then is not said
-LAST_SECONDS = 1.0  # in which the last lines have to be read
+MOST_LINES = 1000  # log lines that may wait to be written; more are dropped
+LAST_SECONDS = 1.0  # for writing the last lines at exit
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith serve`."""
+    """Add the arguments of `gptsmith serve`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, ServingSettings)
     add_flags(parser, InferenceSettings)
@@ -34,14 +34,14 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Serve a model through OpenAI's API, to many clients at once, until Ctrl-C."""
     settings = chosen(options, ServingSettings)
-    chosen(options, InferenceSettings)  # a mistake is said before anything is opened
+    chosen(options, InferenceSettings)  # so that a mistake is reported before anything is opened
     check_extra()
     from ..serving.app import make_app
     from ..serving.guard import Guard
     from ..serving.http import UvicornServer, listen, url
 
     key = api_key() if settings.api_key is None else settings.api_key
-    with listen(settings.host, settings.port) as bound, logging_aside():
+    with listen(settings.host, settings.port) as bound, logging_in_thread():
         served = open_served(options, settings)
         guarded = Guard(
             make_app(served, with_key=key is not None),
@@ -50,7 +50,9 @@ def run(options: Namespace) -> None:
             seen=recorder(served.metrics, log_requests=settings.log_requests),
         )
         if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-            LOG.info("note: whoever reaches this machine may use the model: set GPTSMITH_API_KEY")
+            LOG.info(
+                "note: anybody who can reach this machine can use the model: set GPTSMITH_API_KEY"
+            )
         cache = served.service.engine.slots.cache
         room = (
             f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
@@ -61,22 +63,21 @@ def run(options: Namespace) -> None:
             drain=settings.drain,
             ready=lambda: LOG.info(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
             ending=lambda: LOG.info(
-                f"finishing what is begun, in at most {settings.drain} s; Ctrl-C ends it at once"
+                f"finishing open requests, for at most {settings.drain} s; Ctrl-C stops at once"
             ),
         )
         server.run(sockets=[bound])
 
 
 def check_extra() -> None:
-    """ImportError, with what to do, where the libraries of the server are missing."""
+    """Raise ImportError, with the command to type, if a library of the server is missing."""
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise ImportError(f"serving needs {missing[0]}, an extra: pip install 'gptsmith[serve]'")
 
 
 class LossyQueueHandler(QueueHandler):
-    """Puts records into a queue as long as it is short; those that nobody has read for too long
-    are dropped."""
+    """Puts log records into a queue, and drops them when it is full."""
 
     queue: SimpleQueue[Any]
 
@@ -87,29 +88,29 @@ class LossyQueueHandler(QueueHandler):
 
 
 @contextmanager
-def logging_aside() -> Iterator[None]:
-    """Write what is logged, to standard error and in a thread of its own: who does not read it, or
-    cannot be written to, holds nobody up."""
+def logging_in_thread() -> Iterator[None]:
+    """Write the log to standard error in a thread of its own, so that a full or closed pipe does
+    not block the server."""
     queue = SimpleQueue[Any]()
     handler, listener = LossyQueueHandler(queue), QueueListener(queue, logging.StreamHandler())
     logging.getLogger("gptsmith").setLevel(logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would say the same again
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would repeat our lines
     logging.getLogger().addHandler(handler)
     listener.start()
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        # It waits for the last line to be written, which may be never.
+        # `stop` waits until the last line is written, which may never happen.
         stopping = Thread(target=listener.stop, daemon=True)
         stopping.start()
         stopping.join(LAST_SECONDS)
     if stopping.is_alive():
-        os._exit(0)  # the listener holds what Python would wait for
+        os._exit(0)  # a normal exit would wait for the listener's lock on standard error
 
 
 def open_served(options: Namespace, settings: ServingSettings) -> Any:
-    """The model that the flags ask for, ready to be served."""
+    """Open the model and return it ready to be served."""
     use_huge_pages()
     folder, model, tokenizer, decoder = open_writer(options, options.model)
     from ..serving.chat import ends_of, open_template
@@ -131,7 +132,7 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
 
 
 def recorder(metrics: Any, *, log_requests: bool) -> Callable[[Any], None]:
-    """What takes down each request: in the figures, and as a line of the log where wanted."""
+    """Return the function that records each request in the metrics and, if wanted, in the log."""
     from ..serving.guard import Access, line
 
     def seen(access: Access) -> None:

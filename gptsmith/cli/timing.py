@@ -1,6 +1,6 @@
-"""Training and generation, timed: fresh weights and random tokens cost what real ones do.
+"""Time training and generation, with random weights and tokens, which take as long as real ones.
 
-Knows nothing of runs, flags or what is shown.
+Knows nothing of runs, flags or output.
 """
 
 import statistics
@@ -27,12 +27,12 @@ from ..model.quantized import pack_model
 from ..training.loop import Trainer
 from ..training.start import make_trainer
 
-WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed: they also set things up
-PROMPT_TOKENS, NEW_TOKENS = 32, 128  # where the context has room for them
+WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
+PROMPT_TOKENS, NEW_TOKENS = 32, 128  # by default, if the context has room for them
 
 
 def fresh_model(config: GPTConfig) -> GPT:
-    """A model that was taught nothing: the same weights every time."""
+    """Return an untrained model, with the same weights every time."""
     torch.manual_seed(0)
     return GPT(config)
 
@@ -41,7 +41,7 @@ def fresh_model(config: GPTConfig) -> GPT:
 
 
 class RandomTokens:
-    """A stream of tokens that no text needs to be prepared for."""
+    """A stream of random token ids, for timing without a dataset."""
 
     def __init__(self, vocab_size: int, length: int) -> None:
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, length)
@@ -57,13 +57,13 @@ class RandomTokens:
 def fresh_trainer(
     config: GPTConfig, settings: MachineSettings, *, rows: int, **training: Any
 ) -> Trainer:
-    """Fresh weights, ready to learn from random tokens, `rows` windows of the context at a step.
+    """Return a trainer with random weights and tokens, whose steps take `rows` full windows.
 
-    `training` are further TrainingSettings. A micro-batch that is not set is the whole batch.
+    `training` are further TrainingSettings. Unless set, a micro-batch is the whole batch.
     """
     machine = devices.choose_to_learn(settings)
     device, compile = devices.prepare_machine(machine), machine.compile
-    if compile == "auto":  # what long runs come to
+    if compile == "auto":  # take what a long run would choose
         compile = "yes" if device.type == "cuda" else "no"
     run = RunSettings(
         model=config,
@@ -84,7 +84,7 @@ def bench_train(
 
 
 def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, Any]:
-    """What steps that took so many seconds each say of the machine."""
+    """Return the figures of training, given the seconds of each step."""
     config, tokens = trainer.model.config, trainer.settings.batch_tokens
     median, peak = statistics.median(seconds), devices.peak_flops(trainer.device)
     flops = cost.flops_per_token(config, training=True) * tokens / median
@@ -108,9 +108,9 @@ def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, An
 
 
 def fitting(config: GPTConfig, prompt: int | None, new: int | None) -> tuple[int, int]:
-    """Prompt and new tokens: as asked for, else the usual numbers or what the context holds.
+    """Return the numbers of prompt and new tokens: the given ones, or defaults that fit.
 
-    ValueError where what is asked for does not fit.
+    ValueError if the given ones do not fit the context.
     """
     room = config.context_length + 1  # the last new token is never read
     if prompt is None:
@@ -119,7 +119,7 @@ def fitting(config: GPTConfig, prompt: int | None, new: int | None) -> tuple[int
         new = max(1, min(NEW_TOKENS, room - prompt))
     if prompt + new > room:
         raise ValueError(
-            f"{prompt} prompt and {new} new tokens are more than the context_length "
+            f"{prompt} prompt and {new} new tokens do not fit the context_length "
             f"{config.context_length}: lower --max-tokens"
         )
     return prompt, new
@@ -168,7 +168,7 @@ def bench_generate(
 def model_to_time(
     config: GPTConfig, machine: MachineSettings, device: torch.device, folder: Path | None
 ) -> GPT:
-    """The model of a folder, or a fresh one, as the (chosen) settings of the machine want it."""
+    """Return a folder's model, or an untrained one, with the dtype and attention of `machine`."""
     how = devices.loading(machine.dtype, device)
     if folder is not None:
         model, _ = load_folder(folder, **how)
@@ -181,7 +181,7 @@ def model_to_time(
 
 
 def random_prompt(vocab_size: int, rows: int, length: int) -> Tensor:
-    """Tokens to continue, (rows, length): the same for every system that is timed."""
+    """Return random prompts, (rows, length), the same for every system that is timed."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (rows, length), generator=generator)
 
@@ -189,9 +189,9 @@ def random_prompt(vocab_size: int, rows: int, length: int) -> Tensor:
 def generation_figures(
     times: Sequence[float], rows: int, prompt_tokens: int
 ) -> dict[str, float | None]:
-    """Speeds from the seconds at which generation began and at which each token was there.
+    """Return the speeds, given the times of the start and of each token, in seconds.
 
-    Decoding is what comes after the first token, so one token alone tells nothing of it.
+    Decoding begins after the first token, so its speed is None if there is only one.
     """
     first, decode = times[1] - times[0], times[-1] - times[1]
     return {

@@ -16,16 +16,16 @@ class TokenizerSettings:
     """What is learned, and where it goes."""
 
     vocab_size: int = setting(
-        REQUIRED, "number of tokens: 256 bytes, <|endoftext|>, and those learned"
+        REQUIRED, "number of tokens, including the 256 bytes and <|endoftext|>"
     )
     out: Path = setting(REQUIRED, "new folder", metavar="DIR")
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith tokenizer`."""
+    """Add the arguments of `gptsmith tokenizer`."""
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     add_flags(parser, TokenizerSettings)
-    others = ("unknown", "validation_fraction", "workers", "shard_tokens")  # nothing is encoded
+    others = ("unknown", "validation_fraction", "workers", "shard_tokens")  # for encoding only
     add_flags(parser, PrepareSettings, without=others)
 
 

@@ -18,20 +18,20 @@ TITLES = {
     "training": "the training",
     "machine": "the machine",
     "report": "reports, samples and checkpoints",
-    "prepare": "the text, where it is not prepared yet",
+    "prepare": "preparing text, if the data is not yet prepared",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSettings:
-    """Which folder the run is in."""
+    """The folder of the run."""
 
     resume: Path | None = setting(None, "run to resume", metavar="RUN")
     out: Path | None = setting(None, "new folder of the run (default: runs/NAME-N)", metavar="RUN")
 
 
 def arguments(parser: Parser) -> None:
-    """What may follow `gptsmith train`."""
+    """Add the arguments of `gptsmith train`."""
     parser.add_argument(
         "what",
         nargs="?",
@@ -48,7 +48,7 @@ def arguments(parser: Parser) -> None:
 
 
 def add_former_switches(parser: Parser) -> None:
-    """Flags that `--block` took the place of: understood, though help does not show them."""
+    """Add the flags that `--block` replaced; they still work, but the help does not show them."""
     for name in FORMER_SWITCHES:
         kind: dict[str, Any] = {"action": BooleanOptionalAction} if name == "qk_norm" else {}
         flag = "--" + name.replace("_", "-")
@@ -56,7 +56,7 @@ def add_former_switches(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Train a model: begin a run, or resume one. The defaults shown are those of `gptsmith train
+    """Train a model: start a run, or resume one. The defaults shown are those of `gptsmith train
     DATA`; a recipe or a settings file has its own, and flags override both."""
     folders, flags = chosen(options, FolderSettings), given(options, *sections().values())
     flags |= {name: value for name, value in vars(options).items() if name in FORMER_SWITCHES}
@@ -79,11 +79,11 @@ def run(options: Namespace) -> int:
 
 
 def conclude(outcome: Any, display: Any) -> None:
-    """Say how a run ended, where everything is, and what to type next."""
+    """Report how a run ended, where its files are, and what to type next."""
     folder = outcome.folder
     if outcome.signal is not None:
         display.say(f"Stopped and saved after {outcome.done:,} of {outcome.steps:,} steps.")
-        display.say(f"Go on with:  gptsmith train --resume {folder}")
+        display.say(f"To resume:  gptsmith train --resume {folder}")
         return
     sample = last_sample(folder)
     if sample:
@@ -112,7 +112,7 @@ def conclude(outcome: Any, display: Any) -> None:
 
 
 def last_sample(folder: Path) -> str:
-    """The newest text in a run's samples.md, unquoted; empty where there is none."""
+    """Return the newest text in a run's samples.md, unquoted; empty if there is none."""
     path = folder / "samples.md"
     if not path.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""Which matrices of a quantized model are packed, in how many bits, and in what shapes they lie.
+"""Which matrices of a quantized model are packed, with how many bits and in which shapes.
 
 Knows nothing of tensors or files.
 
@@ -9,15 +9,15 @@ from .cost import Shape, components
 from .model import GPTConfig
 
 BITS = (4, 8)
-VOCABULARY_BITS = 8  # of token embedding and head: their rounding moves the logits directly
+VOCABULARY_BITS = 8  # of token embedding and head, whose rounding changes the logits directly
 WORD_BITS = 32
 
 
 def lanes(columns: int) -> int:
-    """How many lanes, each with a scale of its own, a row of so many columns has.
+    """Return the number of lanes, each with a scale of its own, for a row of `columns` columns.
 
-    A lane takes 8 to 64 columns. Those whose number is a multiple of 16 suit the widest vector
-    registers, of 8 the others; of equally good ones, the fewest.
+    A lane takes 8 to 64 columns. A multiple of 16 lanes suits the widest vector registers, a
+    multiple of 8 the others; of equally suitable numbers, the smallest is best.
     """
     if columns % 8:
         raise ValueError(f"a matrix has {columns} columns: a multiple of 8 is needed to pack it")
@@ -33,17 +33,17 @@ def packed_shapes(shape: Shape, bits: int) -> tuple[Shape, Shape]:
 
 
 def check_bits(bits: object) -> int:
-    """The number of bits; ValueError where there is no such format."""
+    """Return the number of bits; ValueError unless it is 8 or 4."""
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits is {bits!r}: 8 or 4 is needed")
     return bits
 
 
 def packed_matrices(config: GPTConfig, bits: int) -> dict[str, int]:
-    """The modules whose matrix is packed, and in how many bits each.
+    """Return the modules whose matrix is packed, with the bits of each.
 
-    Not the positions, which are few and added to the embedding, nor a head that is tied to it.
-    ValueError where the model's sizes do not allow it.
+    Position embeddings are few, so they stay unpacked; a tied head shares the packed embedding.
+    ValueError if the model's sizes do not allow packing.
     """
     check_bits(bits)
     for name, size in {"n_embd": config.n_embd, "n_inner": config.mlp_size}.items():

@@ -1,4 +1,4 @@
-"""Every GPT-2 weight in, every ecosystem out: `formats.py` has the table, one file for each."""
+"""Import GPT-2 weights from other formats and export to them; `formats.py` has the table."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,6 @@ __all__ = ["export_model", "import_model", "read"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:  # these import PyTorch, for which help does not wait
+    if name not in __all__:  # imported lazily, because `--help` should not wait for PyTorch
         raise AttributeError(f"gptsmith.convert has no '{name}'")
     return getattr(import_module(f"{__name__}.carry"), name)

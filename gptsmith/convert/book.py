@@ -1,7 +1,7 @@
-"""The GPTModel of "Build a Large Language Model (From Scratch)": its state dict, and its sizes.
+"""The GPTModel of "Build a Large Language Model (From Scratch)": state dict and configuration.
 
-A state dict does not tell the number of heads, so the configuration dictionary goes with it, as
-JSON. Knows nothing of other formats.
+A state dict does not contain the number of heads, so the configuration dictionary is a JSON file
+beside it. Knows nothing of other formats.
 """
 
 import re
@@ -41,7 +41,7 @@ MASKS = NoWeights(re.compile(r"trf_blocks\.[0-9]+\.att\.mask"), CAUSAL)
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file, or the only such file of a folder, is a state dict with `tok_emb`."""
+    """Return whether a file, or the only such file in a folder, is a state dict with `tok_emb`."""
     try:
         file = weights_in(path)
     except ValueError:
@@ -50,7 +50,7 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """The model of a state dict whose configuration dictionary lies beside it."""
+    """Open the model of a state dict, with the configuration dictionary beside it."""
     file = weights_in(path)
     tensors = tensors_of(state_of(load_torch_file(file)), file)
     config = config_beside(file)
@@ -60,7 +60,7 @@ def read(path: Path) -> Stored:
 
 
 def weights_in(path: Path) -> Path:
-    """The file itself, or the one in a folder that may hold a state dict."""
+    """Return the file itself, or the only file in a folder that may hold a state dict."""
     if path.is_file():
         return path
     files = sorted(file for file in path.glob("*") if file.suffix in ENDINGS)
@@ -70,14 +70,14 @@ def weights_in(path: Path) -> Path:
 
 
 def state_of(found: Any) -> dict[str, Tensor]:
-    """The state dict (any shapes), alone or where the book saves it beside the optimizer's."""
+    """Return the state dict (any shapes), also if it was saved together with the optimizer's."""
     if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
         found = found["model_state_dict"]
     return found if isinstance(found, dict) else {}
 
 
 def config_beside(file: Path) -> GPTConfig:
-    """The configuration in the JSON file beside the weights that has the book's keys."""
+    """Return the configuration in the JSON file beside the weights that has the book's keys."""
     found = []
     for path in sorted(file.parent.glob("*.json")):
         try:
@@ -100,7 +100,7 @@ def config_beside(file: Path) -> GPTConfig:
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The closest GPTModel: tanh GELU, a head of its own, biases but in query, key and value."""
+    """Return the closest GPTModel: tanh GELU, untied head, biases (optional in the attention)."""
     return replace(
         config,
         activation="gelu_tanh",
@@ -118,7 +118,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     entries = to_theirs(NAMES, config, stored.fetch, dtype)
     state = {entry.name: entry.tensor() for entry in entries}
     P = config.context_length
-    mask = torch.ones(P, P).triu(1)  # a buffer there, so a strict load asks for it
+    mask = torch.ones(P, P).triu(1)  # a buffer in GPTModel, so a strict load needs it
     state |= {f"trf_blocks.{layer}.att.mask": mask for layer in range(config.n_layer)}
     save_torch_file(state, out / WEIGHTS)
     write_json(out / SIZES, config.to_book())

@@ -1,12 +1,10 @@
-"""What lies in a TensorFlow checkpoint: the names, shapes and numbers of its variables.
+"""Read the variables of a TensorFlow checkpoint, without TensorFlow.
 
-A checkpoint is an index, a table in LevelDB's format whose values are protocol buffers, and files
-of plain numbers. Knows nothing of GPT-2, and needs no TensorFlow.
-
+A checkpoint is an index (a table in LevelDB's format whose values are protocol buffers) and files
+of plain numbers. Knows nothing of GPT-2.
 Sources: leveldb's `doc/table_format.md`, and `tensor_bundle.proto`, `tensor_shape.proto`,
-`versions.proto` and `types.proto` of TensorFlow. Compressed blocks, slices of variables and the
-numbers of big-endian machines are refused: TensorFlow writes the first never, and the others where
-no GPT-2 was ever saved.
+`versions.proto` and `types.proto` of TensorFlow. Compressed blocks, sliced variables and big-endian
+numbers are refused: TensorFlow never writes the first, and no known GPT-2 has the others.
 """
 
 from collections.abc import Iterator
@@ -23,19 +21,19 @@ from ..machine.files import DamagedError
 
 FOOTER = 48  # bytes: where two blocks are, and the magic number
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
-TRAILER = 5  # bytes after a block: how it is compressed, and its checksum
+TRAILER = 5  # bytes after a block: its compression type and its checksum
 VERSION = 1  # of bundles, the only one there is
 FLOAT32 = 1  # among TensorFlow's data types
 DTYPES = {2: "float64", 3: "int32", 9: "int64", 14: "bfloat16", 19: "float16"}
 
-# Far more than any checkpoint has; an index beyond them was not written by TensorFlow.
+# Far more than any checkpoint has: an index beyond these limits is damaged.
 MOST_BYTES, MOST_VARIABLES, LONGEST_NAME, MOST_DIMENSIONS = 1 << 26, 100_000, 512, 254
 
 Message = dict[int, list[int | bytes]]  # the values of each field, by its number
 
 
 class Variable(NamedTuple):
-    """Where a variable lies, and what it should be."""
+    """The position, dtype, shape and checksum of a variable."""
 
     dtype: int
     shape: Shape
@@ -54,18 +52,18 @@ class Bundle:
     variables: dict[str, Variable]
 
     def file(self, shard: int) -> Path:
-        """One of the files with the numbers."""
+        """Return the path of one of the files with numbers."""
         return self.index.with_suffix(f".data-{shard:05}-of-{self.shards:05}")
 
     def check_float32(self, name: str) -> None:
-        """ValueError unless a variable is of float32."""
+        """Raise ValueError unless a variable is float32."""
         dtype = self.variables[name].dtype
         if dtype != FLOAT32:
             word = DTYPES.get(dtype, f"TensorFlow's data type {dtype}")
             raise ValueError(f"{self.index}: {name} is {word}, but float32 is needed")
 
     def read(self, name: str) -> np.ndarray:
-        """The numbers of a float32 variable; DamagedError unless they are what was written."""
+        """Read a float32 variable; DamagedError if its checksum is wrong."""
         self.check_float32(name)
         variable = self.variables[name]
         path = self.file(variable.shard)
@@ -77,7 +75,7 @@ class Bundle:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file ends as a table in LevelDB's format does."""
+    """Return whether a file ends like a table in LevelDB's format."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - len(MAGIC)))
@@ -87,13 +85,13 @@ def is_index(path: Path) -> bool:
 
 
 def checksum(data: bytes | np.ndarray) -> int:
-    """The CRC-32C of some bytes or of an array, as files keep it: leveldb's `util/crc32c.h`."""
+    """Return the masked CRC-32C that files store: see leveldb's `util/crc32c.h`."""
     found = google_crc32c.value(data)
     return ((found >> 15 | found << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def open_bundle(index: Path) -> Bundle:
-    """The checkpoint of an index; an error of one line unless all of its files are whole."""
+    """Open the checkpoint of an index; an error in one line if a file is missing or damaged."""
     try:
         bundle = _parse(index)
     except ValueError as error:
@@ -129,11 +127,11 @@ def _parse(index: Path) -> Bundle:
     return Bundle(index, shards, variables)
 
 
-# -- what the records mean
+# -- the meaning of the records
 
 
 def _header(header: Message) -> int:
-    """How many files the numbers are in; ValueError where they are not as expected."""
+    """Return the number of files with numbers; ValueError if the header is not supported."""
     version = _number(_message(header.get(3, [b""])[-1]), 2)
     if version > VERSION:
         raise ValueError(f"it needs a reader of version {version}, and this is one of {VERSION}")
@@ -164,7 +162,7 @@ def _variable(name: str, entry: Message, shards: int) -> Variable:
 
 
 def _message(data: int | bytes) -> Message:
-    """The fields of a message, or of one in a field."""
+    """Parse the fields of a message, which may itself be the value of a field."""
     if isinstance(data, int):
         raise DamagedError("a number is where a message should be")
     fields, at = Message(), 0
@@ -189,7 +187,7 @@ def _message(data: int | bytes) -> Message:
 
 
 def _number(fields: Message, field: int) -> int:
-    """The number in a field, 0 where it is absent; the last counts where it is repeated."""
+    """Return the number in a field: 0 if it is absent, the last one if it is repeated."""
     value = fields.get(field, [0])[-1]
     if isinstance(value, bytes):
         raise DamagedError("a message is where a number should be")
@@ -197,7 +195,7 @@ def _number(fields: Message, field: int) -> int:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits to the byte, lowest first, and where it ends."""
+    """Return a varint (seven bits per byte, lowest first) and its end."""
     value = 0
     for shift in range(0, 70, 7):
         byte = _cut(data, at, 1)[0]
@@ -217,11 +215,11 @@ def _cut(data: bytes, start: int, size: int) -> bytes:
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values, in the order of the keys."""
+    """Yield keys and values, in the order of the keys."""
     if len(data) < FOOTER or not data.endswith(MAGIC):
         raise DamagedError("its end is not a table's")
     footer = data[-FOOTER:]
-    _, at = _handle(footer, 0)  # of the block about other blocks, which is empty
+    _, at = _handle(footer, 0)  # of the metaindex block, which is empty
     directory, _ = _handle(footer, at)
     end, previous = 0, None
     for _, handle in _records(_block(data, *directory)):
@@ -237,14 +235,14 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Where a block starts and its size, and where this ends."""
+    """Return a block's start and size, and the end of this handle."""
     start, at = _varint(data, at)
     size, at = _varint(data, at)
     return (start, size), at
 
 
 def _block(data: bytes, start: int, size: int) -> bytes:
-    """A block, checked."""
+    """Return a block after verifying its checksum."""
     block = _cut(data, start, size + TRAILER)
     if checksum(block[:-4]) != int.from_bytes(block[-4:], "little"):
         raise DamagedError("a checksum differs")
@@ -254,9 +252,9 @@ def _block(data: bytes, start: int, size: int) -> bytes:
 
 
 def _records(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block, where a key is told by how it differs from the last."""
+    """Yield keys and values of a block, in which a key shares a prefix with the one before."""
     restarts = int.from_bytes(_cut(block, max(0, len(block) - 4), 4), "little")
-    end = len(block) - 4 * (restarts + 1)  # a list of where keys are whole, for searching
+    end = len(block) - 4 * (restarts + 1)  # the list of complete keys, for binary search
     if end < 0:
         raise DamagedError("it is cut short")
     block, key, at = block[:end], b"", 0

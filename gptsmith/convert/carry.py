@@ -1,6 +1,6 @@
-"""From one format to another: what a model loses, what it keeps, and proof that it is the same.
+"""Convert a model from one format to another, and verify that it is the same.
 
-Knows the formats by the verbs of their table alone.
+Uses the formats only through the functions listed in `formats.py`.
 """
 
 import warnings
@@ -27,15 +27,18 @@ from .formats import WRITABLE, FormatPath, check_dtype, check_name, find_source,
 from .nanogpt import read_characters
 from .proof import ConversionReport, largest_difference, logits, rounding_of, some_tokens
 
-MEMORY_TO_SPARE = 500 * 10**6  # bytes, of the GB that a conversion may take beyond the weights
-PADDED_TO = (64, 128)  # multiples of rows that vocabularies are padded to, for speed
+MEMORY_TO_SPARE = 500 * 10**6  # bytes of the 1 GB that a conversion may take beyond the weights
+PADDED_TO = (64, 128)  # vocabularies are padded to multiples of these for speed
 
 
-# -- what can be asked for
+# -- the public functions
 
 
 def read(path: str | Path, *, format: str | None = None) -> tuple[GPT, Tokenizer | None]:
-    """The model and tokenizer of a file or folder in any readable format, in evaluation mode."""
+    """Read the model and tokenizer of a file or folder in any readable format.
+
+    The model is in evaluation mode; the tokenizer is None if there is none.
+    """
     source = find_source(Path(path), format)
     stored, _ = without_padding(stored_at(source), source.path)
     return saved.build(stored), stored.tokenizer
@@ -49,9 +52,10 @@ def import_model(
     tokenizer: str | None = None,
     **choices: Any,
 ) -> ConversionReport:
-    """Carry a model from any readable format to a new folder of our own; `carry` has the choices.
+    """Convert a model from any readable format to a new Hugging Face folder.
 
-    `tokenizer` replaces the source's: "gpt2", "byte", a folder, a `meta.pkl`, or "none".
+    `tokenizer` replaces the source's: "gpt2", "byte", a folder, a `meta.pkl`, or "none". `choices`
+    are further arguments of `carry`.
     """
     source = find_source(path, format)
     stored, padding = without_padding(stored_at(source, tokenizer), path)
@@ -60,7 +64,10 @@ def import_model(
 
 
 def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> ConversionReport:
-    """Carry a MODEL to a new file or folder of another format; `carry` has the choices."""
+    """Convert a MODEL to a new file or folder of another format.
+
+    `choices` are further arguments of `carry`.
+    """
     target = FormatPath(out, check_name(to, WRITABLE, "written"))
     source = FormatPath(find_model(model), "huggingface")
     stored = saved.open_folder(source.path)
@@ -70,19 +77,21 @@ def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> Co
     return carry(stored, source, target, **choices)
 
 
-# -- the model and its tokenizer, as a pair
+# -- the model and its tokenizer
 
 
 def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
-    """What a source holds, with the tokenizer that is named instead of its own.
+    """Open a source, with the named tokenizer instead of its own.
 
-    Where there is neither, and the vocabulary has GPT-2's size, it is taken for GPT-2's.
+    If there is neither, and the vocabulary has GPT-2's size, the tokenizer is GPT-2's.
     """
     stored = source.module.read(source.path)
     if TIED in stored.tensors.ignored.values() and not torch.equal(
         stored.fetch("lm_head.weight"), stored.fetch("wte.weight")
     ):
-        raise ValueError(f"{source.path}: the head is tied to the embedding, but is another tensor")
+        raise ValueError(
+            f"{source.path}: the head should be tied to the embedding, but differs from it"
+        )
     if tokenizer is not None:
         return replace(stored, tokenizer=named_tokenizer(tokenizer))
     gpt2 = padded_sizes(PRESETS["gpt2"].vocab_size)
@@ -92,7 +101,7 @@ def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
 
 
 def named_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that a word stands for: none, gpt2, byte, a folder, or a `meta.pkl`."""
+    """Return the tokenizer that a name means: none, gpt2, byte, a folder, or a `meta.pkl`."""
     if name == "none":
         return None
     if Path(name).is_file():
@@ -101,14 +110,14 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
 
 def padded_sizes(vocab_size: int) -> set[int]:
-    """A vocabulary's size, and those that it may be padded to for speed."""
+    """Return a vocabulary's size, and the sizes that it may be padded to for speed."""
     return {vocab_size, *(-(-vocab_size // step) * step for step in PADDED_TO)}
 
 
 def without_padding(stored: Stored, source: Path) -> tuple[Stored, int]:
-    """The model without the rows beyond its tokenizer's ids, and how many those were.
+    """Return the model without rows beyond its tokenizer's ids, and the number of these rows.
 
-    ValueError where there are more of them than padding for speed explains, or too few rows.
+    ValueError if there are more than padding for speed explains, or too few rows.
     """
     config, tokenizer = stored.config, stored.tokenizer
     if tokenizer is None or tokenizer.vocab_size == config.vocab_size:
@@ -116,14 +125,14 @@ def without_padding(stored: Stored, source: Path) -> tuple[Stored, int]:
     V, rows = tokenizer.vocab_size, config.vocab_size
     if rows not in padded_sizes(V):
         raise ValueError(
-            f"{source}: the tokenizer has {V:,} tokens and the embedding {rows:,} rows: they are "
-            "no pair; name the right one with --tokenizer, or none"
+            f"{source}: the tokenizer has {V:,} tokens, but the embedding {rows:,} rows: name the "
+            "right tokenizer with --tokenizer, or none"
         )
     fetch = first_tokens(V, stored.fetch)
     return replace(stored, config=replace(config, vocab_size=V), fetch=fetch), rows - V
 
 
-# -- carrying it over
+# -- the conversion
 
 
 def carry(
@@ -139,19 +148,19 @@ def carry(
 ) -> ConversionReport:
     """Write a stored model in the target's format, all or nothing, and compare the logits.
 
-    ValueError where the format cannot say what the model is, unless `approximate`, and where an
-    exact copy does not compute the same as the model, or as its own system does. `padding` rows
-    were left out of its vocabulary.
+    ValueError if the format cannot express the model, unless `approximate`; and if an exact copy
+    computes other logits than the model, or the model others than its original system. `padding` is
+    the number of rows that were dropped from the vocabulary.
     """
     dtype = check_dtype(target, dtype, stored.dtype)
     near, lost = nearest(stored.config, target)
     if lost and not approximate:
         raise ValueError(
-            f"{target.format.title}: no way to say {'; '.join(lost)}; "
-            "--approximate writes the nearest there is"
+            f"{target.format.title}: cannot express {'; '.join(lost)}; "
+            "--approximate writes the nearest model that it can"
         )
     if shard_bytes is not None and not target.format.ours:
-        raise ValueError(f"{target.format.title}: never cut into shards, so leave that out")
+        raise ValueError(f"{target.format.title}: cannot be written in shards: leave that out")
     fetch = with_all(stored.config, stored.fetch, near)
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     with whole(target) as temporary:
@@ -187,14 +196,14 @@ def carry(
 
 
 def whole(target: FormatPath) -> AbstractContextManager[Path]:
-    """A temporary place for a new file or folder, which takes its name once it is whole."""
+    """Yield a temporary path for a new file or folder, which is renamed once it is complete."""
     if target.format.is_file:
         return file_written_whole(target.path)
     return written_whole(target.path, manifest=target.format.ours)
 
 
 def read_back(written: FormatPath, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
-    """The logits of what was written, and in words what became of the tokenizer.
+    """Return the logits of the written model, and a description of its tokenizer.
 
     (B, T) -> (B, T, V)
     """
@@ -216,10 +225,10 @@ def read_back(written: FormatPath, stored: Stored, tokens: Tensor) -> tuple[Tens
 
 
 def compare_original(source: FormatPath, stored: Stored, tokens: Tensor, ours: Tensor) -> str:
-    """In words, how far our logits are from those of the system that the source belongs to.
+    """Describe how far our logits are from those of the source's own system.
 
-    ValueError where that is further than rounding explains. It is not run where its float32 weights
-    would take far more memory than the source has bytes.  (B, T), (B, T, V)
+    ValueError if rounding does not explain the difference. The system is not run if its float32
+    weights would take far more memory than the source has bytes.  (B, T), (B, T, V)
     """
     runner = source.format.runner
     if not runner:
@@ -231,11 +240,11 @@ def compare_original(source: FormatPath, stored: Stored, tokens: Tensor, ours: T
     theirs = source.module.run(source.path, tokens)[..., : ours.shape[-1]]
     difference = largest_difference(ours, theirs)
     if not difference <= rounding_of(theirs):
-        raise ValueError(f"{source.path}: {runner} computes other logits, by {difference:.2g}")
+        raise ValueError(f"{source.path}: {runner}'s logits differ from ours by {difference:.2g}")
     return f"largest difference to the original, run by {runner}: {difference:.2g}"
 
 
 def bytes_in(path: Path) -> int:
-    """The size of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder, in bytes."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

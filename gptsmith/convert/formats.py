@@ -1,16 +1,15 @@
-"""The table of formats, which of them a file or folder is in, and what each can say.
+"""The table of formats: recognize a file's format, and find what a format cannot express.
 
-A format is a row of the table and a module of the same name, with a table of names and some of
-these verbs:
+A format is a row of the table and a module of the same name, with a table of tensor names and some
+of these functions:
 
-    recognise(path) -> bool             whether the content (never the name) is of this format
-    read(path) -> Stored                what it holds, with one tensor at a time in memory
-    nearest(config) -> GPTConfig        the closest model that the format can say
-    write(stored, out, dtype) -> None   a new file, or into an empty folder, tensor by tensor
-    run(path, tokens) -> logits         what the system that the format belongs to makes of it
+    recognise(path) -> bool             whether the content (not the name) is of this format
+    read(path) -> Stored                the model, with one tensor at a time in memory
+    nearest(config) -> GPTConfig        the closest model that the format can express
+    write(stored, out, dtype) -> None   write a new file, or into an empty folder, tensor by tensor
+    run(path, tokens) -> logits         the output of the format's own system
 
-Formats do not know one another. The table needs no PyTorch, so that `--help` can show what is in
-it.
+Formats do not import one another. The table needs no PyTorch, so that `--help` can show it.
 """
 
 from dataclasses import dataclass
@@ -26,16 +25,16 @@ from .hub import PUBLISHED, fetch_published
 
 @dataclass(frozen=True)
 class Format:
-    """A row of the table: what a format is called, and what can be done with it."""
+    """A row of the table: the title of a format and what it supports."""
 
     title: str
     readable: bool = True
     writable: bool = True
-    dtypes: tuple[str, ...] = STORED  # that it can be written in
-    modern: bool = False  # whether it has the modern block too
-    is_file: bool = False  # rather than a folder
-    ours: bool = False  # with a manifest, and in several files if wanted
-    runner: str = ""  # the package that `run` needs, if the module has that
+    dtypes: tuple[str, ...] = STORED  # for writing
+    modern: bool = False  # whether it can express the modern block
+    is_file: bool = False  # not a folder
+    ours: bool = False  # written with a manifest, and in shards if wanted
+    runner: str = ""  # the package that the module's `run` needs, if it has one
 
 
 FORMATS = {
@@ -59,7 +58,7 @@ DTYPES = tuple(dict.fromkeys(dtype for format in FORMATS.values() for dtype in f
 
 
 class FormatPath(NamedTuple):
-    """Where a model is or shall be, and the name of the format there."""
+    """The path of a model to read or write, and the name of its format."""
 
     path: Path
     name: str
@@ -71,22 +70,22 @@ class FormatPath(NamedTuple):
 
     @property
     def module(self) -> Any:
-        """The verbs of the format."""
+        """The module with the format's functions."""
         return module_of(self.name)
 
 
 def module_of(name: str) -> Any:
-    """The module of a format. It is imported where it is used, as most of them import PyTorch."""
+    """Import the module of a format; only when needed, because most of them import PyTorch."""
     return import_module(f".{name}", __package__)
 
 
-# -- which format something is in
+# -- recognizing a format
 
 
 def find_source(path: Path, name: str | None) -> FormatPath:
-    """A path with its format: the one that is named, or the one that its content shows.
+    """Return a path with its format: the one that is named, or the one of its content.
 
-    Where nothing is there, "gpt2" and its like are the published weights.
+    If the path does not exist, "gpt2" and the like mean the published weights.
     """
     if str(path) in PUBLISHED and not path.exists():
         return FormatPath(fetch_published(str(path)), "huggingface")
@@ -99,7 +98,7 @@ def find_source(path: Path, name: str | None) -> FormatPath:
     for name in READABLE:
         if module_of(name).recognise(path):
             return FormatPath(path, name)
-    for name in ("huggingface", "tensorflow"):  # which are folders, known by their small files
+    for name in ("huggingface", "tensorflow"):  # folders that are recognized by small files
         if path.is_file() and module_of(name).recognise(path.parent):
             whole = f"{path} is a part of {path.parent}, a {FORMATS[name].title}"
             raise ValueError(f"{whole}: import the folder")
@@ -108,7 +107,7 @@ def find_source(path: Path, name: str | None) -> FormatPath:
 
 
 def check_name(name: str, known: list[str], what: str) -> str:
-    """The name of a format; ValueError where there is none such to be `what`."""
+    """Return the name of a format; ValueError if none of this name can be read (or written)."""
     if name not in known:
         can = ", ".join(known)
         raise ValueError(
@@ -117,19 +116,18 @@ def check_name(name: str, known: list[str], what: str) -> str:
     return name
 
 
-# -- what a format can say
+# -- what a format can express
 
 
 def nearest(config: GPTConfig, target: FormatPath) -> tuple[GPTConfig, list[str]]:
-    """The closest model that a format can say, and in words what is lost.
+    """Return the closest model that a format can express, and a list of what is lost.
 
-    ValueError where weights would not fit it. A bias more costs nothing, since it is written as
-    zeros, nor does a head of its own for a tied one; dropout is no part of what a trained model
-    computes.
+    ValueError if the weights do not fit it. Absent biases can be written as zeros, and a tied head
+    as a copy, so these are no loss; nor is dropout, which a trained model does not use.
     """
     if config.modern and not target.format.modern:
         title = target.format.title
-        raise ValueError(f"{title}: it has GPT-2's block alone, the modern one cannot be written")
+        raise ValueError(f"{title}: it has only GPT-2's block, so the modern one cannot be written")
     near = target.module.nearest(config)
     if near.mlp_size != config.mlp_size:
         raise ValueError(
@@ -150,11 +148,11 @@ def nearest(config: GPTConfig, target: FormatPath) -> tuple[GPTConfig, list[str]
 
 
 def check_dtype(target: FormatPath, wanted: str | None, stored: str) -> str:
-    """The number format to write: the one wanted, the one stored, or float32."""
+    """Return the number format to write: the one wanted, the one stored, or float32."""
     dtypes = target.format.dtypes
     if wanted is None:
         return stored if stored in dtypes else "float32"
     if wanted not in dtypes:
         can = ", ".join(dtypes)
-        raise ValueError(f"{target.format.title}: written in {can}, not in {wanted}")
+        raise ValueError(f"{target.format.title}: {wanted} cannot be written, only {can}")
     return wanted

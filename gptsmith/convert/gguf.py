@@ -1,8 +1,7 @@
-"""GGUF, in which llama.cpp keeps a model: GPT-2's tensors and its tokenizer in one file, and back.
+"""GGUF, llama.cpp's format: write GPT-2's tensors and tokenizer to one file, and read it.
 
-Knows nothing of other architectures' files, nor of numbers coarser than Q8_0. The facts about
-llama.cpp that are stated here were read in its source and seen in its behaviour, which the tests
-hold them to.
+Knows nothing of other architectures, or of quantizations coarser than Q8_0. Statements about
+llama.cpp come from its source and behaviour; the tests check them.
 """
 
 from collections.abc import Mapping
@@ -52,16 +51,16 @@ NAMES = weight_names(
     }
 )
 
-# llama.cpp's word for the numbers of a tensor, and ours.
+# llama.cpp's names of number formats, and ours.
 TYPES = {NUMBER_FORMATS[dtype].header: dtype for dtype in DTYPES}
 Q8_BLOCK = 32  # numbers of one row that share a scale
 
-# Our key, where a token was added that the model does not have; llama.cpp passes over it.
+# Our key for the model's vocabulary if a token was added to it; llama.cpp ignores it.
 OWN_VOCABULARY = "gptsmith.vocab_size"
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file is a GGUF, by its first four bytes."""
+    """Return whether a file is a GGUF, by its first four bytes."""
     try:
         with path.open("rb") as file:
             return file.read(4) == MAGIC
@@ -70,12 +69,12 @@ def recognise(path: Path) -> bool:
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The closest model that llama.cpp's GPT-2 can be.
+    """Return the closest model that llama.cpp's GPT-2 can express.
 
-    It has every bias and the tanh GELU, and its file says nothing of dropout.
+    It has every bias and the tanh GELU; the file does not contain the dropout.
     """
     if config.modern:
-        raise ValueError("llama.cpp has no model with the modern block: GGUF is for GPT-2's")
+        raise ValueError("llama.cpp has no model with the modern block: GGUF needs GPT-2's block")
     if config.head_size == 1 or config.context_length == 1:
         raise ValueError("llama.cpp fails with one channel per head, or a context of one token")
     return replace(
@@ -89,7 +88,7 @@ def nearest(config: GPTConfig) -> GPTConfig:
 
 
 def shortest(number: float) -> float:
-    """The shortest decimal of a float32: 1e-05 where the file can only hold 9.99999974e-06."""
+    """Return the shortest decimal of a float32: 1e-05 for 9.99999974e-06, its value in the file."""
     return float(str(np.float32(number)))
 
 
@@ -109,8 +108,8 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
     config, fetch, gguf = stored.config, stored.fetch, library()
     writer = gguf.GGUFWriter(out, ARCHITECTURE)
     if stored.tokenizer.end_of_text is None:
-        # llama.cpp has no BPE without an end of text: unless told, it stops at token 11. Told of
-        # one that the model lacks, it must never draw it; llama.cpp does so since July 2026.
+        # llama.cpp's BPE always has an end of text, by default token 11. So we add a token that the
+        # model does not have, and tell llama.cpp never to sample it (supported since July 2026).
         writer.add_uint32(OWN_VOCABULARY, config.vocab_size)
         writer.add_array("tokenizer.ggml.suppress_tokens", [config.vocab_size])
         config, fetch = replace(config, vocab_size=config.vocab_size + 1), with_a_row(fetch)
@@ -134,7 +133,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
 
 
 def add_config(writer: Any, config: GPTConfig, dtype: str) -> None:
-    """Add what a file says of its model, most of whose numbers are in `dtype`."""
+    """Add the model's configuration; most of its weights are in `dtype`."""
     mostly = "ALL" if dtype == "float32" else "MOSTLY"
     writer.add_name("GPT-2")
     writer.add_file_type(library().LlamaFileType[f"{mostly}_{NUMBER_FORMATS[dtype].header}"])
@@ -149,9 +148,9 @@ def add_config(writer: Any, config: GPTConfig, dtype: str) -> None:
 
 
 def tensor_dtype(entry: Entry, dtype: str) -> str:
-    """The number format of a tensor in a file of `dtype`, as llama.cpp's own converter chooses it.
+    """Return the number format of a tensor in a file of `dtype`, as in llama.cpp's own converter.
 
-    Vectors and positions stay in float32; rows that are no whole blocks of Q8_0 become float16.
+    Vectors and positions stay in float32; rows that are not whole blocks of Q8_0 become float16.
     """
     if len(entry.shape) == 1 or entry.name == "position_embd.weight":
         return "float32"
@@ -161,7 +160,7 @@ def tensor_dtype(entry: Entry, dtype: str) -> str:
 
 
 def encoded(entry: Entry, dtype: str) -> np.ndarray:
-    """A tensor as the bytes that the file has."""
+    """Return a tensor's bytes for the file."""
     if dtype in STORED:
         return np.frombuffer(entry._replace(dtype=dtype).read(), np.uint8)
     gguf = library()
@@ -170,7 +169,7 @@ def encoded(entry: Entry, dtype: str) -> np.ndarray:
 
 
 def with_a_row(fetch: Fetch) -> Fetch:
-    """What fetches a model with one token more, whose embedding is zeros."""
+    """Return a function that fetches the model with an additional token, whose embedding is zero."""
 
     def get(name: str) -> Tensor:
         tensor = fetch(name)
@@ -185,13 +184,13 @@ def with_a_row(fetch: Fetch) -> Fetch:
 
 
 def read(path: Path) -> Stored:
-    """The GPT-2 in a GGUF file; ValueError for other models and for coarser numbers.
+    """Open the GPT-2 in a GGUF file; ValueError for other models and coarser quantizations.
 
-    A head that says the same as the embedding is tied, as llama.cpp's converter writes it twice.
+    A head that equals the embedding is tied: llama.cpp's converter writes it twice.
     """
     values, tensors = read_header(path)
     if (got := values.get("general.architecture")) != ARCHITECTURE:
-        raise ValueError(f"{path} holds a model of kind {got!r}: only 'gpt2' is understood")
+        raise ValueError(f"{path} has a model of architecture {got!r}: only 'gpt2' is supported")
     if (parts := values.get("split.count", 1)) != 1:
         raise ValueError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
     config = config_of(path, values, tensors)
@@ -206,10 +205,10 @@ def read(path: Path) -> Stored:
     for name, tensor in tensors.items():
         if tensor.dtype not in TYPES:
             known = ", ".join(TYPES)
-            raise ValueError(f"{path}: {name} is in {tensor.dtype}: only {known} are understood")
+            raise ValueError(f"{path}: {name} is in {tensor.dtype}: only {known} are supported")
     own = values.get(OWN_VOCABULARY, config.vocab_size)
     if not isinstance(own, int) or not 1 <= own <= config.vocab_size:
-        raise ValueError(f"{path} says {OWN_VOCABULARY} {own!r}, of {config.vocab_size:,} tokens")
+        raise ValueError(f"{path} has {OWN_VOCABULARY} {own!r}, but {config.vocab_size:,} tokens")
     largest = max(tensors.values(), key=lambda tensor: prod(tensor.shape))
     return replace(
         stored,
@@ -223,21 +222,25 @@ def read(path: Path) -> Stored:
 def config_of(
     path: Path, values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> GPTConfig:
-    """The model that a header describes."""
+    """Return the configuration in a header."""
 
     def number(name: str, otherwise: Any = None) -> Any:
         value = values.get(f"{ARCHITECTURE}.{name}", otherwise)
         if value is None:
-            raise ValueError(f"{path} is no whole GPT-2: its header lacks {ARCHITECTURE}.{name}")
+            raise ValueError(
+                f"{path} is not a complete GPT-2: its header lacks {ARCHITECTURE}.{name}"
+            )
         return value
 
     heads, width = number("attention.head_count"), number("embedding_length")
     if (keys := number("attention.head_count_kv", heads)) != heads:
-        raise ValueError(f"{path} has {keys} heads of keys, but {heads} of queries: no GPT-2 has")
+        raise ValueError(
+            f"{path} has {keys} heads of keys, but {heads} of queries: in GPT-2 they are equal"
+        )
     inner, head = number("feed_forward_length"), tensors.get("output.weight")
     tokens = values.get("tokenizer.ggml.tokens")
     if tokens is not None and not isinstance(tokens, list):
-        raise DamagedError(f"{path} is not a whole GGUF file: its tokens are no list")
+        raise DamagedError(f"{path} is not an intact GGUF file: its tokens are not a list")
     epsilon = number("attention.layer_norm_epsilon")
     try:
         config = GPTConfig(
@@ -256,7 +259,7 @@ def config_of(
 
 
 def read_numbers(tensor: TensorInfo) -> Tensor:
-    """A tensor in the numbers of the file, or in float32 where they come in blocks.  Any shape"""
+    """Read a tensor of any shape in the file's number format, or in float32 if it is quantized."""
     if TYPES[tensor.dtype] in STORED:
         return read_tensor(tensor)
     gguf = library()
@@ -266,7 +269,7 @@ def read_numbers(tensor: TensorInfo) -> Tensor:
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo | None) -> bool:
-    """Whether two tensors are the same, looked at one chunk at a time."""
+    """Return whether two tensors are equal, comparing one chunk at a time."""
     if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     pairs = zip(*(chunks(each.file, each.start, each.bytes) for each in (one, other)), strict=True)

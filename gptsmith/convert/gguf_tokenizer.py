@@ -1,9 +1,9 @@
-"""Tokenizers as llama.cpp's file has them: lists of tokens, types and merges, and back.
+"""Convert tokenizers to GGUF's lists of tokens, types and merges, and back.
 
-Every kind of ours becomes a BPE over bytes that splits text as GPT-2's does; llama.cpp gives the
-same ids. Where the tokenizer has no end of text, llama.cpp's must have one, and the last id is it.
-What llama.cpp does otherwise: text that looks like <|endoftext|> is that token, and characters that
-a char tokenizer does not know are passed over.
+All of our tokenizers become a byte-level BPE that splits text as GPT-2's does, with the same ids in
+llama.cpp. llama.cpp needs an end of text; if the tokenizer has none, it is the last id. Two things
+differ: llama.cpp reads "<|endoftext|>" in text as the special token, and it skips characters that a
+char tokenizer does not know.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from ..tokenizers import Tokenizer, character_level
 from ..tokenizers.tokenizer import BYTES, END_OF_TEXT, SYMBOLS, splits_like
 
-KIND = "gptsmith.tokenizer"  # our key: "bpe", "byte" or "char"; llama.cpp passes over it
-NO_MERGES = ["[no] [merges]"]  # llama.cpp wants a list, and the library writes no empty one
+KIND = "gptsmith.tokenizer"  # our key: "bpe", "byte" or "char"; llama.cpp ignores it
+NO_MERGES = ["[no] [merges]"]  # llama.cpp needs a list, but the library cannot write an empty one
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
@@ -25,7 +25,7 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """ValueError for a tokenizer whose ids llama.cpp would not give."""
+    """Raise ValueError if llama.cpp would not give the tokenizer's ids."""
     if tokenizer.kind != "bpe":
         return
     model = tokenizer.spec["model"]
@@ -37,12 +37,12 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         odd.append("another pre-tokenizer")
     if odd:
         raise ValueError(
-            f"the tokenizer has {odd[0]}, which GPT-2's has not: llama.cpp would give other ids"
+            f"the tokenizer has {odd[0]}, unlike GPT-2's: llama.cpp would give other ids"
         )
 
 
 def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add the tokenizer, as a BPE over bytes that splits text as GPT-2's does."""
+    """Add the tokenizer as a byte-level BPE that splits text as GPT-2's does."""
     texts = {id: token for token, id in tokenizer.vocab.items()}
     if tokenizer.kind == "char":
         texts = {id: symbols(token.encode()) for id, token in texts.items()}
@@ -53,7 +53,7 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     controls = {end, *tokenizer.specials}
     tokens = [texts.get(id, f"[PAD{id}]") for id in range(vocab_size)]
     if len(set(tokens)) < len(tokens):
-        raise ValueError("the tokenizer has a token [PAD...], which is what unused ids are called")
+        raise ValueError("the tokenizer has a token [PAD...], the name that unused ids would get")
     types = [
         CONTROL if id in controls else NORMAL if id in texts else UNUSED for id in range(vocab_size)
     ]
@@ -69,12 +69,12 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def symbols(data: bytes) -> str:
-    """Bytes in GPT-2's printable alphabet."""
+    """Return bytes in GPT-2's printable alphabet."""
     return "".join(SYMBOLS[byte] for byte in data)
 
 
 def merges_of(tokenizer: Tokenizer) -> list[str]:
-    """The merges; those of a char tokenizer join the bytes of each character, first to last."""
+    """Return the merges; for a char tokenizer, they join the bytes of each character in order."""
     if tokenizer.kind != "char":
         pairs = tokenizer.spec["model"]["merges"]
         return [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
@@ -89,13 +89,15 @@ def merges_of(tokenizer: Tokenizer) -> list[str]:
 
 
 def read_tokenizer(path: Path, values: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a file, or None where it has none; ValueError for another than GPT-2's."""
+    """Return the tokenizer of a file; None if it has none, ValueError if it is not GPT-2's kind."""
     model = values.get("tokenizer.ggml.model", "none")
     if model in ("none", "no_vocab"):
         return None
-    split = values.get("tokenizer.ggml.pre", "gpt-2")  # files of before May 2024 do not say it
+    split = values.get("tokenizer.ggml.pre", "gpt-2")  # absent in files from before May 2024
     if (model, split) != ("gpt2", "gpt-2"):
-        raise ValueError(f"{path} has the tokenizer {model!r}, {split!r}: only GPT-2's is known")
+        raise ValueError(
+            f"{path} has the tokenizer {model!r}, {split!r}: only GPT-2's is supported"
+        )
     try:
         return build_tokenizer(values, vocab_size)
     except Exception as error:  # the library raises Exception itself
@@ -103,7 +105,7 @@ def read_tokenizer(path: Path, values: Mapping[str, Any], vocab_size: int) -> To
 
 
 def build_tokenizer(values: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer that a header's lists say."""
+    """Build the tokenizer from a header's lists."""
     kind = values.get(KIND, "bpe")
     tokens = values["tokenizer.ggml.tokens"][:vocab_size]
     types = values.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)

@@ -1,6 +1,6 @@
-"""A Hugging Face folder: our own form, and as others write it, with pickled weights too.
+"""Hugging Face folders: our own, and those of other tools, also with pickled weights.
 
-Knows nothing of other formats; what the folder is made of is known to `checkpoint`.
+Knows nothing of other formats; `checkpoint` reads and writes the folder's files.
 """
 
 import json
@@ -23,7 +23,7 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder's config.json names a model type of transformers', ours or another."""
+    """Return whether a folder's config.json names a transformers model, of any architecture."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,7 +32,7 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """The model and tokenizer of a folder, whatever files its weights are in."""
+    """Open the model and tokenizer of a folder, with weights in any of its file formats."""
     if not any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) and any(
         (path / name).is_file() for name in (PICKLED, PICKLED_INDEX)
     ):
@@ -41,14 +41,14 @@ def read(path: Path) -> Stored:
         stored = saved.open_folder(path, with_tokenizer=False)
         if stored.bits is not None:
             raise ValueError(
-                f"{path} is a quantized model of gptsmith's own: nothing to import; export writes "
-                "it unpacked"
+                f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it, "
+                "use export"
             )
     return replace(stored, tokenizer=tokenizer_of(path))
 
 
 def from_pickles(folder: Path) -> Stored:
-    """The model of a folder whose weights torch.save wrote, in one file or several."""
+    """Open a folder whose weights torch.save wrote, in one file or several."""
     config, files = read_config(folder), [PICKLED]
     if not (folder / PICKLED).is_file():
         places = read_json(folder / PICKLED_INDEX).get("weight_map")
@@ -67,13 +67,13 @@ def from_pickles(folder: Path) -> Stored:
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder in any of GPT-2's three forms, or None."""
+    """Load the tokenizer of a folder in any of GPT-2's three file formats; None without one."""
     names = ("tokenizer.json", "vocab.json", "encoder.json")
     return tokenizer_in(folder) if any((folder / name).is_file() for name in names) else None
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The model itself: the "gptsmith" section says what GPT2Config cannot."""
+    """Return the model itself: the "gptsmith" section has what GPT2Config cannot express."""
     return config
 
 
@@ -83,7 +83,7 @@ def write(stored: Stored, out: Path, dtype: str, *, shard_bytes: int | None = No
 
 
 def run(path: Path, tokens: Tensor) -> Tensor:
-    """The logits that transformers itself computes, in float32.  (B, T) -> (B, T, V)"""
+    """Return the logits that transformers computes, in float32.  (B, T) -> (B, T, V)"""
     import transformers
 
     verbosity = transformers.utils.logging.get_verbosity()

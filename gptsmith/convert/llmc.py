@@ -1,4 +1,4 @@
-"""llm.c's model file: 256 integers, then every tensor, the layers of each kind together.
+"""llm.c's model file: 256 integers, then the tensors, with all layers of each kind together.
 
 Version 3 holds float32, version 5 bfloat16; the vocabulary is padded with zeros to a multiple of
 128 rows. Knows nothing of other formats.
@@ -22,7 +22,7 @@ PADDING = 128  # rows
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file begins with the magic number."""
+    """Return whether a file begins with the magic number."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -30,10 +30,10 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """The model in a file; without a tokenizer, which llm.c keeps elsewhere."""
+    """Open the model in a file, without a tokenizer, which llm.c keeps elsewhere."""
     numbers = np.fromfile(path, "<i4", HEADER)
     if len(numbers) < HEADER or numbers[0] != MAGIC:
-        raise DamagedError(f"{path} is no llm.c model: its first 1,024 bytes are not a header")
+        raise DamagedError(f"{path} is not an llm.c model: its first 1,024 bytes are not a header")
     version, context, vocab, layers, heads, channels, padded = map(int, numbers[1:8])
     if version not in VERSIONS:
         raise ValueError(
@@ -41,7 +41,7 @@ def read(path: Path) -> Stored:
         )
     size = path.stat().st_size
     if not 0 < layers <= size or not vocab <= padded:
-        raise DamagedError(f"{path}: a header with {layers} layers and {padded} rows is no model's")
+        raise DamagedError(f"{path}: its header is invalid: {layers} layers and {padded} rows")
     try:
         config = GPTConfig(
             vocab_size=vocab,
@@ -66,10 +66,10 @@ def read(path: Path) -> Stored:
 
 
 def tensors_in(path: Path, config: GPTConfig, padded: int, dtype: str) -> dict[str, TensorInfo]:
-    """Our tensors, without padding, in the order of the file: a kind of all layers, then the next.
+    """Return our tensors, without padding, in the file's order: all layers of a kind, then the next.
 
-    That is the order of our own table: wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b
-    fcw fcb fcprojw fcprojb lnfw lnfb, as llm.c says it.
+    That is the order of our own table. In llm.c's names: wte wpe ln1w ln1b qkvw qkvb attprojw
+    attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb.
     """
     ours, tensors, at = components_by_name(config), dict[str, TensorInfo](), HEADER * 4
     numbers = NUMBER_FORMATS[dtype]
@@ -85,7 +85,7 @@ def tensors_in(path: Path, config: GPTConfig, padded: int, dtype: str) -> dict[s
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The closest model of llm.c's: OpenAI's GPT-2, with all biases, tanh GELU and a tied head."""
+    """Return the closest llm.c model: all biases, tanh GELU and a tied head, as in OpenAI's."""
     return replace(
         config,
         activation="gelu_tanh",

@@ -1,7 +1,6 @@
-"""nanoGPT's `ckpt.pt`: a pickled dictionary of a model's sizes and its state dict.
+"""nanoGPT's `ckpt.pt`: a pickled dictionary with a model's sizes and its state dict.
 
-With it goes `meta.pkl`, where nanoGPT keeps the characters of a text. Knows nothing of other
-formats.
+nanoGPT keeps a char vocabulary in `meta.pkl`. Knows nothing of other formats.
 """
 
 import pickle
@@ -32,7 +31,7 @@ SIZES = {  # theirs: ours
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file, or the `ckpt.pt` of a folder, is a checkpoint with `model_args`."""
+    """Return whether a file, or the `ckpt.pt` of a folder, is a checkpoint with `model_args`."""
     file = path / CHECKPOINT if path.is_dir() else path
     if not is_torch_file(file):
         return False
@@ -41,11 +40,11 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """The model of a checkpoint, with its characters where a `meta.pkl` is found."""
+    """Open the model of a checkpoint, with the char tokenizer if there is a `meta.pkl`."""
     file = path / CHECKPOINT if path.is_dir() else path
     checkpoint = load_torch_file(file)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{file} is no nanoGPT checkpoint: it lacks 'model' and 'model_args'")
+        raise ValueError(f"{file} is not a nanoGPT checkpoint: it lacks 'model' and 'model_args'")
     tensors = tensors_of(checkpoint["model"], file)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     config = config_of(checkpoint["model_args"], file)
@@ -56,13 +55,15 @@ def read(path: Path) -> Stored:
 
 
 def config_of(sizes: Any, file: Path) -> GPTConfig:
-    """The model that `model_args` describes; nanoGPT has the erf GELU and a tied head."""
+    """Return the configuration in `model_args`; nanoGPT has the erf GELU and a tied head."""
     if not isinstance(sizes, dict):
         raise ValueError(f"{file}: model_args is {type(sizes).__name__}, not a dictionary")
     if missing := sorted(SIZES.keys() - sizes.keys()):
         raise ValueError(f"{file}: model_args lacks {', '.join(missing)}")
     if unknown := sorted(str(key) for key in sizes.keys() - SIZES.keys()):
-        raise ValueError(f"{file}: model_args has {', '.join(unknown)}, which nanoGPT's has not")
+        raise ValueError(
+            f"{file}: model_args has {', '.join(unknown)}, which nanoGPT does not know"
+        )
     ours = {SIZES[key]: value for key, value in sizes.items()}
     try:
         return GPTConfig(**ours, activation="gelu_erf")
@@ -71,7 +72,8 @@ def config_of(sizes: Any, file: Path) -> GPTConfig:
 
 
 def characters_beside(file: Path, settings: Any) -> Tokenizer | None:
-    """The tokenizer of the `meta.pkl` beside a checkpoint, or where nanoGPT keeps its dataset's."""
+    """Return the char tokenizer of the `meta.pkl` beside a checkpoint or in its dataset's folder;
+    None without one."""
     places = [file.with_name(CHARACTERS)]
     dataset = settings.get("dataset") if isinstance(settings, dict) else None
     if isinstance(dataset, str) and dataset == Path(dataset).name:
@@ -81,20 +83,20 @@ def characters_beside(file: Path, settings: Any) -> Tokenizer | None:
 
 
 def read_characters(path: Path) -> Tokenizer:
-    """The character tokenizer in a `meta.pkl`, with nanoGPT's ids."""
+    """Return the char tokenizer in a `meta.pkl`, with nanoGPT's ids."""
     meta = load_plain_pickle(path)
     ids = meta.get("stoi") if isinstance(meta, dict) else None
     if not isinstance(ids, dict) or sorted(map(str, ids.values())) != sorted(
         map(str, range(len(ids)))
     ):
-        raise ValueError(f"{path} has no 'stoi' of characters to the ids from 0 on")
+        raise ValueError(f"{path} has no 'stoi' that maps characters to consecutive ids from 0")
     if odd := [key for key in ids if not isinstance(key, str) or len(key) != 1]:
         raise ValueError(f"{path}: {odd[0]!r} in 'stoi' is not a character")
     return character_level(ids)
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The closest model of nanoGPT's: erf GELU, tied, biases everywhere or nowhere."""
+    """Return the closest nanoGPT model: erf GELU, tied head, biases everywhere or nowhere."""
     return replace(
         config,
         activation="gelu_erf",
@@ -107,10 +109,10 @@ def nearest(config: GPTConfig) -> GPTConfig:
 
 
 def write(stored: Stored, out: Path, dtype: str) -> None:
-    """Write `ckpt.pt`, and `meta.pkl` for characters, into a folder.
+    """Write `ckpt.pt`, and `meta.pkl` for a char tokenizer, into a folder.
 
-    The checkpoint of characters names the dataset "gptsmith", in which nanoGPT's sample.py looks
-    for them; without any it names none, and sample.py takes GPT-2's tokens.
+    With a char tokenizer, the checkpoint names the dataset "gptsmith", where nanoGPT's sample.py
+    looks for `meta.pkl`. Otherwise it names none, and sample.py uses GPT-2's tokenizer.
     """
     config, tokenizer = stored.config, stored.tokenizer
     entries = to_theirs(OURS, config, stored.fetch, dtype)
@@ -121,7 +123,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         "optimizer": fresh_optimizer(config),
         "model_args": {theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         "iter_num": 0,
-        "best_val_loss": 1e9,  # as nanoGPT begins
+        "best_val_loss": 1e9,  # nanoGPT's initial value
         "config": {},
     }
     if tokenizer is not None and tokenizer.kind == "char":
@@ -133,9 +135,9 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
 
 
 def fresh_optimizer(config: GPTConfig) -> dict[str, Any]:
-    """The state that nanoGPT's AdamW has before its first step, so that its train.py can resume.
+    """Return the state of nanoGPT's AdamW before the first step, so that its train.py can resume.
 
-    Matrices decay and are its first group; the rest, biases and norms, are its second.
+    The first group are the matrices, with weight decay; the second are biases and norms.
     """
     shapes = [part.shape for part in components(config) if part.count]
     groups: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
-"""How does a model run without PyTorch? As graphs that onnxruntime and its kin carry out.
+"""ONNX folders, which onnxruntime and similar libraries run without PyTorch.
 
-A folder: `model.onnx` takes tokens to logits, `model_with_past.onnx` also continues keys and values
-that the caller keeps, and both share the numbers of `weights.bin`. Written, never read: a graph
-says what is computed, not which model it is. Knows nothing of what is in a graph.
+`model.onnx` maps tokens to logits, `model_with_past.onnx` also takes and returns the KV cache, and
+both share the weights in `weights.bin`. They are written but never read: a graph does not say which
+model it computes. Knows nothing of a graph's contents (`onnx_graph.py`).
 
 Shapes:  B batch    T tokens    D channels per head    V vocabulary
 """
@@ -25,28 +25,28 @@ from .onnx_graph import FLOAT, ROTATION, Graph, gpt
 
 MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
 
-# The first set of operators with Gelu, and the file format that came with it: both of ONNX 1.15.
+# The first operator set with Gelu, and its file format: both of ONNX 1.15.
 OPERATORS, FORMAT = 20, 9
-INT64, FLOAT16 = 7, 10  # ONNX's numbers for formats of numbers: TensorProto.DataType
+INT64, FLOAT16 = 7, 10  # from TensorProto.DataType
 ELEMENTS = {"float32": FLOAT, "fp16": FLOAT16}
-PAGE = 4096  # bytes; where a tensor should begin, so that it can be mapped (ONNX's ExternalData.md)
+PAGE = 4096  # bytes; tensors start at pages, so that they can be mapped (ONNX's ExternalData.md)
 
 
 # -- writing
 
 
 def nearest(config: GPTConfig) -> GPTConfig:
-    """The model itself: a graph can say all of it."""
+    """Return the model itself: a graph can express all of it."""
     return config
 
 
 def write(stored: Stored, out: Path, dtype: str) -> None:
-    """Two graphs, their weights, config.json and the tokenizer, into a folder that exists.
+    """Write two graphs, their weights, config.json and the tokenizer into an existing folder.
 
-    With "fp16" the weights are halved on disk; every step still computes in float32.
+    With "fp16" the weights take half the space on disk; all computation stays in float32.
     """
     if dtype not in ELEMENTS:
-        raise ValueError(f"ONNX weights in {dtype} are not written: choose float32 or fp16")
+        raise ValueError(f"ONNX weights cannot be written in {dtype}: choose float32 or fp16")
     config, weights = stored.config, entries(stored, dtype)
     offsets = offsets_of(weights)
     for name, cached in ((MODEL, False), (MODEL_WITH_PAST, True)):
@@ -60,7 +60,7 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
 
 
 def entries(stored: Stored, dtype: str) -> list[Entry]:
-    """The tensors of `weights.bin`, under our names; a tied head is the embedding."""
+    """Return the tensors of `weights.bin`, with our names; a tied head is not repeated."""
     config = stored.config
     found = to_theirs(OURS, config, stored.fetch, dtype)
     if config.modern:
@@ -71,13 +71,13 @@ def entries(stored: Stored, dtype: str) -> list[Entry]:
 
 
 def offsets_of(weights: Sequence[Entry]) -> list[int]:
-    """Where each tensor begins: on the first page after the one before."""
+    """Return the offset of each tensor: the first page after the previous tensor."""
     pages = [-(-entry.bytes // PAGE) for entry in weights]
     return [PAGE * page for page in accumulate(pages[:-1], initial=0)]
 
 
 def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int], cached: bool) -> bytes:
-    """The bytes of a `.onnx` file, which says of each weight only where it lies."""
+    """Return the bytes of a `.onnx` file, which refers to the weights by their offsets."""
     try:
         from onnx import helper, numpy_helper
     except ImportError as error:
@@ -87,8 +87,8 @@ def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int], cached: 
         for node in graph.nodes
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in graph.numbers.items()]
-    tensors += map(elsewhere, graph.weights.values(), offsets)
-    proto = helper.make_graph(nodes, "gpt", *doors(config, cached), tensors)
+    tensors += map(external_tensor, graph.weights.values(), offsets)
+    proto = helper.make_graph(nodes, "gpt", *inputs_and_outputs(config, cached), tensors)
     operators = [helper.make_opsetid("", OPERATORS)]
     made = helper.make_model(
         proto, opset_imports=operators, ir_version=FORMAT, producer_name="gptsmith"
@@ -96,30 +96,30 @@ def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int], cached: 
     return made.SerializeToString()
 
 
-def elsewhere(entry: Entry, offset: int) -> Any:
-    """A tensor whose numbers lie in `weights.bin`."""
+def external_tensor(entry: Entry, offset: int) -> Any:
+    """Return a reference to a tensor in `weights.bin`."""
     from onnx import TensorProto
 
     tensor = TensorProto(name=entry.name, dims=entry.shape, data_type=ELEMENTS[entry.dtype])
     tensor.data_location = TensorProto.EXTERNAL
-    told = {"location": WEIGHTS, "offset": str(offset), "length": str(entry.bytes)}
-    for key, value in told.items():
+    place = {"location": WEIGHTS, "offset": str(offset), "length": str(entry.bytes)}
+    for key, value in place.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
 
 
-def doors(config: GPTConfig, cached: bool) -> tuple[list[Any], list[Any]]:
-    """What goes in and what comes out, named as optimum and transformers.js name it."""
-    from onnx.helper import make_tensor_value_info as door
+def inputs_and_outputs(config: GPTConfig, cached: bool) -> tuple[list[Any], list[Any]]:
+    """Return the inputs and outputs, with the names of optimum and transformers.js."""
+    from onnx.helper import make_tensor_value_info as value_info
 
-    inputs = [door("input_ids", INT64, ("batch", "tokens"))]
-    outputs = [door("logits", FLOAT, ("batch", "tokens", config.vocab_size))]
+    inputs = [value_info("input_ids", INT64, ("batch", "tokens"))]
+    outputs = [value_info("logits", FLOAT, ("batch", "tokens", config.vocab_size))]
     G, D = config.kv_heads, config.head_size
     for layer in range(config.n_layer if cached else 0):
         for part in ("key", "value"):
             before, after = ("batch", G, "past", D), ("batch", G, "past + tokens", D)
-            inputs.append(door(f"past_key_values.{layer}.{part}", FLOAT, before))
-            outputs.append(door(f"present.{layer}.{part}", FLOAT, after))
+            inputs.append(value_info(f"past_key_values.{layer}.{part}", FLOAT, before))
+            outputs.append(value_info(f"present.{layer}.{part}", FLOAT, after))
     return inputs, outputs
 
 
@@ -127,9 +127,9 @@ def doors(config: GPTConfig, cached: bool) -> tuple[list[Any], list[Any]]:
 
 
 def run(folder: Path, tokens: Tensor) -> Tensor:
-    """The logits that onnxruntime finds with a folder's `model.onnx`.  (B, T) -> (B, T, V)
+    """Compute logits with onnxruntime and a folder's `model.onnx`.  (B, T) -> (B, T, V)
 
-    ValueError where it refuses: a damaged folder, or tokens that the model does not take.
+    ValueError if onnxruntime refuses: the folder is damaged, or the tokens do not suit the model.
     """
     try:
         import onnxruntime
@@ -138,13 +138,13 @@ def run(folder: Path, tokens: Tensor) -> Tensor:
     path, options = folder / MODEL, onnxruntime.SessionOptions()
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MODEL}")
-    options.log_severity_level = 4  # what is wrong it raises; it need not say it too
-    # For one pass it is quicker, and holds less, to use the weights where they are mapped.
+    options.log_severity_level = 4  # it raises its errors, so it need not print them
+    # For one pass, using the mapped weights directly is faster and needs less memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (logits,) = session.run(["logits"], {"input_ids": tokens.cpu().long().numpy()})
     except Exception as error:  # its errors have no other class in common
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}: onnxruntime refuses: {said}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: onnxruntime refuses: {reason}") from error
     return torch.from_numpy(logits)

@@ -1,7 +1,7 @@
-"""The model as the nodes of an ONNX graph: each step is written down instead of taken.
+"""The model as an ONNX graph: each function adds nodes instead of computing.
 
-The functions follow `model/gpt.py` and `model/modern.py`. Knows nothing of files, nor of padding:
-the rows of a batch are equally long.
+The functions follow `model/gpt.py` and `model/modern.py`. Knows nothing of files or padding: the
+rows of a batch have equal lengths.
 
 Shapes:  B batch        T tokens given         S tokens seen so far, these included
          C channels     H heads                D channels per head       V vocabulary
@@ -17,15 +17,15 @@ import numpy as np
 from ..checkpoint.tensors import Entry
 from ..config.model import GPTConfig
 
-FLOAT = 1  # ONNX's number for float32: TensorProto.DataType
-ROTATION = "rotation"  # the one table that is no weight of ours: rotation_at every position
+FLOAT = 1  # float32 in TensorProto.DataType
+ROTATION = "rotation"  # the only tensor that is not a weight: `rotation_at` for every position
 
 
 # -- a graph
 
 
 class Node(NamedTuple):
-    """One step: what it does, to what, and what its results are called."""
+    """A node: its operator, inputs, outputs and attributes."""
 
     name: str
     operator: str
@@ -36,9 +36,9 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The steps so far; each method adds some, and returns the name of what they give.
+    """The nodes so far. Methods add nodes and return the names of their outputs.
 
-    Steps are named after where they are taken: "h.0.attn.Softmax".
+    Nodes are named after their place in the model: "h.0.attn.Softmax".
     """
 
     weights: Mapping[str, Entry]
@@ -47,31 +47,31 @@ class Graph:
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
     def inside(self, part: str) -> "Graph":
-        """The same graph, for the steps of a part of the model."""
+        """Return the same graph, for adding the nodes of a part of the model."""
         return replace(self, place=f"{self.place}{part}.")
 
     def node(self, operator: str, *inputs: str, to: str = "", **attributes: Any) -> str:
-        """Any operator of ONNX's with one result."""
+        """Add any ONNX operator with one output."""
         name = self.place + (to or operator)
         self.nodes.append(Node(name, operator, inputs, (name,), attributes))
         return name
 
     def split(self, x: str, names: Sequence[str], sizes: Sequence[int], axis: int) -> list[str]:
-        """Parts of these sizes along an axis."""
+        """Split a tensor into parts of these sizes along an axis."""
         outputs = [self.place + name for name in names]
         name = f"{self.place}Split.{'.'.join(names)}"
         self.nodes.append(Node(name, "Split", (x, self.number(sizes)), outputs, {"axis": axis}))
         return outputs
 
     def number(self, value: int | float | Sequence[int]) -> str:
-        """A whole number or several (int64), or one that is not whole (float32)."""
+        """Add a constant: whole numbers as int64, a float as float32."""
         array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
         name = f"{array.dtype}_{array.tolist()}".replace(" ", "")
         self.numbers[name] = array
         return name
 
     def weight(self, name: str) -> str:
-        """A tensor of ours, in float32 however it is stored."""
+        """Return the name of a weight in float32, adding a cast if it is stored otherwise."""
         if self.weights[name].dtype == "float32":
             return name
         cast = f"{name}.Cast"  # once, though the embedding may also be the head
@@ -80,7 +80,7 @@ class Graph:
         return cast
 
     def affine(self, operator: str, x: str, to: str, **attributes: Any) -> str:
-        """An operator with a weight and, where the model has one, a bias."""
+        """Add an operator with a weight and, if the model has it, a bias."""
         names = (f"{self.place}{to}.weight", f"{self.place}{to}.bias")
         found = [self.weight(name) for name in names if name in self.weights]
         return self.node(operator, x, *found, to=to, **attributes)
@@ -92,22 +92,22 @@ class Graph:
 class Shared(NamedTuple):
     """What is the same in every block."""
 
-    mask: str  # (T, S): 0, or -inf where a token is yet to come
+    mask: str  # (T, S): 0, or -inf for later tokens
     by_head: str  # the shape (B, T, -1, D)
     turns: Sequence[str]  # cosine and sine of the rotation, (1, T, 1, D / 2) each, or none
     cached: bool
 
 
 def linear(g: Graph, x: str, to: str) -> str:
-    """nn.Linear, whose (out, in) is Gemm's transposed B.  (B T, in) -> (B T, out)
+    """Add nn.Linear as Gemm with transposed B, which is (out, in).  (B T, in) -> (B T, out)
 
-    As fast in onnxruntime as the (in, out) of MatMul, and the tensors stay as they are.
+    In onnxruntime this is as fast as MatMul with (in, out), and keeps our tensors as they are.
     """
     return g.affine("Gemm", x, to, transB=1)
 
 
 def norm(g: Graph, config: GPTConfig, x: str, to: str) -> str:
-    """LayerNorm, or RMS norm without weights, over the last axis."""
+    """Add LayerNorm, or RMS norm without weights, over the last axis."""
     if not config.modern:
         return g.affine("LayerNormalization", x, to, epsilon=float(config.norm_eps))
     n = g.inside(to)
@@ -126,7 +126,7 @@ def rotate(g: Graph, x: str, turns: Sequence[str], half: int) -> str:
 
 
 def extend(g: Graph, config: GPTConfig, x: str, layer: int, part: str, cached: bool) -> str:
-    """Keys or values of all tokens seen, for each head of queries.  (B, T, G, D) -> (B, H, S, D)"""
+    """Return keys or values of all tokens for each query head.  (B, T, G, D) -> (B, H, S, D)"""
     x = g.node("Transpose", x, to=f"{part}.Transpose", perm=(0, 2, 1, 3))  # (B, G, T, D)
     if cached:
         past = f"past_key_values.{layer}.{part}"
@@ -182,10 +182,10 @@ def block(g: Graph, config: GPTConfig, x: str, layer: int, shared: Shared) -> st
 
 
 def gpt(config: GPTConfig, weights: Mapping[str, Entry], cached: bool) -> Graph:
-    """The whole model: "input_ids" (B, T) to "logits" (B, T, V).
+    """Return the whole model's graph: "input_ids" (B, T) to "logits" (B, T, V).
 
-    Where `cached`, "past_key_values.0.key" and so on (B, G, S - T, D) precede the tokens, and
-    "present.0.key" and so on are those with the tokens' own, (B, G, S, D).
+    If `cached`, it also takes the KV cache, "past_key_values.0.key" and so on (B, G, S - T, D), and
+    returns it with the new tokens, "present.0.key" and so on (B, G, S, D).
     """
     g = Graph(weights=weights)
     shape = g.node("Shape", "input_ids")  # of two numbers: B, T
@@ -206,9 +206,9 @@ def gpt(config: GPTConfig, weights: Mapping[str, Entry], cached: bool) -> Graph:
 
 
 def places(g: Graph, config: GPTConfig, shape: str, cached: bool) -> tuple[str, Shared]:
-    """The positions of the tokens, (T,), and what follows from them for every block.
+    """Return the positions of the tokens, (T,), and what all blocks share.
 
-    Beyond the context limit no table has a row for them, so onnxruntime refuses.
+    Beyond the context limit the tables have no rows, so onnxruntime refuses.
     """
     zero, one, seen = g.number(0), g.number(1), g.number(0)
     if cached:

@@ -1,6 +1,6 @@
-"""What PyTorch and Python pickled, opened so that nothing in it can run.
+"""Open files that PyTorch or Python pickled, without running any code in them.
 
-Knows nothing of formats: it returns the plain containers and tensors that a file holds.
+Knows nothing of formats: it returns the plain containers and tensors in a file.
 """
 
 import pickle
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..machine.files import DamagedError
 
-# How torch.save's files began before they were zip archives: its magic number, pickled.
+# The start of torch.save's files before they were zip archives: a pickled magic number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 MOST_BYTES = 1 << 24  # of a pickle without tensors: a vocabulary is thousands of times smaller
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file is one of torch.save's, by its first bytes and the names in its archive."""
+    """Return whether torch.save wrote a file, by its first bytes and the names in its archive."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -31,7 +31,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def holds_pickle(path: Path) -> bool:
-    """Whether a zip archive is laid out as torch.save does it."""
+    """Return whether a zip archive has the layout of torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -40,9 +40,9 @@ def holds_pickle(path: Path) -> bool:
 
 
 def load_torch_file(path: Path) -> Any:
-    """What torch.save wrote, mapped rather than read where the file allows it.
+    """Load a file of torch.save, memory-mapped if its kind allows it.
 
-    ValueError where it needs code to be run, DamagedError where it is not whole.
+    ValueError if it needs code to run, DamagedError if it is damaged.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not is_legacy(path))
@@ -54,23 +54,23 @@ def load_torch_file(path: Path) -> Any:
         ) from error
     except OSError:
         raise
-    except Exception as error:  # a damaged archive or pickle fails in any way at all
+    except Exception as error:  # a damaged archive or pickle can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DamagedError(f"{path} is not a whole file of torch.save's: {reason}") from error
+        raise DamagedError(f"{path} is not an intact file of torch.save: {reason}") from error
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether a file is of the kind that cannot be mapped."""
+    """Return whether a file is of the old kind, which cannot be memory-mapped."""
     with path.open("rb") as file:
         return file.read(len(LEGACY)) == LEGACY
 
 
 def save_torch_file(value: Any, path: Path) -> None:
-    """Write what `load_torch_file` reads; OSError where the disk does not take it."""
+    """Write a file for `load_torch_file`; OSError if the disk is full."""
     try:
         with path.open("wb") as file:
             torch.save(value, file)
-    except RuntimeError as error:  # PyTorch's archive, which says nothing of the disk
+    except RuntimeError as error:  # PyTorch hides the OSError as its context
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
@@ -78,7 +78,7 @@ def save_torch_file(value: Any, path: Path) -> None:
 
 
 def tensors_of(state: Any, place: Path) -> dict[str, Tensor]:
-    """A state dict (any shapes), checked to be one, without `torch.compile`'s prefix of names."""
+    """Return a state dict (any shapes), checked, without `torch.compile`'s prefix of names."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{place} holds {type(state).__name__}, where a state_dict is needed")
     for name, tensor in state.items():
@@ -89,14 +89,14 @@ def tensors_of(state: Any, place: Path) -> dict[str, Tensor]:
 
 
 class _NoGlobals(pickle.Unpickler):
-    """Unpickles numbers, strings and containers; whatever names a class or function is refused."""
+    """Unpickles numbers, strings and containers; refuses every class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """The plain values in a pickle; ValueError where it needs any class or function."""
+    """Load the plain values in a pickle; ValueError if it needs any class or function."""
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes: too many for a vocabulary")
     try:
@@ -104,5 +104,5 @@ def load_plain_pickle(path: Path) -> Any:
             return _NoGlobals(file).load()
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle fails in any way at all
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"{path} is not a plain pickle: {error}") from error

@@ -1,6 +1,6 @@
-"""Proof that a conversion changed nothing: logits before and after, and the report.
+"""Verify a conversion by comparing logits before and after, and report it.
 
-Knows nothing of formats; a stored model is compared with one layer of it in memory at a time.
+Knows nothing of formats. Only one layer of a stored model is in memory at a time.
 """
 
 import re
@@ -21,7 +21,8 @@ from ..checkpoint.tensors import Stored
 from ..config.cost import parameter_count
 from ..config.model import GPTConfig
 
-# Of the largest logit: ten times what float32 and another order of additions make of 48 layers.
+# Relative to the largest logit: ten times the difference that another order of float32 additions
+# makes over 48 layers.
 ROUNDING = 1e-3
 
 WIDTH, INDENT = 100, 13  # columns of the report
@@ -32,7 +33,7 @@ NO_BREAK = "\u00a0"
 
 
 def some_tokens(config: GPTConfig) -> Tensor:
-    """Two rows of random tokens, the same for every model of that size.  -> (B, T)"""
+    """Return two rows of random tokens, the same for all models of a size.  -> (B, T)"""
     generator = torch.Generator().manual_seed(0)
     length = min(16, config.context_length)
     return torch.randint(config.vocab_size, (2, length), generator=generator)
@@ -40,9 +41,9 @@ def some_tokens(config: GPTConfig) -> Tensor:
 
 @torch.inference_mode()
 def logits(stored: Stored, tokens: Tensor) -> Tensor:
-    """What a stored model says, in float32.  (B, T) -> (B, T, V)
+    """Compute a stored model's logits in float32.  (B, T) -> (B, T, V)
 
-    Each layer's weights are fetched as the forward pass reaches it, and forgotten behind it.
+    Each module's weights are fetched just before its forward pass, and freed after it.
     """
     model = without_weights(stored.config).eval()
     for name, module in model.named_modules():
@@ -66,13 +67,13 @@ def _empty(kinds: list[str], module: nn.Module, inputs: Any, output: Any) -> Non
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference between two sets of logits, (B, T, V); infinite beside a NaN."""
+    """Return the largest difference between two sets of logits, (B, T, V); inf if one is NaN."""
     difference = (one - other).abs()
     return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def rounding_of(reference: Tensor) -> float:
-    """How much two exact forms of a model may differ, given what one of them says: (B, T, V)."""
+    """Return the difference that rounding may cause, given a model's logits, (B, T, V)."""
     return ROUNDING * max(1.0, float(reference.abs().max()))
 
 
@@ -81,7 +82,7 @@ def rounding_of(reference: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """A finished conversion; `str` is for people, `to_json` the whole of it."""
+    """The report of a conversion: `str` is a summary, `to_json` is complete."""
 
     source: str
     source_format: str
@@ -91,11 +92,11 @@ class ConversionReport:
     bytes: int
     config: GPTConfig  # of the model that was read
     tensors: TensorMatch
-    lost: tuple[str, ...]  # what the target cannot say, in words
-    padding: int  # rows of the vocabulary that stood for no token
+    lost: tuple[str, ...]  # what the target cannot express, in words
+    padding: int  # dropped rows of the embedding, which had no token
     tokenizer: str
-    difference: float  # largest, between the logits before and after
-    original: str  # how the original itself was run, and what that gave
+    difference: float  # the largest between the logits before and after
+    original: str  # the comparison with the original system, in words
 
     def __str__(self) -> str:
         config = self.config
@@ -125,7 +126,7 @@ class ConversionReport:
         return "\n".join([f"{self.source}: {self.source_format}", *lines])
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values, with every tensor by name."""
+        """Return the report as plain values, with every tensor by name."""
         return {
             "source": {"path": self.source, "format": self.source_format},
             "target": {
@@ -147,13 +148,13 @@ class ConversionReport:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Names with the layer's number as *, each pattern once: "wte.weight, 12 h.*.ln_1.weight"."""
+    """Group names whose layer number differs: "wte.weight, 12 h.*.ln_1.weight"."""
     patterns = Counter(re.sub(r"[0-9]+(?=[./])", "*", name, count=1) for name in names)
     return ", ".join(name if n == 1 else f"{n}{NO_BREAK}{name}" for name, n in patterns.items())
 
 
 def explained(reasons: Mapping[str, str]) -> list[str]:
-    """The names of one reason together, with the reason."""
+    """Group names by their reason, one line for each."""
     return [
         f"{why}: {grouped(name for name, reason in reasons.items() if reason == why)}"
         for why in dict.fromkeys(reasons.values())
@@ -161,7 +162,7 @@ def explained(reasons: Mapping[str, str]) -> list[str]:
 
 
 def wrapped(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Rows of a name and words, in lines that fit a page."""
+    """Return rows of a name and a text as lines, wrapped to WIDTH."""
     lines = []
     for name, words in rows:
         first, *rest = wrap(words, WIDTH - INDENT, break_long_words=False) or [""]

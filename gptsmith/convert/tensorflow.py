@@ -1,7 +1,7 @@
-"""OpenAI's own GPT-2: the TensorFlow folder that it was published as, and what was made from it.
+"""Read OpenAI's GPT-2 in the TensorFlow folder of its publication, or one of the same form.
 
-Such a folder has hparams.json, a checkpoint (`bundle.py`), and encoder.json and vocab.bpe. It is
-read without TensorFlow, and never written. Knows nothing of how a checkpoint lies in its files.
+The folder has hparams.json, a checkpoint (`bundle.py`), encoder.json and vocab.bpe. It is read
+without TensorFlow, and never written. Knows nothing of a checkpoint's file format.
 """
 
 import re
@@ -20,7 +20,7 @@ from ..tokenizers.build import from_files
 from .bundle import is_index, open_bundle
 
 HPARAMS = "hparams.json"
-# theirs, of OpenAI's `src/model.py`: ours. It knows no others.
+# theirs: ours. These are all parameters of OpenAI's `src/model.py`.
 NUMBERS = {
     "n_vocab": "vocab_size",
     "n_ctx": "context_length",
@@ -30,7 +30,7 @@ NUMBERS = {
 }
 
 _LAYER = "model/h{}/"
-NAMES = weight_names(  # a matrix has a leading axis of 1 there, for a convolution: not counted here
+NAMES = weight_names(  # their matrices have a leading axis of 1 (a convolution), which `read` drops
     {  # ours: theirs
         "wte": "model/wte",
         "wpe": "model/wpe",
@@ -48,14 +48,14 @@ NAMES = weight_names(  # a matrix has a leading axis of 1 there, for a convoluti
     transposed=True,
 )
 
-# What a Saver of all variables keeps besides weights, as tf.train.AdamOptimizer calls it.
+# Variables of tf.train.AdamOptimizer, which a Saver of all variables keeps too.
 TRAINING = NoWeights(
-    re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?"), "of the optimizer's, no weight"
+    re.compile(r"global_step|beta[12]_power|model/.+/Adam(_1)?"), "of the optimizer, not a weight"
 )
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder has hparams.json and the index of a TensorFlow checkpoint."""
+    """Return whether a folder has hparams.json and the index of a TensorFlow checkpoint."""
     try:
         return (path / HPARAMS).is_file() and any(map(is_index, path.glob("*.index")))
     except OSError:
@@ -63,9 +63,9 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """The model of a folder; ValueError unless its tensors are those that hparams.json promises.
+    """Open the model of a folder; ValueError if its tensors do not match hparams.json.
 
-    `n_head` alone cannot be checked, since no tensor's shape tells it.
+    Only `n_head` cannot be checked, because no tensor's shape depends on it.
     """
     config = config_of(path / HPARAMS)
     bundle = open_bundle(find_index(path))
@@ -90,17 +90,17 @@ def read(path: Path) -> Stored:
 
 
 def without_leading_one(shape: Shape) -> Shape:
-    """(1, in, out) as (in, out)."""
+    """Return (in, out) for (1, in, out), and other shapes unchanged."""
     return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
 def config_of(path: Path) -> GPTConfig:
-    """The model that a hparams.json describes: five numbers, and GPT-2 in everything else."""
+    """Return the configuration in hparams.json: five numbers, and GPT-2's defaults."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {HPARAMS}: copy the one of its GPT-2")
+        raise FileNotFoundError(f"{path.parent} has no {HPARAMS}: copy it from the original model")
     hparams = read_json(path)
     if missing := [name for name in NUMBERS if name not in hparams]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no GPT-2's")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is not that of a GPT-2")
     if unknown := [name for name in hparams if name not in NUMBERS]:
         raise ValueError(f"{path} has {', '.join(unknown)}, which OpenAI's GPT-2 does not know")
     try:
@@ -110,7 +110,7 @@ def config_of(path: Path) -> GPTConfig:
 
 
 def find_index(folder: Path) -> Path:
-    """The checkpoint that a folder's file `checkpoint` names, or the only one that it has."""
+    """Return the index that a folder's file `checkpoint` names, or the only one there is."""
     found = sorted(path for path in folder.glob("*.index") if is_index(path))
     said = folder / "checkpoint"
     text = said.read_text(encoding="utf-8", errors="replace") if said.is_file() else ""
@@ -122,11 +122,11 @@ def find_index(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} has no *.index of a TensorFlow checkpoint")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} has {names}: write which into its file 'checkpoint'")
+        raise ValueError(f"{folder} has {names}: name the one to read in its file 'checkpoint'")
     return found[0]
 
 
 def vocabulary_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer of encoder.json and vocab.bpe, or None where there is neither."""
+    """Load the tokenizer of encoder.json and vocab.bpe; None if both are missing."""
     both = folder / "encoder.json", folder / "vocab.bpe"
     return from_files(*both) if any(path.is_file() for path in both) else None

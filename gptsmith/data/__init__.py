@@ -1,3 +1,3 @@
-"""From text to tokens on disk, and from those to batches. In reading order: shakespeare, sources,
+"""Text to tokens on disk, and these to batches. In reading order: shakespeare, sources,
 documents, tokenfile, shards, encode, prepare, batches.
 """

@@ -1,7 +1,7 @@
-"""From a stream of tokens to the batch of any step, by (seed, step) alone.
+"""Compute the batch of any step from the seed and the step alone.
 
-Keeps no position and no list: resuming needs only the step, every process can compute its part of
-the same global batch, and memory does not grow. Knows nothing of models or files.
+There is no position or shuffled list to keep: resuming needs only the step, every process computes
+its part of the same global batch, and memory does not grow. Knows nothing of models or files.
 
 Shapes:  R rows of this process    T tokens (the context length)
 """
@@ -16,7 +16,7 @@ FEISTEL_ROUNDS = 4  # enough that the order has no visible pattern (Luby and Rac
 
 
 class Tokens(Protocol):
-    """A long sequence of token ids that can be read anywhere, as `shards.TokenStream` can."""
+    """A long sequence of token ids with random access, such as `shards.TokenStream`."""
 
     def __len__(self) -> int: ...
 
@@ -26,9 +26,9 @@ class Tokens(Protocol):
 class Batches:
     """Windows of T + 1 tokens, without replacement, in a seeded order that changes every epoch.
 
-    The stream is taken as a circle. Each epoch cuts it at its own random offset into windows that
-    touch but do not overlap, so every target is learned once per epoch (but for less than one
-    window), and over epochs every token is met at every position.
+    The stream is treated as a circle. Each epoch cuts it at a random offset into adjacent windows,
+    so that every token is a target once per epoch (except for less than one window), and at every
+    position over the epochs.
     """
 
     def __init__(
@@ -49,24 +49,27 @@ class Batches:
         self.stream, self.context_length, self.seed = stream, context_length, seed
         self.rows, self.rank = rows, rank
         self.windows = len(stream) // context_length  # in an epoch
-        # Ranks take neighbouring blocks of the global batch; the first ones take the odd rows.
+        # Ranks take consecutive blocks of the global batch; the first ones take the remainder.
         self.mine = np.array_split(np.arange(rows), world_size)[rank]
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """This process's rows of the batch of a step (from 0): tokens and targets, (R, T) int64."""
+        """Return this process's rows of a step's batch: tokens and targets, (R, T) int64.
+
+        Steps count from 0.
+        """
         starts = [self.start(step * self.rows + int(row)) for row in self.mine]
         windows = np.stack([self.window(start) for start in starts])  # (R, T + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def start(self, index: int) -> int:
-        """Where the window that comes `index`-th in the whole run begins in the stream."""
+        """Return the start in the stream of the run's window number `index`, from 0."""
         epoch, place = divmod(index, self.windows)
         *keys, offset = epoch_words(self.seed, epoch)
         number = permuted(place, self.windows, keys)
         return (offset + number * self.context_length) % len(self.stream)
 
     def window(self, start: int) -> np.ndarray:
-        """T + 1 tokens from `start`, going round at the end of the stream."""
+        """Return T + 1 tokens from `start`, wrapping around at the end of the stream."""
         stop = start + self.context_length + 1
         whole = self.stream.read(start, min(stop, len(self.stream)))
         if stop <= len(self.stream):
@@ -76,16 +79,17 @@ class Batches:
 
 @lru_cache(maxsize=4)
 def epoch_words(seed: int, epoch: int) -> tuple[int, ...]:
-    """The random 64-bit numbers of an epoch: a key per round, and the offset of its windows."""
+    """Return an epoch's random 64-bit numbers: a key for each round, and the windows' offset."""
     words = np.random.SeedSequence((seed, epoch)).generate_state(FEISTEL_ROUNDS + 1, np.uint64)
     return tuple(int(word) for word in words)
 
 
 def permuted(index: int, size: int, keys: Sequence[int]) -> int:
-    """Where a keyed permutation of range(size) sends `index`.
+    """Return the image of `index` under a keyed permutation of range(size).
 
-    A Feistel network permutes the smallest square power of two that holds `size`; walking on until
-    the result is inside makes it a permutation of exactly `size` (cycle walking).
+    A Feistel network permutes range(4 ** n) for the smallest such number that is at least `size`.
+    Applying it again until the result is below `size` makes it a permutation of range(size) (cycle
+    walking).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -99,7 +103,7 @@ def permuted(index: int, size: int, keys: Sequence[int]) -> int:
 
 
 def mixed(value: int) -> int:
-    """A 64-bit hash of a number: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Return a 64-bit hash: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

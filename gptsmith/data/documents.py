@@ -1,7 +1,7 @@
-"""What the text of a source is: documents, given a chunk at a time.
+"""Read the documents of a source, a chunk at a time.
 
-Knows nothing of tokens or of where sources come from. A document of any length needs only a
-megabyte or so of memory, and every error says the place.
+Knows nothing of tokens or of where sources come from. A document of any length needs only about a
+megabyte of memory, and every error names the place.
 """
 
 import codecs
@@ -23,8 +23,8 @@ class Chunk(NamedTuple):
     """Some text of a document."""
 
     text: str
-    read: int  # bytes of the source up to the end of this text
-    ends: bool  # whether the document ends here
+    read: int  # bytes of the source up to the end of this chunk
+    ends: bool  # whether the document ends with this chunk
 
 
 def read_documents(
@@ -35,10 +35,10 @@ def read_documents(
     stop: int | None = None,
     digest: "hashlib._Hash | None" = None,
 ) -> Iterator[Chunk]:
-    """The documents of a source, in chunks; one without any text is no document.
+    """Yield the documents of a source in chunks; empty ones are skipped.
 
-    A text has a chunk that ends at byte `stop`, moved forward to the end of a character. All bytes
-    that are read go to `digest` too. ValueError in one line for text that cannot be read.
+    For plain text, one chunk ends at byte `stop`, moved forward to the end of a character. `digest`
+    is updated with all bytes. ValueError in one line for text that cannot be read.
     """
     if source.kind == "parquet":
         return parquet_rows(source, field, digest)
@@ -51,7 +51,7 @@ def read_documents(
 
 
 def whole_text(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Chunk]:
-    """A file that is one document."""
+    """Yield a file as one document."""
     read = 0
     for text, read in texts:
         yield Chunk(text, read, False)
@@ -60,12 +60,12 @@ def whole_text(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Chu
 
 
 def checked_encoding(name: str) -> str:
-    """The usual name of a character encoding; ValueError where Python has none of that name."""
+    """Return the usual name of a character encoding; ValueError if Python does not know it."""
     try:
-        # Python's own codecs only: packages may register one that takes any name for its own.
+        # Python's own codecs only: a package may register one that accepts any name.
         if not (found := encodings.search_function(name.lower())):
             raise LookupError(name)
-        "x".encode(found.name)  # refuses what does not make bytes of text, such as rot13
+        "x".encode(found.name)  # refuses codecs that do not encode text as bytes, such as rot13
         return found.name
     except LookupError as error:
         known = ["utf-8", "utf-16", "latin-1", "cp1252", "shift_jis", "gb18030", "big5", "koi8-r"]
@@ -76,13 +76,13 @@ def checked_encoding(name: str) -> str:
 def decoded_text(
     source: Source, encoding: str, stop: int | None, digest: "hashlib._Hash | None"
 ) -> Iterator[tuple[str, int]]:
-    """The text of a source, and how many of its bytes have become text, a megabyte at a time."""
+    """Yield text of a source, a megabyte at a time, with the number of bytes decoded so far."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    mark = "\ufeff" if encoding == "utf-8" else ""  # of byte order, at the start: no text
-    position, starts = 0, True  # bytes read; whether no character was yet
+    mark = "\ufeff" if encoding == "utf-8" else ""  # a byte order mark at the start is not text
+    position, starts = 0, True  # bytes read; whether there was no character yet
     with source.open() as file:
         while True:
-            pending = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
+            pending = len(decoder.getstate()[0])  # bytes of an incomplete character
             wanted = CHUNK_BYTES
             if stop is not None and position - pending < stop:
                 wanted = min(CHUNK_BYTES, max(1, stop - position))
@@ -97,7 +97,7 @@ def decoded_text(
                     f"{source.name}: byte 0x{error.object[error.start]:02x} at position {place} "
                     f"is not {encoding}: name the file's encoding with --encoding, as latin-1"
                 ) from error
-            except UnicodeError as error:  # some codecs know no position
+            except UnicodeError as error:  # some codecs do not report a position
                 raise ValueError(
                     f"{source.name} is not {encoding} ({error}): name its --encoding, as utf-8"
                 ) from error
@@ -111,8 +111,8 @@ def decoded_text(
 
 
 def lines_of(texts: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """Text that comes in chunks, line by line, without the newline; and the bytes read so far."""
-    parts: list[str] = []  # of a line that is not whole yet
+    """Yield lines of text that arrives in chunks, without newlines, and the bytes read so far."""
+    parts: list[str] = []  # of an incomplete line
     read = 0
     for text, read in texts:
         first, *more = text.split("\n")
@@ -124,7 +124,7 @@ def lines_of(texts: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 
 
 def jsonl_rows(source: Source, texts: Iterator[tuple[str, int]], field: str) -> Iterator[Chunk]:
-    """The field of every line of a file of JSON objects."""
+    """Yield the field of every line of a file of JSON objects."""
     for number, (line, read) in enumerate(lines_of(texts), 1):
         if not line.strip():
             continue
@@ -133,7 +133,7 @@ def jsonl_rows(source: Source, texts: Iterator[tuple[str, int]], field: str) -> 
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{place} is not JSON ({error}): one object a line is needed"
+                f"{place} is not JSON ({error}): one object per line is needed"
             ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not a JSON object: one with '{field}' is needed")
@@ -143,25 +143,23 @@ def jsonl_rows(source: Source, texts: Iterator[tuple[str, int]], field: str) -> 
 
 
 def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> str:
-    """The text of a row's field; ValueError where it is missing or no text."""
+    """Return the text of a row's field; ValueError if it is missing or not text."""
     if field not in known:
         hint = suggestion(field, known) or f" (there are: {', '.join(map(str, known[:8]))})"
         raise ValueError(f"{place} has no '{field}'{hint}: name the right one with --field")
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise ValueError(
-            f"{place} has {kind} in '{field}': text is needed; another --field, perhaps"
-        )
+        raise ValueError(f"{place} has {kind} in '{field}', not text: name another --field")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a UTF-16 pair
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates
         code = ord(value[error.start])
         raise ValueError(f"{place}: '{field}' has a lone surrogate, U+{code:04X}") from None
     return value
 
 
 def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") -> Iterator[Chunk]:
-    """The column of every row of a Parquet file."""
+    """Yield the column of every row of a Parquet file."""
     if digest is not None:
         assert source.path is not None
         for chunk in chunks(source.path):
@@ -178,7 +176,7 @@ def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") ->
 
 
 def text_bytes(source: Source, *, field: str = "text") -> int:
-    """About how many bytes of text a source holds: more than its size where it is compressed."""
+    """Estimate the bytes of text in a source, which exceed its size if it is compressed."""
     if source.kind != "parquet":
         return source.size
     with opened_parquet(source) as table:
@@ -190,7 +188,7 @@ def text_bytes(source: Source, *, field: str = "text") -> int:
 
 @contextmanager
 def opened_parquet(source: Source) -> Iterator[Any]:
-    """A Parquet file; ValueError in one line where it is damaged, ImportError without pyarrow."""
+    """Open a Parquet file; ValueError in one line if it is damaged, ImportError without pyarrow."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -199,7 +197,7 @@ def opened_parquet(source: Source) -> Iterator[Any]:
             "reading .parquet is an extra: pip install 'gptsmith[parquet]'"
         ) from error
     try:
-        # A small buffer: row groups can be far larger than what a few hundred rows need.
+        # Buffered reading: row groups can be far larger than a few hundred rows.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=CHUNK_BYTES) as table:
             yield table
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

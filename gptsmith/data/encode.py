@@ -1,7 +1,7 @@
-"""From documents to ids: cut where that changes nothing, encoded by several threads, in order.
+"""Encode documents in several threads, in order, cutting long ones where the ids stay the same.
 
-Knows nothing of files or shards; which split a text belongs to is told, not decided. Memory is
-bounded: text flows through in stretches of a quarter of a megabyte.
+Knows nothing of files or shards; the caller decides the split of each text. Memory is bounded: text
+is processed in stretches of a quarter of a megabyte.
 """
 
 import re
@@ -15,15 +15,15 @@ import numpy as np
 from ..tokenizers import Tokenizer
 
 STRETCH = 1 << 18  # characters that one thread encodes at once
-LONGEST = 1 << 21  # characters without a place to cut, after which they are cut all the same
+LONGEST = 1 << 21  # characters without a safe place to cut, after which text is cut anyway
 
-# What neither Python nor any regex takes for white space, before a space or a newline. There the
-# splitting patterns of GPT-2 always split, so text that is cut there has the ids of the whole.
+# A character that neither Python nor any regex library counts as white space, before a space or a
+# newline. GPT-2's pattern always splits there, so cutting there does not change the ids.
 SAFE = re.compile("[^\\s\x1c-\x1f\x85\u180e\u200b\ufeff](?=[ \n])")
 
 
 class SplitText(NamedTuple):
-    """Some text of a document as it is read, and the split that it belongs to."""
+    """Some text of a document as it is read, and its split."""
 
     text: str
     held_out: bool
@@ -33,11 +33,11 @@ class SplitText(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Some text of a document, ready to be encoded on its own."""
+    """Some text of a document that can be encoded on its own."""
 
     text: str
     held_out: bool
-    begins: bool  # the document, or what of it belongs to this split
+    begins: bool  # the document, or its part in this split
     ends: bool
     place: str
     offset: int  # characters of the document before this text
@@ -60,30 +60,30 @@ def encode_all(
     unknown: Literal["error", "skip"] = "error",
     workers: int = 1,
 ) -> Generator[Encoded, None, None]:
-    """All documents as ids, in order and the same with any number of threads.
+    """Yield all documents as ids, in order; the result does not depend on the number of threads.
 
-    ValueError, with the place, where the tokenizer refuses a text.
+    ValueError, with the place, if the tokenizer refuses a text.
     """
-    under_way: deque[tuple[Future[Encoded], int]] = deque()
-    length = 0  # characters under way
+    pending: deque[tuple[Future[Encoded], int]] = deque()
+    length = 0  # characters in pending jobs
     with ThreadPoolExecutor(workers) as pool:
         try:
             for job in gathered(stretches(texts, tokenizer)):
                 size = sum(len(stretch.text) for stretch in job)
-                under_way.append((pool.submit(encode, job, tokenizer, unknown), size))
+                pending.append((pool.submit(encode, job, tokenizer, unknown), size))
                 length += size
                 while length > (workers + 1) * STRETCH:
-                    future, size = under_way.popleft()
+                    future, size = pending.popleft()
                     length -= size
                     yield future.result()
-            while under_way:
-                yield under_way.popleft()[0].result()
+            while pending:
+                yield pending.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def stretches(texts: Iterable[SplitText], tokenizer: Tokenizer) -> Iterator[Stretch]:
-    """Documents in stretches that can be encoded apart; the last of each is marked."""
+    """Yield documents in stretches that can be encoded separately; the last of each is marked."""
     text, held_out, begins, offset = "", False, True, 0
     for each in texts:
         if each.held_out != held_out:
@@ -104,9 +104,9 @@ def stretches(texts: Iterable[SplitText], tokenizer: Tokenizer) -> Iterator[Stre
 
 
 def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
-    """Where a stretch that begins at `start` ends, or 0 where it needs more text.
+    """Return the end of the stretch that begins at `start`, or 0 if it needs more text.
 
-    A great length without any space (no language has it) is cut all the same, to bound memory.
+    A very long text without spaces (no language has one) is cut anyway, to bound memory.
     """
     enough = start + STRETCH
     if len(text) <= enough:
@@ -121,7 +121,7 @@ def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
 
 
 def gathered(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
-    """Stretches gathered until they are worth a thread's while."""
+    """Group stretches into jobs that are large enough for a thread."""
     job: list[Stretch] = []
     length = 0
     for stretch in stretches:
@@ -137,11 +137,11 @@ def gathered(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
 def ids_of(
     job: list[Stretch], tokenizer: Tokenizer, unknown: Literal["error", "skip"]
 ) -> Iterator[np.ndarray]:
-    """The ids of each stretch: (N,)."""
+    """Yield the ids of each stretch: (N,)."""
     try:
         together = tokenizer.encode_together([stretch.text for stretch in job])
     except ValueError:
-        together = None  # one by one, the place is known
+        together = None  # encoded one by one, the error names the place
     if together is not None:
         yield from together
         return
@@ -154,7 +154,7 @@ def ids_of(
 
 
 def encode(job: list[Stretch], tokenizer: Tokenizer, unknown: Literal["error", "skip"]) -> Encoded:
-    """The ids of some stretches, with <|endoftext|> after each document where there is one."""
+    """Encode stretches, with <|endoftext|> after each document if the tokenizer has it."""
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     ids: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     sizes, documents = [0, 0], [0, 0]

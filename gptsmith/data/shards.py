@@ -1,6 +1,6 @@
-"""Many shards as one long sequence, and the folder that they lie in.
+"""Read many shards as one long sequence, and open the folder that contains them.
 
-Knows nothing of text or batches; what one file looks like is `tokenfile.py`'s to say.
+Knows nothing of text or batches; `tokenfile.py` reads the header of one file.
 """
 
 import re
@@ -19,19 +19,19 @@ INFO = "dataset.json"
 DATASET_FORMAT = "gptsmith-dataset"
 DATASET_VERSION = 1
 
-OPEN_SHARDS = 128  # mapped at once: far below the 1,024 files that a process may usually open
-MAPPED_BYTES = 1 << 28  # touched before all maps are let go, so that resident memory is bounded
-TOUCHED_BYTES = 1 << 17  # what the system may map around one small read
+OPEN_SHARDS = 128  # mapped at once: far below the usual limit of 1,024 open files
+MAPPED_BYTES = 1 << 28  # read before all maps are closed, so that resident memory is bounded
+TOUCHED_BYTES = 1 << 17  # that the system may map around one small read
 
 
 class TokenStream:
-    """Several shards as one sequence of token ids; safe to read from several threads."""
+    """Several shards as one sequence of token ids; threads may read it in parallel."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = [Path(path) for path in paths]
         self.layouts = [layout(path) for path in self.paths]
         counts = [each.tokens for each in self.layouts]
-        self.ends = np.cumsum(counts, dtype=np.int64)  # where each shard stops
+        self.ends = np.cumsum(counts, dtype=np.int64)  # the end of each shard in the sequence
         self._maps: dict[int, np.ndarray] = {}
         self._touched = 0
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class TokenStream:
         return int(self.ends[-1]) if self.paths else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from `start` up to `stop`, across shard borders: (stop - start,) int64."""
+        """Read the tokens from `start` up to `stop`, across shards: (stop - start,) int64."""
         assert 0 <= start <= stop <= len(self), f"{start}:{stop} of {len(self)} tokens"
         tokens = np.empty(stop - start, np.int64)
         done = start
@@ -55,7 +55,7 @@ class TokenStream:
         return tokens
 
     def _mapped(self, shard: int, count: int) -> np.ndarray:
-        """A shard's map, opened once; every so often all are let go, and memory with them."""
+        """Return a shard's memory map. From time to time all are closed, which frees memory."""
         dtype, offset, length = self.layouts[shard]
         with self._lock:
             self._touched += count * dtype.itemsize + TOUCHED_BYTES
@@ -77,17 +77,17 @@ class Dataset:
 
     folder: Path
     train: TokenStream
-    validation: TokenStream | None  # None where nothing was held out
-    fingerprint: str | None = None  # of the tokenizer; None where the folder does not say
+    validation: TokenStream | None  # None if nothing was held out
+    fingerprint: str | None = None  # of the tokenizer; None if unknown
     vocab_size: int | None = None
     info: dict[str, Any] = field(default_factory=dict)  # dataset.json, or {}
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """The dataset in a folder; FileNotFoundError or DamagedError in one line."""
+        """Open the dataset in a folder; FileNotFoundError or DamagedError in one line."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: one that prepare made is needed")
+            raise FileNotFoundError(f"no folder {folder}: one made by `gptsmith prepare` is needed")
         info = prepared_info(folder)
         if not info:
             paths, others = shard_paths(folder, "train"), shard_paths(folder, "val")
@@ -106,7 +106,7 @@ class Dataset:
         return cls(folder, train, held_out, *known, info)
 
     def verify(self) -> None:
-        """Raise DamagedError where a shard has not the SHA-256 that dataset.json gives it."""
+        """Raise DamagedError if a shard's SHA-256 is not the one in dataset.json."""
         for split in ("train", "validation"):
             for shard in (self.info.get(split) or {}).get("shards", ()):
                 path = self.folder / shard["file"]
@@ -114,7 +114,7 @@ class Dataset:
                     raise DamagedError(f"{path} was changed since it was written: prepare it again")
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raise ValueError where a token is outside the vocabulary; reads all of the data once."""
+        """Raise ValueError if a token is outside the vocabulary; reads all of the data once."""
         for stream in (self.train, self.validation):
             for path in stream.paths if stream else ():
                 if (largest := largest_token(path)) >= vocab_size:
@@ -125,7 +125,7 @@ class Dataset:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder holds shards of tokens, rather than text."""
+    """Return whether a folder contains shards of tokens, not text."""
     folder = Path(folder)
     if not folder.is_dir():
         return False
@@ -136,7 +136,7 @@ def is_dataset(folder: Path) -> bool:
 
 
 def prepared_info(folder: Path) -> dict[str, Any]:
-    """What `dataset.json` says where prepare made the folder, else {}."""
+    """Return `dataset.json` of a folder made by prepare, else {}."""
     if not (folder / INFO).is_file():
         return {}
     info = read_json(folder / INFO)
@@ -151,13 +151,13 @@ def prepared_info(folder: Path) -> dict[str, Any]:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", by their names: fineweb_train_000001.bin."""
+    """Return the shards of a split, "train" or "val", by their names: fineweb_train_000001.bin."""
     word = re.compile(rf"(?<![a-z]){split}")  # at the start of a word: not in retrieval_000001.bin
     return sorted(path for path in folder.glob("*.bin") if word.search(path.stem))
 
 
 def open_split(folder: Path, split: dict[str, Any]) -> TokenStream:
-    """The shards of one split of dataset.json, each as long as it says."""
+    """Open the shards of one split in dataset.json; DamagedError if their sizes differ."""
     paths = []
     for shard in split["shards"]:
         path = folder / shard["file"]

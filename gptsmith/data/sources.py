@@ -1,6 +1,6 @@
-"""Where text comes from: files, folders, rows of .jsonl and .parquet, standard input, the plays.
+"""Find sources of text: files, folders, .jsonl and .parquet, standard input, built-in texts.
 
-Knows nothing of what is in them: `documents.py` reads that.
+Knows nothing of their contents, which `documents.py` reads.
 """
 
 import hashlib
@@ -37,26 +37,26 @@ ENDINGS = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set
 class Source:
     """One file of text, or of rows that are documents."""
 
-    name: str  # as the user knows it
+    name: str  # as the user gave it
     size: int  # bytes
     kind: Literal["text", "jsonl", "parquet"] = "text"
     path: Path | None = None
-    content: bytes | None = field(default=None, repr=False)  # UTF-8, of a text that is no file
+    content: bytes | None = field(default=None, repr=False)  # UTF-8; for a text without a file
 
     @property
     def has_rows(self) -> bool:
-        """Whether each row, not the whole, is a document."""
+        """Whether each row is a document, not the whole file."""
         return self.kind != "text"
 
     def open(self) -> BinaryIO:
-        """Its bytes."""
+        """Open the source for reading bytes."""
         if self.content is not None:
             return io.BytesIO(self.content)
         assert self.path is not None
         return self.path.open("rb")
 
     def sha256(self) -> str:
-        """Hex SHA-256 of its bytes."""
+        """Return the hex SHA-256 of the bytes."""
         with self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
@@ -65,17 +65,17 @@ class Source:
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """The sources that names mean: a built-in text, a file, a folder, or "-" for standard input.
+    """Return the sources of names: built-in texts, files, folders, or "-" for standard input.
 
-    FileNotFoundError where there is nothing of that name; ValueError for a folder without text.
+    FileNotFoundError if a name does not exist; ValueError for a folder without text.
     """
     if not names:
-        raise ValueError("no source was named: a file, a folder, - or a built-in text is needed")
+        raise ValueError("no source given: a file, a folder, - or a built-in text is needed")
     return [source for name in names for source in sources_of(str(name))]
 
 
 def sources_of(name: str) -> list[Source]:
-    """The sources of one name."""
+    """Return the sources of one name."""
     if not name:
         raise ValueError("the name of a source is empty: a file, a folder or - is needed")
     if name == STANDARD_INPUT:
@@ -95,7 +95,7 @@ def sources_of(name: str) -> list[Source]:
 
 
 def file_source(path: Path, name: str) -> Source:
-    """A file that is read as its ending says, or else as text."""
+    """Return a file as a source, whose kind follows from its suffix; by default it is text."""
     kind: Any = ROWS.get(path.suffix.lower(), "text")
     if not path.is_file():  # a pipe, such as <(zcat text.gz), can be read only once
         with path.open("rb") as file:
@@ -104,18 +104,18 @@ def file_source(path: Path, name: str) -> Source:
 
 
 def sources_in(folder: Path) -> list[Source]:
-    """All files of text in a folder and below, sorted; one warning counts the others."""
+    """Return all text files in a folder and below, sorted; a warning counts the others."""
     found: list[Path] = []
     others: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         here = Path(place)
         identity = os.stat(here)
-        if (identity.st_dev, identity.st_ino) in seen:  # a link back to where we have been
+        if (identity.st_dev, identity.st_ino) in seen:  # a link to a folder that was visited
             folders.clear()
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        folders.sort()  # so that of two links to one folder it is always the first that counts
+        folders.sort()  # so that of two links to a folder, always the same one is followed
         others += [here / each for each in folders if each.startswith(".")]
         folders[:] = [each for each in folders if not each.startswith(".")]
         for path in (here / each for each in files):
@@ -124,13 +124,14 @@ def sources_in(folder: Path) -> list[Source]:
             (found if known and not hidden and path.is_file() else others).append(path)
     if not found:
         raise ValueError(
-            f"{folder} holds no text: files that end in .txt, .md, .jsonl, .parquet or as source "
-            "code does are looked for; name a file to read it whatever its ending"
+            f"{folder} has no text files, such as .txt, .md, .jsonl, .parquet or source code: name "
+            "a file itself to read it whatever its suffix"
         )
     if others:
         such = min(others).relative_to(folder)
         warnings.warn(
-            f"{folder}: {len(others)} hidden or not known as text were passed over, such as {such}",
+            f"{folder}: skipped {len(others)} files or folders that are hidden or not known as "
+            f"text, such as {such}",
             stacklevel=2,
         )
     found.sort(key=lambda path: path.relative_to(folder).parts)
@@ -138,7 +139,7 @@ def sources_in(folder: Path) -> list[Source]:
 
 
 def spooled(stream: BinaryIO, name: str = STANDARD_INPUT, kind: Any = "text") -> Source:
-    """What a pipe gives, in a temporary file that lives as long as the source; so it has a size."""
+    """Copy a pipe to a temporary file, whose size is known; deleted with the source."""
     folder = Path(tempfile.mkdtemp(prefix="gptsmith-"))
     path = folder / "input"
     try:

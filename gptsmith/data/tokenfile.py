@@ -1,8 +1,8 @@
-"""What one file of tokens looks like: its header, reading it, writing it.
+"""Read and write one file of tokens.
 
-Knows nothing of text or batches. The header is the one of llm.c and modded-nanogpt, so published
-shards are read as they are: 256 little-endian int32, of which a magic number, a version and the
-count of tokens are used; then the tokens.
+Knows nothing of text or batches. The header is that of llm.c and modded-nanogpt, so their published
+shards can be read: 256 little-endian int32, of which three are used (magic number, version, number
+of tokens), followed by the tokens.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ from ..machine.files import DamagedError, chunks, flush_to_disk, sha256
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-MOST_TOKENS = 2**31 - 1  # that the header's int32 can count
-SMALL_VOCABULARY = 2**16  # largest one whose ids fit uint16
+MOST_TOKENS = 2**31 - 1  # in one file: the header counts them in an int32
+SMALL_VOCABULARY = 2**16  # the largest whose ids fit into uint16
 UINT16: np.dtype[Any] = np.dtype("<u2")
 UINT32: np.dtype[Any] = np.dtype("<u4")
-FORMATS = {  # magic and version -> how a token is stored; llm.c's for GPT-2 and for Llama 3
+FORMATS = {  # magic number and version -> dtype of a token; llm.c's for GPT-2 and for Llama 3
     (20240520, 1): UINT16,
     (20240801, 7): UINT32,
 }
-HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files: uint16 tokens and nothing else
+HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files: only uint16 tokens
 
 
 # -- reading
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a file are."""
+    """The position and dtype of a file's tokens."""
 
     dtype: np.dtype[Any]
     offset: int  # bytes before the first token
@@ -39,12 +39,12 @@ class Layout(NamedTuple):
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """How a token of this vocabulary is stored: uint16 where it fits, else uint32."""
+    """Return the dtype that stores a vocabulary's tokens: uint16 if they fit, else uint32."""
     return UINT16 if vocab_size <= SMALL_VOCABULARY else UINT32
 
 
 def layout(path: Path) -> Layout:
-    """What a shard's header says, checked against its size; DamagedError in one line."""
+    """Read a shard's header and check it against the file's size; DamagedError if they differ."""
     size = path.stat().st_size
     if size == 0:
         raise DamagedError(f"{path} is empty: a shard has a header and tokens")
@@ -57,25 +57,25 @@ def layout(path: Path) -> Layout:
     dtype = FORMATS[magic, version]
     count, wanted = int(header[2]), HEADER_BYTES + int(header[2]) * dtype.itemsize
     if count < 1:
-        raise DamagedError(f"{path} has a header that counts {count} tokens: it was not finished")
+        raise DamagedError(f"{path} has {count} tokens by its header: it was not finished")
     if size != wanted:
         state = "cut short" if size < wanted else "too long"
         raise DamagedError(
-            f"{path} is {state}: its header counts {count:,} tokens, which make {wanted:,} bytes, "
+            f"{path} is {state}: its header says {count:,} tokens, which take {wanted:,} bytes, "
             f"but it has {size:,}"
         )
     return Layout(dtype, HEADER_BYTES, count)
 
 
 def headerless_layout(path: Path, size: int, header: np.ndarray) -> Layout:
-    """The layout of nanoGPT's files, which are known by their names alone."""
+    """Return the layout of nanoGPT's files, which only their names identify."""
     magic, version = (int(number) for number in header[:2]) if header.size > 1 else (0, 0)
     ours = any(magic == known for known, _ in FORMATS)
-    # 1,012 bytes of zeros are not text: it is a header, of a kind that is not known here.
+    # 1,012 bytes of zeros are not tokens but a header, of an unknown kind.
     looks_like_header = header.size == HEADER_INTS and not header[3:].any()
     if path.name in HEADERLESS and not ours and not looks_like_header:
         if size % UINT16.itemsize:
-            raise DamagedError(f"{path} has {size:,} bytes: two for each token are needed")
+            raise DamagedError(f"{path} has {size:,} bytes, which is not two for each token")
         return Layout(UINT16, 0, size // UINT16.itemsize)
     known = " or ".join(f"{number} version {each}" for number, each in FORMATS)
     raise DamagedError(
@@ -85,7 +85,7 @@ def headerless_layout(path: Path, size: int, header: np.ndarray) -> Layout:
 
 
 def largest_token(path: Path) -> int:
-    """The largest token of one file, all of which is read, though never at once."""
+    """Return the largest token of a file, reading all of it in chunks."""
     dtype, offset, count = layout(path)
     parts = chunks(path, offset, count * dtype.itemsize)
     return max(int(np.frombuffer(part, dtype).max()) for part in parts)
@@ -95,7 +95,7 @@ def largest_token(path: Path) -> int:
 
 
 class ShardWriter:
-    """Writes tokens as PREFIX_000000.bin and so on, each with its header, in bounded memory."""
+    """Writes tokens to PREFIX_000000.bin and so on, each with a header, in bounded memory."""
 
     def __init__(self, folder: Path, prefix: str, vocab_size: int, shard_tokens: int) -> None:
         if not 1 <= shard_tokens <= MOST_TOKENS:
@@ -138,7 +138,7 @@ class ShardWriter:
                 self.finish()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Close the open shard, if any, and put it on the disk; all shards so far."""
+        """Close the open shard, if any, and flush it to the disk; return all shards so far."""
         if self._file is None:
             return self.shards
         short = self._count < self.shard_tokens
@@ -149,7 +149,7 @@ class ShardWriter:
         self._file.close()
         self._file = None
         flush_to_disk(path)
-        # The digest began with the header of a full shard; a short one, the last, is read again.
+        # The digest started with the header of a full shard. A short one (the last) is read again.
         digest = sha256(path) if short else self._digest.hexdigest()
         self.shards.append({"file": path.name, "tokens": self._count, "sha256": digest})
         return self.shards

@@ -1,6 +1,6 @@
-"""What DATA means to whoever reads it with a model: a split of prepared data, or a whole text.
+"""Open DATA for evaluating a model: a split of prepared data, or a text that is encoded whole.
 
-Knows nothing of models but the vocabulary's size.
+Knows nothing of models except the size of the vocabulary.
 """
 
 import tempfile
@@ -26,21 +26,20 @@ def opened_tokens(
     split: Split | None = None,
     options: PrepareSettings | None = None,
 ) -> Iterator[Tokens]:
-    """The tokens of DATA for a model with this tokenizer and vocabulary, while the context lasts.
+    """Yield the tokens of DATA for a model with this tokenizer and vocabulary.
 
-    Of a prepared folder it is one split: by default what was held out, or all where nothing was. A
-    source is encoded whole, as the options say. ValueError where the tokens are not the model's.
+    For prepared data these are one split: by default validation, or train if nothing was held out.
+    A text is encoded whole, with the given options. ValueError if the tokens do not suit the model.
     """
     if is_dataset(Path(data)):
         yield chosen_split(Dataset.open(Path(data)), tokenizer, vocab_size, split)
         return
     if tokenizer is None:
         raise ValueError(
-            f"the model has no tokenizer to encode {data} with: data made by `gptsmith prepare` "
-            "is needed"
+            f"the model has no tokenizer to encode {data}: use data made by `gptsmith prepare`"
         )
     if split == "validation":
-        raise SettingError("split", f"is of prepared data: {data} is text, which is read whole")
+        raise SettingError("split", f"is for prepared data: {data} is text, which is read whole")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "data"
         whole = replace(options or PrepareSettings(), validation_fraction=0.0)
@@ -52,7 +51,7 @@ def opened_tokens(
 def chosen_split(
     dataset: Dataset, tokenizer: Tokenizer | None, vocab_size: int, split: Split | None
 ) -> Tokens:
-    """The tokens of a split, once they are known to suit the model."""
+    """Return the tokens of a split, after checking that they suit the model."""
     if dataset.fingerprint is None or tokenizer is None:
         dataset.check_ids(vocab_size)
     elif dataset.fingerprint != tokenizer.fingerprint:
@@ -61,7 +60,7 @@ def chosen_split(
             "again with the model's tokenizer"
         )
     if split == "validation" and dataset.validation is None:
-        raise SettingError("split", f"is validation, but {dataset.folder} has none: take train")
+        raise SettingError("split", f"is validation, but {dataset.folder} has none: use train")
     if split == "train" or dataset.validation is None:
         return dataset.train
     return dataset.validation

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and read or refused as damaged.
+"""Write files completely or not at all, and detect damaged ones when reading.
 
-Knows nothing of what is in them, beyond JSON and SHA-256.
+Knows nothing of their contents beyond JSON and SHA-256.
 """
 
 import errno
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 1 << 20  # of a file that is read a part at a time
+CHUNK_BYTES = 1 << 20  # read at a time
 
 
 class DamagedError(ValueError):
-    """A folder is not what it was when it was written."""
+    """A file or folder is not as it was written: cut short, changed or incomplete."""
 
 
 # -- writing: all or nothing
@@ -26,15 +26,15 @@ class DamagedError(ValueError):
 
 @contextmanager
 def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name only once everything is on disk.
+    """Yield a temporary folder, and rename it to `folder` once everything is on disk.
 
-    Any failure removes it; `folder` must not exist (an empty one may). The manifest is added here,
-    but for data, which has sums of its own.
+    Any failure removes it. `folder` must not exist, unless it is empty. `manifest` adds a manifest;
+    datasets have checksums of their own instead.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists: choose another name, or remove it first")
     temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier kill left
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -54,7 +54,7 @@ def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def file_written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name only once it is on disk.
+    """Yield the path of a temporary file, and rename it to `path` once it is on disk.
 
     Any failure removes it; `path` must not exist.
     """
@@ -74,13 +74,13 @@ def file_written_whole(path: Path) -> Iterator[Path]:
 
 
 def explain_full_disk(error: BaseException, path: Path) -> None:
-    """Raise a plainer error where `error` says, in whatever words, that the disk is full."""
+    """Raise a clearer error if `error` means that the disk is full."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         raise OSError(f"the disk is full: {path} was not written; free some space") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: written beside it, flushed, renamed over it."""
+    """Replace a small file atomically: write a temporary file, flush it, rename it."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -98,9 +98,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Ask the system to put a file, or a folder's list of names, on the disk itself."""
+    """Flush a file, or a folder's list of names, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder, and keeps names without being asked
+        return  # Windows cannot open folders, and does not need this for names
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -131,7 +131,7 @@ def sha256(path: Path) -> str:
 
 
 def chunks(path: Path, start: int = 0, count: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, `count` of them or to its end, a megabyte at a time."""
+    """Yield `count` bytes of a file from `start` on, or all to its end, a megabyte at a time."""
     left = path.stat().st_size - start if count is None else count
     with path.open("rb") as file:
         file.seek(start)
@@ -141,11 +141,11 @@ def chunks(path: Path, start: int = 0, count: int | None = None) -> Iterator[byt
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; DamagedError where it is not one."""
+    """Read a JSON object from a file; DamagedError if it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DamagedError(f"{path} holds {type(value).__name__}, not a JSON object")
+        raise DamagedError(f"{path} contains {type(value).__name__}, not a JSON object")
     return value

@@ -1,9 +1,9 @@
-"""Matrices in 8 or 4 bits: packed, unpacked, and the modules that compute with them.
+"""Quantized matrices in 8 or 4 bits: packing, unpacking, and modules that compute with them.
 
-A word holds k = 32 / bits numbers. Number i = (n k + j) W + w of a row lies in bits
+A word holds k = 32 / bits numbers. Number i = (n k + j) W + w of a row is in bits
 [bits j, bits (j + 1)) of word (n, w), as the unsigned field code + 2^(bits - 1); its value is code
-times the scale of lane w. So neighbouring numbers lie in neighbouring words, as vector registers
-want it. Knows nothing of files or of which device is fast.
+times the scale of lane w. Neighbouring numbers are thus in neighbouring words, which suits vector
+registers. Knows nothing of files, or of which device is fast.
 
 Shapes:  M rows (outputs)    C columns (inputs)    N words of a row in one lane    W lanes
          G = N k numbers of a row that share a scale    R rows at once    B batch    T tokens
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from ..config.quantization import WORD_BITS, check_bits, lanes, packed_matrices
 from .gpt import GPT
 
-# Numbers packed at once: these stay in the cache, and are too few for PyTorch to divide among
-# threads, which would wait for one another wherever the machine has other work.
+# Numbers packed at once: few enough to stay in the cache, and for PyTorch to use one thread. On a
+# busy machine, several threads would wait for one another.
 NUMBERS_PACKED = 2**15
 NUMBERS_UNPACKED = 2**22  # at once
-# Near this number, float32 has no digits after the point: adding and subtracting it rounds. PyTorch
-# divides its own `round` among threads, however little there is.
+# float32 has no fraction bits near this number, so adding and subtracting it rounds. `torch.round`
+# would use several threads even for small tensors.
 NO_FRACTION = 1.5 * 2**23
-# Of the scale at which a group's largest number is the last code; less cuts it off, for finer
-# steps. Of normal numbers in fours, more or closer ones lower the error by 0.2% at most.
+# Candidates for the 4-bit scale, relative to the one that maps a group's extreme number to the last
+# code. Smaller ones clip it but have finer steps. For normally distributed numbers, more or closer
+# candidates lower the error by at most 0.2%.
 FACTORS = tuple(1.0 + step / 30 for step in range(-10, 6))
 
 
@@ -34,9 +35,9 @@ FACTORS = tuple(1.0 + step / 30 for step in range(-10, 6))
 
 
 def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """A matrix as words and bfloat16 scales.  (M, C) -> (M, N, W), (M, W)
+    """Pack a matrix into words and bfloat16 scales.  (M, C) -> (M, N, W), (M, W)
 
-    Only some rows at a time are in float32. ValueError for a number that is not finite.
+    Converts only some rows at a time to float32. ValueError if a number is not finite.
     """
     check_bits(bits)
     (M, C), W, k = matrix.shape, lanes(matrix.shape[1]), WORD_BITS // bits
@@ -51,12 +52,12 @@ def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         its_scales.copy_(choose(groups))
         its_words.copy_(_fields(_codes(groups, its_scales, bits).transpose(1, 2), bits))
     if not scales.isfinite().all():
-        raise ValueError("the weights hold numbers that are not finite: they cannot be quantized")
+        raise ValueError("some weights are not finite: the model cannot be quantized")
     return words, scales
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """What numbers are divided by; 1 where the scale is 0, as all of its numbers are.
+    """Return the scales as divisors, with 1 for scales of 0, whose numbers are all 0.
 
     (R, W) -> (R, W, 1)
     """
@@ -65,30 +66,33 @@ def _divisor(scales: Tensor) -> Tensor:
 
 
 def _codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The nearest codes, in float32; 8 bits stay symmetric.  (R, W, G), (R, W) -> (R, W, G)"""
+    """Return the nearest codes, in float32; with 8 bits they are symmetric.
+
+    (R, W, G), (R, W) -> (R, W, G)
+    """
     least = -127 if bits == 8 else -8
     codes = (groups / _divisor(scales)).add_(NO_FRACTION).sub_(NO_FRACTION)
     return codes.clamp_(least, 2 ** (bits - 1) - 1)
 
 
 def _scale_of_8(groups: Tensor) -> Tensor:
-    """The largest number becomes code 127 or -127.  (R, W, G) -> (R, W)"""
+    """Return scales that map the largest number to code 127 or -127.  (R, W, G) -> (R, W)"""
     return groups.abs().amax(2).div_(127).bfloat16()
 
 
 def _scale_of_4(groups: Tensor) -> Tensor:
-    """Of the `FACTORS`, the scale with the least squared error.  (R, W, G) -> (R, W)
+    """Return the scales with the least squared error among the `FACTORS`.  (R, W, G) -> (R, W)
 
-    The number farthest from 0 comes near code -8, so that no code is wasted; hence the scale has
-    the other sign.
+    The number farthest from 0 is mapped near code -8, which has no positive counterpart, so that
+    no code is wasted. The scale therefore has the opposite sign.
     """
     high, low = groups.amax(2), groups.amin(2)
     extreme = torch.where(high > -low, high, low) / -8
-    units = groups / _divisor(extreme)  # whose squares neither vanish nor overflow
+    units = groups / _divisor(extreme)  # so that squares neither underflow nor overflow
     best, least = extreme.bfloat16(), torch.full_like(extreme, torch.inf)
     for factor in FACTORS:
         scale = (extreme * factor).bfloat16()
-        step = scale / extreme  # the scale, of the units
+        step = scale / extreme  # the scale, in these units
         rest = _codes(units, step, 4).mul_(_divisor(step)).sub_(units)
         error = torch.linalg.vector_norm(rest, dim=2)
         best = torch.where(error < least, scale, best)
@@ -97,18 +101,20 @@ def _scale_of_4(groups: Tensor) -> Tensor:
 
 
 def _fields(codes: Tensor, bits: int) -> Tensor:
-    """Codes, in float32, as the fields of words.  (R, G, W) -> (R, N, W)"""
+    """Pack codes, in float32, into the fields of words.  (R, G, W) -> (R, N, W)"""
     fields = (codes + 2 ** (bits - 1)).int().unflatten(1, (-1, WORD_BITS // bits))  # (R, N, k, W)
     words = fields[:, :, 0].clone()
     for j in range(1, fields.shape[2]):
-        words |= fields[:, :, j] << (bits * j)  # the last one may set the sign, as it should
+        words |= fields[:, :, j] << (
+            bits * j
+        )  # the last one may set the sign bit, which is intended
     return words
 
 
 def unpack(words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that was packed, rounded.  (M, N, W), (M, W) -> (M, C)
+    """Unpack a matrix.  (M, N, W), (M, W) -> (M, C)
 
-    In float32 each value is exact; `dtype` rounds it once more.
+    In float32, the product of code and scale is exact; another `dtype` rounds it once more.
     """
     (M, N, W), k = words.shape, WORD_BITS // bits
     matrix = torch.empty(M, N, k, W, dtype=dtype, device=words.device)
@@ -126,7 +132,7 @@ def unpack(words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.
 
 
 class _Packed(nn.Module):
-    """Words (M, N, W) and scales (M, W) that stand for a weight (M, C)."""
+    """A module whose weight (M, C) is packed into words (M, N, W) and scales (M, W)."""
 
     words: Tensor
     scales: Tensor
@@ -139,7 +145,8 @@ class _Packed(nn.Module):
         self.register_buffer("scales", scales)
 
     def _apply(self, *how: Any, **more: Any) -> "_Packed":
-        """As any module goes to another device; but a cast is of the activations, not of these."""
+        """Move to another device as any module does, but keep the dtype of the scales: a cast is
+        for the activations."""
         scales = self.scales
         super()._apply(*how, **more)
         self.scales = scales.to(self.scales.device)
@@ -149,7 +156,7 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer whose weight is unpacked for each product.  (..., C) -> (..., M)"""
 
-    unpack = staticmethod(unpack)  # how it is done, not what: see decode.py
+    unpack = staticmethod(unpack)  # `generation/compiled.py` replaces it by C++
 
     def __init__(
         self, words: Tensor, scales: Tensor, bits: int, bias: nn.Parameter | None = None
@@ -165,13 +172,13 @@ class PackedLinear(_Packed):
 
 
 class PackedEmbedding(_Packed):
-    """A table of which only the rows needed are unpacked.  (B, T) -> (B, T, C) of `dtype`"""
+    """An embedding that unpacks only the rows it needs.  (B, T) -> (B, T, C) of `dtype`"""
 
     like: Tensor
 
     def __init__(self, words: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> None:
         super().__init__(words, scales, bits)
-        # Of no numbers, but it follows the model's casts.
+        # An empty tensor whose dtype follows the model's casts.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -181,22 +188,19 @@ class PackedEmbedding(_Packed):
 
 
 def packed_bits(model: GPT) -> int | None:
-    """The bits of a packed model's blocks; None where it is not packed."""
+    """Return the bits of a packed model's blocks; None if it is not packed."""
     return next((part.bits for part in model.h.modules() if isinstance(part, PackedLinear)), None)
 
 
 def pack_model(model: GPT, bits: int) -> None:
-    """Replace a model's matrices by packed ones, in place, each freed before the next."""
+    """Replace a model's matrices by packed ones in place, freeing each before the next."""
     for name, its_bits in packed_matrices(model.config, bits).items():
         words, scales = pack(model.get_parameter(f"{name}.weight"), its_bits)
         put_packed(model, name, words, scales, its_bits)
 
 
 def put_packed(model: GPT, name: str, words: Tensor, scales: Tensor, bits: int) -> None:
-    """Replace one module, and a head that is tied to it, by its packed form.
-
-    (M, N, W), (M, W)
-    """
+    """Replace a module, and a head that is tied to it, by a packed one.  (M, N, W), (M, W)"""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     if isinstance(old, nn.Linear):

@@ -1,6 +1,6 @@
-"""What is answered, in OpenAI's JSON: models, which also describe the API, and a stream's chunks.
+"""Responses in OpenAI's JSON: models, which are also the OpenAPI description, and stream chunks.
 
-Knows nothing of what is asked, or of how the log-probabilities of tokens are told (logprobs.py).
+Knows nothing of requests, or of the form of logprobs (logprobs.py).
 """
 
 import secrets
@@ -21,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Usage(BaseModel):
-    """How many tokens were read and generated: each prompt once, and every text of best_of."""
+    """Token counts: each prompt once, and every generated text, including those best_of drops."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -29,7 +29,7 @@ class Usage(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """A continuation."""
+    """One completion of a prompt."""
 
     index: int
     text: str
@@ -38,7 +38,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Continuations, prompt by prompt; a stream's events have the same form, with parts of them."""
+    """Completions, prompt by prompt; a stream's events have the same form, with parts of texts."""
 
     id: str
     object: Literal["text_completion"]
@@ -49,7 +49,7 @@ class Completion(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """What the model said."""
+    """A message that the model wrote."""
 
     role: Literal["assistant"]
     content: str
@@ -57,7 +57,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """A message."""
+    """One message that answers the conversation."""
 
     index: int
     message: ChatMessage
@@ -66,7 +66,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Messages; a stream's events have a `delta` in place of each `message`."""
+    """Messages; a stream's events have a `delta` instead of each `message`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -77,7 +77,7 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """The model that is served."""
+    """The served model."""
 
     id: str
     object: Literal["model"]
@@ -87,14 +87,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """A list of one."""
+    """The list of served models, which has one entry."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Health(BaseModel):
-    """How full the server is: texts being written, texts that wait, and room to write at once."""
+    """The load of the server: running and waiting completions, and the number of slots."""
 
     status: Literal["ok"]
     model: str
@@ -103,31 +103,31 @@ class Health(BaseModel):
     slots: int
 
 
-# -- from texts to answers
+# -- from texts to responses
 
 
 def event(value: Any) -> bytes:
-    """A value as a server-sent event."""
+    """Return a value as a server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class Builder:
-    """Builds the answer to one request; its subclasses are of the two kinds.
+    """Builds the response to one request; there is a subclass for each kind of request.
 
-    A whole answer is a model. The chunks of a stream are plain dictionaries, because one is made
-    for every token, and the model would take four times as long.
+    A whole response is a Pydantic model. The chunks of a stream are plain dictionaries, because
+    there is one for every token, and a model would take four times as long.
     """
 
-    prefix: ClassVar[str]  # of ids
+    prefix: ClassVar[str]  # of response ids
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     whole_type: ClassVar[type[BaseModel]]
-    with_end: ClassVar[bool]  # whether the token that ends a text is told with its log-probability
+    with_end: ClassVar[bool]  # whether logprobs include the token that ends a text
 
     def __init__(
         self, model: str, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool = False
     ) -> None:
-        """`include_usage` is of a stream that ends with a count of its tokens."""
+        """`include_usage` is for a stream that ends with its token counts."""
         self.tokenizer, self.logprobs, self.include_usage = tokenizer, logprobs, include_usage
         id, now = self.prefix + secrets.token_hex(12), int(time.time())
         self.head: dict[str, Any] = {"id": id, "created": now, "model": model}
@@ -135,67 +135,69 @@ class Builder:
             self.head["usage"] = None
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> BaseModel:
-        """The answer of all choices' whole texts."""
+        """Return the response with all choices' whole texts."""
         choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
         rest = {"object": self.whole_object, "choices": choices, "usage": usage}
         return self.whole_type(**(self.head | rest))
 
     def chunk(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
-        """What a piece adds to the text of a choice, of which it may be the first."""
+        """Return the chunk for a piece of a choice's text; `first` marks its first piece."""
         choices = [self.change(index, piece, first=first)]
         return self.head | {"object": self.chunk_object, "choices": choices}
 
     def last_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The chunk that counts the tokens, after all others."""
+        """Return the chunk with the token counts, which follows all others."""
         return self.head | {"object": self.chunk_object, "choices": [], "usage": usage}
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A whole text."""
+        """Return a choice with its whole text."""
         raise NotImplementedError
 
     def change(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
-        """What a piece adds to a text."""
+        """Return a choice with the next piece of its text."""
         raise NotImplementedError
 
 
 class CompletionBuilder(Builder):
-    """Builds continuations."""
+    """Builds completions of prompts."""
 
     prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
     whole_type = Completion
-    with_end = True  # scores of a prompt are found by leaving out as many tokens as were asked for
+    # Clients that score a prompt with `echo` drop the last max_tokens entries of the logprobs, so
+    # the token that ends a text must have one.
+    with_end = True
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A text."""
+        """Return a completion."""
         logprobs = completion_logprobs(self.tokenizer, piece.tokens) if self.logprobs else None
         end = piece.finish
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": end}
 
     def change(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
-        """A part of a text looks like a whole one."""
+        """Return a part of a completion, which has the form of a whole one."""
         return self.choice(index, piece)
 
 
 class ChatCompletionBuilder(Builder):
-    """Builds messages."""
+    """Builds answers to conversations."""
 
     prefix = "chatcmpl-"
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
     whole_type = ChatCompletion
-    with_end = False  # the bytes of the tokens that are told make up the message
+    with_end = False  # the bytes of the reported tokens add up to the message
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A message."""
+        """Return a message."""
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return {"index": index, "message": message} | self.rest(piece)
 
     def change(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
-        """A part of a message; the first also says whose it is."""
+        """Return a part of a message; the first also has the role."""
         delta = ({"role": "assistant"} if first else {}) | {"content": piece.text}
         return {"index": index, "delta": delta} | self.rest(piece)
 
     def rest(self, piece: Piece) -> dict[str, Any]:
-        """What messages and their parts have in common."""
+        """Return the fields that messages and their parts have in common."""
         logprobs = chat_logprobs(self.tokenizer, piece.tokens) if self.logprobs else None
         return {"logprobs": logprobs, "finish_reason": piece.finish}

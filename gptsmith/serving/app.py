@@ -1,6 +1,6 @@
-"""The application: which path leads where, what is said of it, and what of a path leading nowhere.
+"""The application: its routes, their OpenAPI description, and error responses.
 
-Knows nothing of how a request is carried out (handler.py) or of who may ask (guard.py).
+Knows nothing of how a request is handled (handler.py) or of access control (guard.py).
 """
 
 from collections.abc import AsyncIterator
@@ -22,25 +22,25 @@ from .pages import add_docs, add_page
 from .requests import ChatCompletionRequest, CompletionRequest
 
 FAILURES = {
-    400: "The request is not understood, or cannot be carried out as it is",
-    401: "A key is needed, and this is not it",
-    404: "There is no such model here",
+    400: "The request is invalid",
+    401: "The API key is missing or wrong",
+    404: "This server has no such model",
     413: "The body is too large",
-    429: "The queue is full: ask again after the seconds of Retry-After",
+    429: "The queue is full: retry after the seconds in Retry-After",
     500: "The server or the model failed",
     503: "The server is stopping",
-    504: "The time for a request is over",
+    504: "The request timed out",
 }
 
-Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes what it says of answers
+Responses = dict[int | str, dict[str, Any]]  # as FastAPI's `responses` argument takes them
 
 
 class Application(FastAPI):
-    """FastAPI, whose description does not have the answer that it would give to a request that
-    makes no sense: ours is a 400, in OpenAI's form."""
+    """FastAPI without its 422 response in the OpenAPI description: invalid requests get a 400 in
+    OpenAI's form instead."""
 
     def openapi(self) -> dict[str, Any]:
-        """The description of the API."""
+        """Return the OpenAPI description."""
         described = super().openapi()
         for operations in described["paths"].values():
             for operation in operations.values():
@@ -51,7 +51,10 @@ class Application(FastAPI):
 
 
 def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
-    """The application that serves a model; `with_key` only makes its description ask for one."""
+    """Return the application that serves a model.
+
+    `with_key` only adds the API key to the OpenAPI description; guard.py checks it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,10 +76,10 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
             HTTPException: not_found,
             Exception: failure,
         },
-        # A variable of the environment could switch it on.
+        # Otherwise an environment variable could switch telemetry on.
         telemetry={"auto_configure": False},
     )
-    # The guard has checked the key; this tells of it in the description.
+    # For the description only: the guard has already checked the key.
     keys = [Security(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []
     app.include_router(openai_api(served), dependencies=keys)
     app.include_router(state(served))
@@ -86,7 +89,7 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
 
 
 def openai_api(served: ServedModel) -> APIRouter:
-    """What OpenAI's clients call."""
+    """Return the routes of OpenAI's API."""
     api = APIRouter(prefix="/v1", tags=["OpenAI's API"], redirect_slashes=False)
     model = Model(
         id=served.name,
@@ -99,7 +102,7 @@ def openai_api(served: ServedModel) -> APIRouter:
 
     @api.post(
         "/completions",
-        summary="Continue texts",
+        summary="Complete prompts",
         response_model=Completion,
         responses=also_streamed() | refusals,
     )
@@ -108,18 +111,18 @@ def openai_api(served: ServedModel) -> APIRouter:
 
     @api.post(
         "/chat/completions",
-        summary="Go on with a conversation, where the model has a chat template",
+        summary="Answer a conversation, if the model has a chat template",
         response_model=ChatCompletion,
         responses=also_streamed() | refusals,
     )
     async def chat_completions(request: ChatCompletionRequest, http: Request) -> Any:
         return await served.chat(request, http)
 
-    @api.get("/models", summary="The model that is served", responses=failures(401))
+    @api.get("/models", summary="List the served model", responses=failures(401))
     async def models() -> ModelList:
         return ModelList(object="list", data=[model])
 
-    @api.get("/models/{name:path}", summary="The model, by its name", responses=failures(401, 404))
+    @api.get("/models/{name:path}", summary="Describe the model", responses=failures(401, 404))
     async def one_model(name: str) -> Model:
         served.check_name(name)
         return model
@@ -128,10 +131,10 @@ def openai_api(served: ServedModel) -> APIRouter:
 
 
 def state(served: ServedModel) -> APIRouter:
-    """What says how the server is."""
+    """Return the routes for monitoring."""
     router = APIRouter(tags=["The server"], redirect_slashes=False)
 
-    @router.get("/health", summary="How full the server is")
+    @router.get("/health", summary="Report running and waiting completions")
     async def health() -> Health:
         counts = served.service.counts()
         return Health(
@@ -142,8 +145,8 @@ def state(served: ServedModel) -> APIRouter:
             slots=served.service.slots,
         )
 
-    @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
-    async def figures() -> Response:
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def prometheus() -> Response:
         metrics = served.metrics
         return Response(metrics.text(), headers={"content-type": metrics.content_type})
 
@@ -151,44 +154,45 @@ def state(served: ServedModel) -> APIRouter:
 
 
 def failures(*statuses: int) -> Responses:
-    """What the description says of answers that are errors."""
+    """Return the description of error responses."""
     return {each: {"model": ErrorResponse, "description": FAILURES[each]} for each in statuses}
 
 
 def also_streamed() -> Responses:
-    """What the description says of an answer that is whole or a stream."""
-    data = {"type": "string", "description": "JSON, or [DONE] in the end"}
+    """Return the description of a successful response that may also be a stream."""
+    data = {"type": "string", "description": "JSON, or [DONE] at the end"}
     one = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     stream = {"text/event-stream": {"itemSchema": one}}
-    return {200: {"content": stream, "description": "Whole, or as events"}}
+    return {200: {"content": stream, "description": "One JSON object, or a stream of events"}}
 
 
-# -- what goes wrong
+# -- errors
 
 
 async def api_error(request: Request, error: ApiError) -> Response:
-    """The error as it is."""
+    """Respond with the error itself."""
     return error.response()
 
 
 async def not_understood(request: Request, error: RequestValidationError) -> Response:
-    """The first mistake in the request."""
+    """Respond with the first mistake in the request."""
     return mistake(error.errors()).response()
 
 
 async def not_found(request: Request, error: HTTPException) -> Response:
-    """What Starlette finds before any route is asked."""
+    """Respond to what Starlette refuses before a route runs: no such path, method or JSON."""
     path, headers = request.url.path, error.headers or {}
     message = {
         400: "the body is not JSON: it cannot be read",
         404: f"there is nothing at {shown(path)}: see /docs",
-        405: f"{request.method} is not for {shown(path)}: use {headers.get('Allow')}",
+        405: f"{shown(path)} does not support {request.method}: use {headers.get('Allow')}",
     }.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=headers).response()
 
 
 async def failure(request: Request, error: Exception) -> Response:
-    """An error of ours, which goes on to the server and makes it close the connection."""
+    """Respond to an unexpected error. Starlette also re-raises it, and uvicorn then closes the
+    connection."""
     answer = failed(error).response()
     answer.headers["connection"] = "close"
     return answer

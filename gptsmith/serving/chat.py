@@ -1,7 +1,7 @@
-"""From a conversation to a prompt, by the template in a model's folder; and what ends an answer.
+"""Chat templates: the token ids of a conversation, and the tokens that end a text.
 
-Knows nothing of requests. A special token is one only where the template wrote it: in a message
-it is text like any other, so nobody can end a turn, or take another's, by writing its marks.
+Knows nothing of requests. Only the template can write special tokens. In a message they are
+ordinary text, so nobody can end a turn, or speak for somebody else, by typing their markers.
 """
 
 import json
@@ -19,33 +19,36 @@ import jinja2.sandbox
 from ..machine.files import read_json
 from ..tokenizers import Tokenizer
 
-NONCHARACTERS = range(0xFDD0, 0xFDF0)  # Unicode keeps them from ever being characters
+NONCHARACTERS = range(0xFDD0, 0xFDF0)  # code points that Unicode never assigns to characters
 SETTINGS = "tokenizer_config.json"
 
 
 class ChatTemplate:
-    """How a folder's model was taught to read a conversation."""
+    """A Jinja template that writes a conversation as the prompt on which a model was trained."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]) -> None:
-        """`names` are the special tokens that a template calls by name: bos_token, eos_token."""
+        """`names` are the variables for special tokens in the template: bos_token, eos_token."""
         try:
             self.template = language().from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not one: {error}") from error
+            raise ValueError(f"the chat template is not valid Jinja: {error}") from error
         self.tokenizer, self.names = tokenizer, names
         self.specials = {text: id for id, text in tokenizer.specials.items()}
-        # Of two that begin alike, the longer is meant.
+        # Longest first: where one special token begins with another, the longer one matches.
         longest_first = sorted(self.specials, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # What a special token begins with, and what stands for that where the text is only said.
+        # Each first character of a special token, and the noncharacter that masks it in messages.
         begins = sorted({ord(special[0]) for special in self.specials})
         self.masks = dict(zip(begins, map(chr, NONCHARACTERS), strict=False))
         if len(begins) > len(self.masks):
-            raise ValueError(f"special tokens begin in {len(begins)} ways: at most 32 are needed")
+            raise ValueError(
+                f"special tokens begin with {len(begins)} different characters: at most "
+                f"{len(self.masks)} are possible"
+            )
         self.unmask = {ord(mask): chr(begin) for begin, mask in self.masks.items()}
 
     def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt that a conversation is; ValueError where the template refuses it."""
+        """Return the token ids of a conversation; ValueError if the template refuses it."""
         masked = [{key: self.masked(text) for key, text in each.items()} for each in messages]
         try:
             text = self.template.render(
@@ -55,7 +58,7 @@ class ChatTemplate:
                 documents=None,
                 **self.names,
             )
-        except Exception as error:  # a template can go wrong in as many ways as a program
+        except Exception as error:  # a template is a program: it can raise anything
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         ids, end = list[int](), 0
         for found in self.special.finditer(text):
@@ -65,14 +68,17 @@ class ChatTemplate:
         return ids + self.plain_ids(text[end:])
 
     def plain_ids(self, text: str) -> list[int]:
-        """The ids of text without special tokens."""
+        """Return the token ids of a text without special tokens, unmasked."""
         return self.tokenizer.encode(text.translate(self.unmask)) if text else []
 
     def masked(self, text: str) -> str:
-        """A message in which no special token is found: the first character of each is masked, and
-        that of what may become one with the text that follows."""
+        """Return a message in which no special token can be found.
+
+        The first character of each is masked, also at the end of the message, where the text that
+        follows could complete one.
+        """
         if any(chr(mask) in text for mask in self.unmask):
-            raise ValueError("a message has U+FDD0 or the like, which is no character: remove it")
+            raise ValueError("a message has a noncharacter, such as U+FDD0: remove it")
         places, after = set[int](), 0
         while found := self.special.search(text, after):  # they may overlap
             places.add(found.start())
@@ -90,12 +96,13 @@ class ChatTemplate:
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template of a folder; None where it has none."""
-    said = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    source = template_source(folder, said)
+    """Return the chat template of a folder; None if it has none."""
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    source = template_source(folder, settings)
     if source is None:
         return None
-    names = {name: token_text(said.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    variables = ("bos_token", "eos_token", "pad_token")
+    names = {name: token_text(settings.get(name)) for name in variables}
     try:
         return ChatTemplate(
             source, tokenizer, {name: text for name, text in names.items() if text is not None}
@@ -104,55 +111,57 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def template_source(folder: Path, said: Mapping[str, Any]) -> str | None:
-    """A template in a file of its own, or in tokenizer_config.json; of several, the default."""
+def template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the template in a file of its own or in tokenizer_config.json; of several, the
+    default."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    found = said.get("chat_template")
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        entries = [each for each in source if isinstance(each, dict)]
+        source = {each.get("name"): each.get("template") for each in entries}.get("default")
+    return source if isinstance(source, str) else None
 
 
 def token_text(token: Any) -> str | None:
-    """A special token as tokenizer_config.json writes it: its text, or an object that has it."""
+    """Return the text of a special token in tokenizer_config.json, where it is a string or an
+    object with `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def ends_of(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a text, by the tokenizer and by what the folder says."""
-    found: list[Any] = [tokenizer.end_of_text]
+    """Return the ids that end a text, from the tokenizer and from the folder's settings."""
+    ids: list[Any] = [tokenizer.end_of_text]
     if (path := folder / "generation_config.json").is_file():
-        said = read_json(path).get("eos_token_id")
-        found += said if isinstance(said, list) else [said]
+        eos = read_json(path).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [eos]
     if (path := folder / SETTINGS).is_file():
-        found.append(tokenizer.vocab.get(token_text(read_json(path).get("eos_token")) or ""))
-    return frozenset(id for id in found if type(id) is int and 0 <= id < tokenizer.vocab_size)
+        ids.append(tokenizer.vocab.get(token_text(read_json(path).get("eos_token")) or ""))
+    return frozenset(id for id in ids if type(id) is int and 0 <= id < tokenizer.vocab_size)
 
 
-# -- the language of templates, as transformers speaks it
+# -- Jinja as transformers sets it up for chat templates
 
 
 def language() -> jinja2.Environment:
-    """Jinja in a sandbox, where a template reaches what it is given and nothing else."""
-    spoken = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """Return Jinja in a sandbox, where a template can reach only its own variables."""
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    spoken.filters["tojson"] = to_json
-    spoken.globals |= {"raise_exception": refuse, "strftime_now": now}
-    return spoken
+    jinja.filters["tojson"] = to_json
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": now}
+    return jinja
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` says which part an assistant wrote, which matters in training only."""
+    """The tag `{% generation %}`, which marks the assistant's part for training; ignored here."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
-        """What stands between, as if the tags were not there."""
+        """Return the contents of the block, as if the tags were not there."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -164,17 +173,17 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """A value as JSON; Jinja's own filter would write it for HTML."""
+    """Return a value as JSON; Jinja's own filter escapes it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def refuse(message: str) -> None:
-    """How a template says that it cannot take a conversation."""
+    """Raise TemplateError: a template calls this to refuse a conversation."""
     raise jinja2.TemplateError(message)
 
 
 def now(form: str) -> str:
-    """The date, as a template likes to write it."""
+    """Return the current date and time in strftime's format `form`."""
     return datetime.now().strftime(form)

@@ -1,6 +1,6 @@
-"""What a client is told when something goes wrong: OpenAI's errors, in one line.
+"""Errors in OpenAI's form, with one-line messages.
 
-Knows nothing of what is asked, only of what Pydantic says against it.
+Knows nothing of requests, only of Pydantic's validation errors.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
-HUNG_UP = 499  # what nginx writes of a client that left before its answer was whole
-MOST_SHOWN = 40  # characters of what was sent; it may be megabytes
-TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # of an error, by its status
+HUNG_UP = 499  # nginx's status for a client that disconnected before the response was complete
+MOST_SHOWN = 40  # characters of a value that a message repeats; the value may be megabytes
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # error types by status
 
-# What Pydantic calls a mistake, and what it wanted. The rest it says well itself.
+# Pydantic's error types, and our words for what is wanted. Other types keep Pydantic's message.
 WANTED = {
     "bool_type": "true or false is needed",
     "dict_type": "an object is needed",
@@ -37,7 +37,7 @@ WANTED = {
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, in one line, with what to do."""
+    """An error: a one-line message with what to do, and OpenAI's codes."""
 
     message: str
     type: str
@@ -46,7 +46,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The answer where something went wrong."""
+    """The response to a request that failed."""
 
     error: ErrorDetail
 
@@ -73,30 +73,30 @@ class ApiError(Exception):
         )
 
     def response(self) -> Response:
-        """The error as an answer."""
+        """Return the error as a response."""
         content, kind = self.body.model_dump_json(), "application/json"
         return Response(content, self.status, headers=self.headers, media_type=kind)
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The error of a request that cannot be carried out as it is."""
+    """Return the error for an invalid request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def stopping() -> ApiError:
-    """The error of a request that the end of the server has cut short."""
-    return ApiError(503, "the server is stopping: ask again in a moment")
+    """Return the error for a request that the server's shutdown has cut short."""
+    return ApiError(503, "the server is stopping: retry in a moment")
 
 
 def mistake(errors: Sequence[Any]) -> ApiError:
-    """The first of the errors that Pydantic found in a request."""
+    """Return the first of Pydantic's errors about a request."""
     error = errors[0]
     path = [str(part) for part in error["loc"] if part != "body"]
     name, kind, context = ".".join(path), error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return refused(f"the body is not JSON: {context.get('error', 'it cannot be read')}")
     if isinstance(error["input"], bytes):
-        return refused("the body is not JSON: send it with Content-Type: application/json")
+        return refused("the body is not declared as JSON: send Content-Type: application/json")
     if kind == "missing":
         wanted = f"{name} is missing" if name else "the body is missing: a JSON object is needed"
         return refused(wanted, name or None)
@@ -108,7 +108,7 @@ def mistake(errors: Sequence[Any]) -> ApiError:
 
 
 def shown(value: Any) -> str:
-    """A value as a short text, for an error."""
+    """Return a short text for a value, to show in an error."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     if not isinstance(value, str):
@@ -120,6 +120,5 @@ def shown(value: Any) -> str:
 
 
 def as_unicode(text: str) -> str:
-    """Text without halves of UTF-16 pairs, which a client may send and UTF-8 cannot hold: escapes
-    stand in their place."""
+    """Return a text with lone surrogates escaped: JSON can contain them, but UTF-8 cannot."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""What the objects of a request have in common, and its fields that have several forms.
+"""The base of all objects in a request, and the fields that can take several forms.
 
-Knows nothing of the requests that they are parts of. A field of several forms is checked by a
-function, which settles on one of them: a union of types would report an error for each form.
+Knows nothing of the requests themselves. A field of several forms is checked by a function, which
+returns one of them: a union of types would report an error for every form.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from ..config.fields import suggestion
 from .errors import refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
-NOTES = ("title", "description", "default")  # what a schema says of a field beside its kind
-LONGEST_NAME = 40  # characters of a field's name that are looked at; it may be megabytes
+NOTES = ("title", "description", "default")  # of a field in a schema, besides its type
+LONGEST_NAME = 40  # characters of a field's name used for a suggestion; it may be megabytes
 
 
 def nullable(schema: dict[str, Any]) -> None:
-    """Say in a schema that null is the same as leaving a field out, whatever it is called."""
+    """Allow null in a schema for every optional field, and for unknown ones: null means absent."""
     null = {"type": "null"}
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
@@ -38,12 +38,12 @@ class RequestObject(BaseModel):
         json_schema_extra=nullable,
         protected_namespaces=(),
     )
-    unsupported: ClassVar[Mapping[str, str]] = {}  # fields of OpenAI's, and why they are refused
+    unsupported: ClassVar[Mapping[str, str]] = {}  # OpenAI's fields that are refused, and why
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
-        """The fields that are not null; raises ApiError for one that is unknown or unsupported."""
+        """Return the fields that are not null; ApiError if one is unknown or unsupported."""
         if not isinstance(values, dict):
             return values
         given = {name: value for name, value in values.items() if value is not None}
@@ -57,40 +57,42 @@ class RequestObject(BaseModel):
 
 
 def checked_prompt(value: Any) -> list[str] | list[list[int]]:
-    """A prompt, in each of its four forms, as a list of texts or of rows of ids."""
+    """Return a prompt of any of the four forms as a list of texts or of lists of ids."""
     rows = value
     if isinstance(value, str) or (value and is_row(value)):
         rows = [value]
     if not (isinstance(rows, list) and rows):
-        raise ValueError("a text, a list of texts, a list of ids or a list of those is needed")
+        raise ValueError("text, token ids, or a list of either is needed")
     if all(isinstance(row, str) for row in rows):
         return rows
     if not all(is_row(row) for row in rows):
-        raise ValueError("its parts must all be texts, or all whole numbers, or all lists of them")
+        raise ValueError("a list must hold only texts, only token ids, or only lists of token ids")
     if not all(rows):
-        raise ValueError("a list of ids in it is empty: at least one id is needed")
+        raise ValueError("one of its lists of token ids is empty: at least one id is needed")
     return rows
 
 
 def is_row(value: Any) -> bool:
-    """Whether a value is a list of whole numbers."""
+    """Return whether a value is a list of whole numbers."""
     return isinstance(value, list) and all(type(id) is int for id in value)
 
 
 def checked_stop(value: Any) -> list[str]:
-    """Stop strings, of which one may stand alone."""
-    words = [value] if isinstance(value, str) else value
-    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+    """Return the list of stop strings; a single one need not be in a list."""
+    strings = [value] if isinstance(value, str) else value
+    if not (isinstance(strings, list) and all(isinstance(each, str) for each in strings)):
         raise ValueError("a text or a list of texts is needed")
-    if "" in words:
-        raise ValueError("a stop string is empty: it would stop before the first character")
-    if len(words) > MOST_STOPS or any(len(word) > LONGEST_STOP for word in words):
-        raise ValueError(f"at most {MOST_STOPS} texts of {LONGEST_STOP:,} characters are needed")
-    return words
+    if "" in strings:
+        raise ValueError("a stop string is empty: at least one character is needed")
+    if len(strings) > MOST_STOPS or any(len(each) > LONGEST_STOP for each in strings):
+        raise ValueError(
+            f"at most {MOST_STOPS} strings of at most {LONGEST_STOP:,} characters are possible"
+        )
+    return strings
 
 
 def checked_content(value: Any) -> str:
-    """The text of a message; the parts of a list become lines."""
+    """Return the text of a message; the parts of a list are joined by newlines."""
     if isinstance(value, str):
         return value
     if not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
@@ -98,27 +100,27 @@ def checked_content(value: Any) -> str:
     for part in value:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = shown(part.get("type"))
-            raise ValueError(f"a part of type {kind} is not understood: only text is")
+            raise ValueError(f"parts of type {kind} are not supported: only text is")
     return "\n".join(part["text"] for part in value)
 
 
 def checked_bias(value: Any) -> dict[int, float]:
-    """Token ids, which JSON writes as texts, and what is added to their logits."""
+    """Return what is added to the logits of token ids, which are strings in JSON."""
     if not isinstance(value, dict):
-        raise ValueError("an object of ids and numbers is needed")
+        raise ValueError("an object of token ids and numbers is needed")
     for id, number in value.items():
         if not (id.isascii() and id.isdigit() and len(id) < 10):
-            raise ValueError(f"{shown(id)} is no id of a token: a whole number is needed")
+            raise ValueError(f"{shown(id)} is not a token id: a whole number is needed")
         if type(number) not in (int, float) or not -100 <= number <= 100:
-            raise ValueError(f"{shown(number)} for token {id}: a number of -100 to 100 is needed")
+            raise ValueError(f"{shown(number)} for token {id}: a number from -100 to 100 is needed")
     return {int(id): float(number) for id, number in value.items()}
 
 
-# -- their types, and those of their forms, from which the description is made
+# -- the types of these fields, and of their forms in the OpenAPI description
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str

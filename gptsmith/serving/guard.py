@@ -1,7 +1,7 @@
-"""Who may ask, and how much at once: the size of a body, the API key, headers, a record of each.
+"""A guard around the application: API key, size limit, security headers and access records.
 
-Knows nothing of models or of what the application answers. It is plain ASGI around the whole
-application, so that a stream passes through it piece by piece.
+Knows nothing of models or of the application's responses. It is plain ASGI middleware, so that
+streams pass through it event by event.
 """
 
 import hmac
@@ -16,8 +16,8 @@ from .errors import HUNG_UP, ApiError, refused
 
 Headers = list[tuple[bytes, bytes]]
 
-GUARDED = "/v1/"  # below it a key is needed, and nothing is kept by caches
-MOST_LETTERS = 200  # of anything in the record
+GUARDED = "/v1/"  # paths below it need the key, and their responses are never cached
+MOST_LETTERS = 200  # of each text in an access record
 
 SAFETY: Headers = [
     (b"x-content-type-options", b"nosniff"),
@@ -29,18 +29,18 @@ NOT_KEPT: Headers = [(b"cache-control", b"no-store")]
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What became of one request. Texts are plain ASCII on one line, whatever was sent."""
+    """A record of one request. Its texts are printable ASCII without spaces, whatever was sent."""
 
-    client: str  # an address, or "-" where there is none
+    client: str  # an address, or "-" if there is none
     method: str
     path: str  # percent-encoded, without its query
     status: int
-    seconds: float  # from its arrival to its last byte
-    bytes: int  # of the body that was answered
+    seconds: float  # from the request's arrival to the response's last byte
+    bytes: int  # of the response's body
 
 
 def line(access: Access) -> str:
-    """One line of an access log."""
+    """Return a record as one line of an access log."""
     long = access.seconds >= 1
     took = f"{access.seconds:,.2f} s" if long else f"{1000 * access.seconds:.1f} ms"
     asked = f'{access.client} "{access.method} {access.path}"'
@@ -48,10 +48,10 @@ def line(access: Access) -> str:
 
 
 class Guard:
-    """An application with a guard at its door.
+    """ASGI middleware that checks requests before the application sees them.
 
-    A body of more than `most_bytes` is refused, whether it says so or not. With an `api_key`, what
-    lies under /v1 needs it. `seen` is called at the end of each request, whatever its end was.
+    It refuses bodies of more than `most_bytes`, with or without a Content-Length. If there is an
+    `api_key`, paths below /v1 need it. `seen` gets the record of each request, however it ended.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Guard:
         self.seen = seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection of ASGI. Web sockets are refused: nothing here speaks them."""
+        """Handle one ASGI connection. WebSockets are refused: the application has none."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
         elif scope["type"] != "http":
@@ -78,7 +78,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()
-        # Anywhere in the path, because what a proxy put before it may be left on.
+        # Searched anywhere in the path, because a proxy may leave its own prefix before it.
         guarded = GUARDED in f"{scope['path']}/"
         exchange = _Exchange(scope, receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
         try:
@@ -87,7 +87,9 @@ class Guard:
             await answer(scope, exchange.receive, exchange.send)
         except Exception:
             exchange.failed = True
-            if not exchange.refused:  # else the caller has an answer, and the application stumbled
+            # After a refusal the client has its response, and the application only failed because
+            # the body broke off.
+            if not exchange.refused:
                 raise
         finally:
             self.seen(
@@ -102,29 +104,29 @@ class Guard:
             )
 
     def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> ApiError | None:
-        """Why a request does not come in, as far as its headers tell."""
+        """Return why a request is refused by its headers; None if it is not."""
         if guarded and self.key is not None and not _has_key(headers, self.key):
             given = b"authorization" in headers
             return ApiError(
                 401,
-                "the API key is not the one of this server: ask whoever runs it"
+                "the API key is wrong: ask whoever runs this server for it"
                 if given
-                else "no API key was given: send it as the header 'Authorization: Bearer KEY'",
+                else "the API key is missing: send the header 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
-            return refused("Content-Length is not a number of bytes: send one, or none")
+            return refused("Content-Length is not a number of bytes: send one, or omit it")
         digits = length.lstrip(b"0") or b"0"
-        # Compared by their length first: Python refuses to read numbers of thousands of digits.
+        # Compare the numbers of digits first: Python refuses to parse thousands of digits.
         if len(digits) > len(str(self.most_bytes)) or int(digits) > self.most_bytes:
             return _too_large(self.most_bytes)
         return None
 
 
 class _Exchange:
-    """One request's two directions, counted."""
+    """One request and its response: counts bytes, enforces the size limit, adds headers."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, most_bytes: int, headers: Headers
@@ -133,7 +135,7 @@ class _Exchange:
         self._room = most_bytes
         self._most_bytes = most_bytes
         self._headers = headers
-        self._status = 0  # until an answer begins
+        self._status = 0  # until a response begins
         self._whole = False
         self._hung_up = False
         self.refused = False
@@ -141,30 +143,31 @@ class _Exchange:
         self.bytes = 0
 
     def outcome(self) -> int:
-        """The status that was sent, or what happened in its place."""
+        """Return the status that was sent, or the one that describes what happened instead."""
         if self._hung_up:
             return HUNG_UP
         failed = self.failed and not self._whole
         return 500 if failed or not self._status else self._status
 
     async def receive(self) -> Message:
-        """The next part of the body; a body too large ends as if its client had hung up."""
+        """Receive the next part of the body; one that is too large ends as if the client had
+        disconnected, after a 413 if no response has begun."""
         if self._room < 0:
             return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] == "http.disconnect":
-            self._hung_up = not self._whole  # servers say it after a whole answer too
+            self._hung_up = not self._whole  # servers also send it after a complete response
             return message
         self._room -= len(message.get("body", b""))
         if self._room >= 0:
             return message
-        if not self._status:  # else it has begun to answer, and may end that
+        if not self._status:  # a response that has begun may end by itself
             await _too_large(self._most_bytes).response()(self._scope, self.receive, self.send)
             self.refused = True
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Passes an answer on, with the headers of a guarded house."""
+        """Send a part of the response, with the security headers."""
         if self.refused:
             return
         if message["type"] == "http.response.start":
@@ -192,8 +195,8 @@ def _checked_key(key: str) -> bytes:
     key = key.strip()
     if not key or not key.isprintable() or " " in key:
         raise ValueError(
-            "the API key is empty or has spaces or control characters in it, which no client can "
-            "send: give one word, or no key at all"
+            "the API key is empty or contains spaces or control characters, which clients cannot "
+            "send: give one word, or no key"
         )
     return key.encode()
 
@@ -204,6 +207,6 @@ def _has_key(headers: dict[bytes, bytes], key: bytes) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Percent-encoded, so that no letter of it moves a cursor or begins a line."""
+    """Percent-encode a text, so that it cannot move the cursor or begin a new line in a log."""
     quoted = quote(text[:MOST_LETTERS], safe="/:@!$&'()*+,;=", errors="replace")
     return quoted[:MOST_LETTERS]

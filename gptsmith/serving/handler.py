@@ -1,6 +1,6 @@
-"""A model behind OpenAI's API: what is asked goes to the engine, what comes of it back.
+"""A model behind OpenAI's API: requests become jobs of the engine, and their texts responses.
 
-Knows nothing of routes, of the engine's steps, or of who may ask.
+Knows nothing of routes, of the engine's steps, or of access control.
 """
 
 import asyncio
@@ -35,14 +35,14 @@ from .streams import Batch, EventStream, PendingChoice, best, merged, while_conn
 from .worker import QueueFull, Service, Stream
 
 LOG = logging.getLogger(__name__)
-LONG = 20_000  # characters that take some milliseconds to encode: longer texts go to a thread
+LONG = 20_000  # characters, which take milliseconds to encode: longer texts go to a thread
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model behind the API, and how it is called."""
+    """A model behind the API, its names and its limits."""
 
     service: Service
     tokenizer: Tokenizer
@@ -54,37 +54,37 @@ class ServedModel:
     timeout: float = 600.0  # seconds that a request may take
     created: int = field(default_factory=lambda: int(time.time()))
 
-    # -- what is asked
-
+    # -- checking requests
     def check_name(self, name: str) -> None:
-        """Raise ApiError where another model is meant."""
+        """Raise ApiError if the request names another model."""
         if name != self.name and name not in self.aliases:
             raise ApiError(
                 404,
-                f"the model {shown(name)} is not served here: take '{self.name}'",
+                f"this server has no model {shown(name)}: use '{self.name}'",
                 param="model",
                 code="model_not_found",
             )
 
     def check_count(self, prompts: int, request: GenerationRequest) -> None:
-        """Raise ApiError for more texts at once than could ever be taken."""
+        """Raise ApiError for more texts than could ever run and wait at once."""
         most = self.service.slots + self.service.waiting
         if (count := prompts * request.candidates) > most:
-            raise refused(f"{count:,} texts are asked for at once: at most {most:,} are possible")
+            raise refused(f"the request is for {count:,} texts: at most {most:,} are possible")
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Characters of the longest text that may fit: all of its tokens the longest there is."""
+        """Characters of the longest text that can fit the context: every token is the longest."""
         longest = max(map(len, self.tokenizer.pieces.values()))
         return self.service.config.context_length * longest
 
     async def rows(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Prompts as ids; where they are long, others go on in the meantime."""
+        """Return the token ids of prompts. Long ones are encoded in a thread, so that the event
+        loop serves others meanwhile."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         longest = max(map(len, texts), default=0)
         if longest > self.longest_prompt:
             raise too_long(f"{longest:,} characters", self.service.config.context_length)
-        return await aside(
+        return await in_thread(
             lambda: [
                 prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
                 for prompt in prompts
@@ -92,10 +92,10 @@ class ServedModel:
             sum(map(len, texts)),
         )
 
-    # -- what is answered
+    # -- responding
 
     async def complete(self, request: CompletionRequest, http: Request) -> BaseModel | Response:
-        """Continue texts."""
+        """Complete the prompts of a request."""
         begun = time.monotonic()
         self.check_name(request.model)
         self.check_count(len(request.prompt), request)
@@ -109,22 +109,21 @@ class ServedModel:
         return await self.answer(request, http, rows, echoes, begun=begun)
 
     async def chat(self, request: ChatCompletionRequest, http: Request) -> BaseModel | Response:
-        """Go on with a conversation."""
+        """Answer a conversation."""
         begun = time.monotonic()
         self.check_name(request.model)
         self.check_count(1, request)
         if (template := self.template) is None:
             raise refused(
-                "this model has no chat template, so it knows no turns of a conversation: send a "
-                "text to /v1/completions",
+                "this model has no chat template: send the prompt as text to /v1/completions",
                 code="no_chat_template",
             )
         messages = [message.model_dump(exclude_none=True) for message in request.messages]
         size = sum(len(text) for message in messages for text in message.values())
         if size > self.longest_prompt:
             raise too_long(f"{size:,} characters", self.service.config.context_length)
-        ids = await aside(lambda: template.ids(messages), size)
-        ids = ids or prompt_ids(self.tokenizer, "")  # a template may say nothing
+        ids = await in_thread(lambda: template.ids(messages), size)
+        ids = ids or prompt_ids(self.tokenizer, "")  # a template may render nothing
         return await self.answer(request, http, [ids], begun=begun)
 
     async def answer(
@@ -136,8 +135,11 @@ class ServedModel:
         *,
         begun: float,
     ) -> BaseModel | Response:
-        """The answer, whole or streamed, to a request for texts after these prompts. Errors from
-        before the first event are raised."""
+        """Generate texts for prompts of token ids; return the response, whole or streamed.
+
+        `echoes` are the prompts' texts, if they are to be repeated. Raises ApiError for everything
+        that fails before a stream's first event, so that the status can say so.
+        """
         with_logprobs = request.alternatives is not None
         kind = (
             CompletionBuilder if isinstance(request, CompletionRequest) else ChatCompletionBuilder
@@ -172,23 +174,26 @@ class ServedModel:
             first = await while_connected(http, anext(batches))
             return EventStream(events(builder, first, batches, lambda: usage(read, choices)))
         texts = await while_connected(http, whole_texts(choices))
-        told = best(texts, choices, request.n, request.candidates)
-        return builder.whole(told, usage(read, choices))
+        returned = best(texts, choices, request.n, request.candidates)
+        return builder.whole(returned, usage(read, choices))
 
     def submit(self, asked: Sequence[Job]) -> list[Stream]:
-        """The jobs' streams; ApiError where there is no room for them now."""
+        """Submit jobs and return their streams; ApiError if the queue is full."""
         try:
             return self.service.submit(asked)
         except QueueFull as error:
             raise ApiError(
                 429,
-                f"the server is busy, and its queue is full: ask again in {error.retry_after} s",
+                f"the server is busy and its queue is full: retry in {error.retry_after} s",
                 headers={"Retry-After": str(error.retry_after)},
             ) from error
 
 
-async def aside(work: Callable[[], T], size: int) -> T:
-    """What some work on so many characters gives; ApiError where it refuses its text."""
+async def in_thread(work: Callable[[], T], size: int) -> T:
+    """Return the result of work on `size` characters, done in a thread if they are many.
+
+    A ValueError becomes an ApiError.
+    """
     try:
         return work() if size <= LONG else await asyncio.to_thread(work)
     except ValueError as error:
@@ -201,7 +206,7 @@ async def events(
     rest: AsyncGenerator[Batch, None],
     usage: Callable[[], Usage],
 ) -> AsyncGenerator[bytes, None]:
-    """All pieces of all choices as server-sent events; what goes wrong is an event too."""
+    """Yield the pieces of all choices as server-sent events; an error becomes an event too."""
     begun = set[int]()
 
     def encoded(batch: Batch) -> bytes:
@@ -217,22 +222,23 @@ async def events(
             async for batch in rest:
                 yield encoded(batch)
         except (Exception, asyncio.CancelledError) as error:
-            # Cancelled means that the server ends, or that the client left and hears nothing.
-            told = failed(error) if isinstance(error, Exception) else stopping()
-            yield event(told.body)
+            # Cancelled means that the server is stopping, or that the client has left.
+            reported = failed(error) if isinstance(error, Exception) else stopping()
+            yield event(reported.body)
             return
     yield (event(builder.last_chunk(usage())) if builder.include_usage else b"") + DONE
 
 
 def failed(error: Exception) -> ApiError:
-    """What a client is told of an error: all of one that is meant for it, nothing of another."""
+    """Return the error to send to the client: an ApiError as it is; any other is logged and
+    becomes a 500 without details."""
     if isinstance(error, ApiError):
         return error
     LOG.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed at this request: whoever runs it can read why")
+    return ApiError(500, "the server failed at this request: its log says why")
 
 
 def usage(read: int, choices: Sequence[PendingChoice]) -> Usage:
-    """How many tokens were read and generated."""
+    """Count the tokens of a request's prompts and texts."""
     generated = sum(choice.tokens for choice in choices)
     return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)

@@ -1,4 +1,4 @@
-"""From an application to a server: an address, uvicorn, patience, and an end in good order.
+"""Run an application as a server: bind an address, limit slow clients, shut down gracefully.
 
 Knows nothing of what the application does.
 """
@@ -15,12 +15,12 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-KEEP_ALIVE = 75  # seconds; longer than clients keep a connection that they do not use
-PATIENCE = 60.0  # seconds in which a request has to be whole, and a reader has to read on
+KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection
+PATIENCE = 60.0  # seconds for a request to arrive, and for a client to read more of a response
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; ValueError where that is not possible."""
+    """Return a socket bound to an address; ValueError if that is impossible."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -39,74 +39,73 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def taken(host: str, port: int) -> ValueError:
-    """The error of an address at which another listens."""
+    """Return the error for an address that is in use."""
     return ValueError(f"port {port} of {host} is taken: choose another --port, or 0 for a free one")
 
 
 def url(bound: socket.socket) -> str:
-    """The address of a socket, as a browser takes it."""
+    """Return the URL of a socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Connection(H11Protocol):
-    """A connection that is cut when its client begins a request and does not end it, or does not
-    read its answer.
+    """A connection that is closed if its client stalls in a request or in reading a response.
 
-    Of uvicorn's two protocols it is the one that bounds a request's head, and speaks HTTP/1.0 to
-    those who do. An event of a stream takes it some microseconds longer.
+    Of uvicorn's two HTTP protocols, this is the one that limits the size of the headers and speaks
+    HTTP/1.0. It costs a few microseconds more per event of a stream.
     """
 
-    asked: asyncio.TimerHandle | None = None  # when a request has to be whole
-    read: asyncio.TimerHandle | None = None  # when something has to be read
+    request_timer: asyncio.TimerHandle | None = None  # runs until the next request has arrived
+    reading_timer: asyncio.TimerHandle | None = None  # runs while the client reads nothing
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Start waiting for a request."""
         super().connection_made(transport)
         self.wait_for_request()
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request, or several."""
+        """Take in a part of a request, or several parts."""
         super().data_received(data)
         self.wait_for_request()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next request."""
+        """Start waiting for the next request."""
         super().on_response_complete()
         self.wait_for_request()
 
     def wait_for_request(self) -> None:
-        """Set the clock while a request, or the rest of one, has yet to come."""
+        """Run the request timer while a request, or the rest of one, has yet to arrive."""
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY) or self.transport.is_closing():
-            self.asked = stop(self.asked)
-        elif self.asked is None:
-            self.asked = self.loop.call_later(PATIENCE, self.transport.abort)
+            self.request_timer = stop(self.request_timer)
+        elif self.request_timer is None:
+            self.request_timer = self.loop.call_later(PATIENCE, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """What is written is not read."""
+        """Start the reading timer: the buffer is full, because the client does not read."""
         super().pause_writing()
-        self.read = self.loop.call_later(PATIENCE, self.transport.abort)
+        self.reading_timer = self.loop.call_later(PATIENCE, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It is read on."""
+        """Stop the reading timer: the client reads again."""
         super().resume_writing()
-        self.read = stop(self.read)
+        self.reading_timer = stop(self.reading_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end, whoever's doing."""
+        """Stop both timers."""
         super().connection_lost(exc)
-        self.asked, self.read = stop(self.asked), stop(self.read)
+        self.request_timer, self.reading_timer = stop(self.request_timer), stop(self.reading_timer)
 
 
-def stop(clock: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """No clock, in place of one that runs, or of none."""
-    if clock is not None:
-        clock.cancel()
+def stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer, if there is one; return None, to assign in its place."""
+    if timer is not None:
+        timer.cancel()
     return None
 
 
 class UvicornServer(uvicorn.Server):
-    """uvicorn, which says when it is ready; after the first signal it finishes what is begun."""
+    """uvicorn with callbacks at its start and end, and a graceful shutdown at the first signal."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class UvicornServer(uvicorn.Server):
         ready: Callable[[], None] = lambda: None,
         ending: Callable[[], None] = lambda: None,
     ) -> None:
-        """`ready` and `ending` are called once each; texts have `drain` seconds to be finished."""
+        """`ready` and `ending` are called once each; open requests get `drain` seconds to end."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -133,7 +132,7 @@ class UvicornServer(uvicorn.Server):
         self.ready, self.ending = ready, ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen; ValueError where another, bound at the same time, does so already."""
+        """Start to listen; ValueError if another process has just taken the address."""
         try:
             await super().startup(sockets)
         except OSError as error:
@@ -143,12 +142,12 @@ class UvicornServer(uvicorn.Server):
             self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections, finish what is begun, and end."""
+        """Accept no more connections, finish open requests, and stop."""
         self.ending()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End in good order at the first signal, and at once at the second: nothing is lost."""
+        """Shut down gracefully at the first signal, and exit at once at the second."""
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True

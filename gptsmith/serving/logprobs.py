@@ -1,6 +1,6 @@
-"""How the log-probabilities of tokens are told, in the two forms that OpenAI has for them.
+"""The logprobs of tokens, in OpenAI's two forms for completions and chat.
 
-Knows nothing of the answers that they are a part of.
+Knows nothing of the responses that contain them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf; this is what OpenAI writes
 
 
 class Logprobs(BaseModel):
-    """For each token: its text (or bytes:\\xe2...), log-probability, the likeliest, its place."""
+    """For each token: its text (or bytes:\\xe2...), its logprob, the likeliest, its offset."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -25,7 +25,7 @@ class Logprobs(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token and its log-probability."""
+    """A token and its logprob."""
 
     token: str
     logprob: float
@@ -33,7 +33,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of a message, and the likeliest of its place."""
+    """A token of a message, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -46,7 +46,8 @@ class ChatLogprobs(BaseModel):
 
 
 def token_name(tokenizer: Tokenizer, id: int) -> str:
-    """A token as text, as OpenAI writes those that are no whole characters: no two are alike."""
+    """Return a unique name for a token: its text, or, as OpenAI does, its bytes if they are not
+    whole characters."""
     piece = tokenizer.token_bytes(id)
     try:
         return piece.decode() if piece else f"token_id:{id}"
@@ -55,12 +56,12 @@ def token_name(tokenizer: Tokenizer, id: int) -> str:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
+    """Return a logprob that JSON can hold."""
     return max(logprob, LEAST_LOGPROB)
 
 
 def likeliest(token: Scored) -> dict[int, float]:
-    """The likeliest ids of a token's place, and its own, with their log-probabilities."""
+    """Return the logprobs of the likeliest ids at a token's position, and of the token itself."""
     found = dict(token.alternatives)
     if token.logprob is not None:
         found.setdefault(token.id, token.logprob)
@@ -68,24 +69,24 @@ def likeliest(token: Scored) -> dict[int, float]:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Told]) -> dict[str, Any]:
-    """The tokens of a text as four lists of the same length."""
-    told = [each.token for each in tokens]
+    """Return the tokens of a text as four lists of the same length."""
+    scored = [each.token for each in tokens]
     return {
-        "tokens": [token_name(tokenizer, token.id) for token in told],
+        "tokens": [token_name(tokenizer, token.id) for token in scored],
         "token_logprobs": [
-            None if token.logprob is None else finite(token.logprob) for token in told
+            None if token.logprob is None else finite(token.logprob) for token in scored
         ],
         "top_logprobs": [
             {token_name(tokenizer, id): finite(value) for id, value in likeliest(token).items()}
             or None
-            for token in told
+            for token in scored
         ],
         "text_offset": [each.offset for each in tokens],
     }
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Told]) -> dict[str, Any]:
-    """The tokens of a message, one object for each."""
+    """Return the tokens of a message, one object for each."""
 
     def entry(id: int, logprob: float) -> dict[str, Any]:
         piece = list(tokenizer.token_bytes(id))

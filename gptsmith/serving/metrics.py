@@ -1,8 +1,8 @@
-"""What a server tells Prometheus: requests, tokens, waiting times, and how full it is.
+"""Metrics for Prometheus: requests, tokens, latencies and load.
 
-Knows nothing of HTTP or of the engine: it is told what happened, and asks one function how many
-jobs run and wait at the moment of a scrape. Everything belongs to one object, so two servers in
-one process count apart.
+Knows nothing of HTTP or of the engine: others report events to it, and at each scrape it calls one
+function for the numbers of running and waiting jobs. All state is in one object, so that two
+servers in one process have separate metrics.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-# What a label may say: a path that somebody made up must not become a time series of its own.
+# The values of the label `endpoint`: an arbitrary path must not create a new time series.
 ENDPOINTS = (
     "/",
     "/v1/completions",
@@ -38,7 +38,7 @@ LONG = (*SHORT, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 def endpoint_of(path: str) -> str:
-    """The label of a path: an endpoint, the one it lies below (a model's, a page's), or other."""
+    """Return the label of a path: an endpoint, the one directly above it, or `other`."""
     if path in ENDPOINTS:
         return path
     parent = path.rpartition("/")[0]
@@ -46,9 +46,9 @@ def endpoint_of(path: str) -> str:
 
 
 class Metrics:
-    """The figures of one server.
+    """The metrics of one server.
 
-    `counts` returns how many jobs have a slot and how many wait for one, now; of `slots` slots.
+    `counts` returns the numbers of running and waiting jobs; `slots` is the number of slots.
     """
 
     def __init__(self, counts: Callable[[], tuple[int, int]], *, slots: int) -> None:
@@ -88,21 +88,21 @@ class Metrics:
         Gauge(f"gptsmith_{name}", meaning, registry=self._registry).set_function(value)
 
     def finished(self, path: str, status: int, seconds: float) -> None:
-        """A request for `path` was answered with `status`."""
+        """Record a request for `path` that got `status` after so many seconds."""
         endpoint = endpoint_of(path)
         self._requests.labels(endpoint, str(status)).inc()
         self._request_seconds.labels(endpoint).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """A text's first token came so long after its request."""
+        """Record the time from a request's arrival to a text's first token."""
         self._first_token.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """A text's token came so long after the one before."""
+        """Record the time between two tokens of a text."""
         self._next_token.observe(seconds)
 
     def tokens(self, kind: Literal["prompt", "generated"], count: int) -> None:
-        """So many tokens more were read or generated."""
+        """Add to the number of tokens that were read or generated."""
         self._tokens.labels(kind).inc(count)
 
     @property
@@ -111,5 +111,5 @@ class Metrics:
         return CONTENT_TYPE_LATEST
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""The pages for people: / to write with the model, and /docs to try the API out.
+"""The web pages: / to write with the model, and /docs to try the API.
 
-Knows nothing of the endpoints: the application describes itself in openapi.json. Each page runs
-what this server holds, and asks nobody else: its security policy forbids it.
+Knows nothing of the endpoints: the application describes itself in openapi.json. The pages load
+nothing from other servers; their Content-Security-Policy forbids it.
 """
 
 import re
@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
 WRITING = Path(__file__).with_name("page.html")
-# Swagger UI's files, found by the distribution's list of files; its code is never imported.
+# The package whose Swagger UI files are served; its code is never imported.
 DISTRIBUTION = "fastapi-offline"
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
 A_DAY = 86_400  # seconds
 
-# Pictures may be data: because Swagger UI's arrows are. Nothing in the page itself may run.
+# Images may be data: URLs, because Swagger UI's arrows are. Inline scripts may not run.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,7 +38,7 @@ DOCS = """<!doctype html>
 <link rel="icon" href="data:,">
 </head>
 <body>
-<noscript>This needs JavaScript; <a href="openapi.json">openapi.json</a> says the same.</noscript>
+<noscript>This page needs JavaScript; see <a href="openapi.json">openapi.json</a>.</noscript>
 <div id="manual"></div>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
@@ -46,7 +46,7 @@ DOCS = """<!doctype html>
 </html>
 """
 
-# Without validatorUrl: null, Swagger UI would send the description to a server of its makers.
+# Without validatorUrl: null, Swagger UI would send the description to its makers' server.
 START = """const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
 dark.addEventListener("change", follow);
@@ -65,7 +65,8 @@ SwaggerUIBundle({
 
 
 def add_page(app: FastAPI) -> None:
-    """Add the page at /, which may run and look as its file says, and talk to this server only."""
+    """Add the page at /; its policy allows its own scripts and styles, and requests to this
+    server only."""
     page = WRITING.read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; script-src {hashes(page, 'script')}; "
@@ -79,7 +80,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def hashes(page: str, tag: str) -> str:
-    """What a security policy allows: the contents of these elements of a page, or nothing."""
+    """Return the policy source that allows the contents of a page's elements, or 'none'."""
     found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, flags=re.DOTALL)
     sums = (b64encode(sha256(text.encode()).digest()).decode() for text in found)
     return " ".join(f"'sha256-{sum}'" for sum in sums) or "'none'"
@@ -103,7 +104,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def add_file(app: FastAPI, address: str, path: Path) -> None:
-    """Add a file that browsers may keep."""
+    """Add a file that browsers may cache."""
 
     @app.get(address, include_in_schema=False)
     async def file() -> Response:
@@ -111,13 +112,13 @@ def add_file(app: FastAPI, address: str, path: Path) -> None:
 
 
 def find(name: str) -> Path:
-    """Where a file of Swagger UI lies; ImportError where it is not installed."""
+    """Return the path of a Swagger UI file; ImportError if it is not installed."""
     try:
         found = [path for path in distribution(DISTRIBUTION).files or [] if path.name == name]
     except PackageNotFoundError as error:
         raise ImportError("the server is an extra: pip install 'gptsmith[serve]'") from error
     if not found:
         raise ImportError(
-            f"the installed {DISTRIBUTION} holds no {name}: pip install 'gptsmith[serve]'"
+            f"the installed {DISTRIBUTION} has no {name}: pip install 'gptsmith[serve]'"
         )
     return Path(found[0].locate())

@@ -1,7 +1,7 @@
-"""The choices of one answer while they are generated: read together, as long as their client is
-there.
+"""The choices of one response while they are generated, merged into one stream and cancelled when
+the client disconnects.
 
-Knows nothing of JSON, but for the errors that a client is told.
+Knows nothing of JSON, except for the errors that a client gets.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ class PendingChoice:
     """One choice while its text is generated."""
 
     def __init__(self, stream: Stream, text: Text, metrics: Metrics, *, begun: float) -> None:
-        """`begun` is when the request came, by time.monotonic."""
+        """`begun` is the time of the request's arrival, by time.monotonic."""
         self.stream, self.text, self.metrics = stream, text, metrics
-        self.last = begun  # when the latest token came, or the request
+        self.last = begun  # time of the latest token; before the first, of the request
         self.tokens = 0
         self.logprob = 0.0  # of all new tokens
 
     def push(self, news: News) -> Piece:
-        """What the next step adds to the text; ApiError where it cannot be finished."""
+        """Return what a step adds to the text; ApiError if the job has failed or timed out."""
         if news.finish in ("timeout", "failed"):
             raise failure(news)
         if news.token is not None:
             now = time.monotonic()
-            told = self.metrics.next_token if self.tokens else self.metrics.first_token
-            told(now - self.last)
+            record = self.metrics.next_token if self.tokens else self.metrics.first_token
+            record(now - self.last)
             self.last = now
             self.tokens += 1
             self.logprob += news.token.logprob or 0.0
@@ -53,11 +53,11 @@ class PendingChoice:
 
     @property
     def mean_logprob(self) -> float:
-        """The mean log-probability of its tokens, by which the best are chosen."""
+        """The mean log-probability of its tokens, by which best_of chooses."""
         return self.logprob / max(self.tokens, 1)
 
     async def read(self, index: int, pieces: Arrived) -> None:
-        """Put the pieces of the text into a queue, and stop the engine once it has ended."""
+        """Put the pieces of the text into a queue, and cancel the job when the text has ended."""
         try:
             async for news in self.stream:
                 if piece := self.push(news):
@@ -68,27 +68,27 @@ class PendingChoice:
         except Exception as error:
             pieces.put_nowait(error)
         finally:
-            self.stream.cancel()  # a stop string is known here only
+            self.stream.cancel()  # the engine does not know stop strings
             self.metrics.tokens("generated", self.tokens)
 
 
 def failure(news: News) -> ApiError:
-    """What a client is told of a text that was given up."""
+    """Return the error for a job that failed or timed out."""
     if news.finish == "timeout":
         return ApiError(
             504,
-            "the time for a request is over: ask for fewer tokens or texts, or again when the "
-            "server is less busy",
+            "the request timed out: ask for fewer tokens or texts, or retry when the server is "
+            "less busy",
             headers={"x-should-retry": "false"},
         )
-    LOG.error("a text was given up: %s", news.reason)
-    return ApiError(500, "the model failed at this request: whoever runs the server can read why")
+    LOG.error("a job failed: %s", news.reason)
+    return ApiError(500, "the model failed at this request: the server's log says why")
 
 
 async def merged(choices: Sequence[PendingChoice]) -> AsyncGenerator[Batch, None]:
-    """All pieces of all choices as they come, several at a time, each with its choice's index.
+    """Yield the pieces of all choices as they arrive, in batches, each with its choice's index.
 
-    When the reader leaves, the texts that are not finished are given up.
+    When the caller stops reading, unfinished jobs are cancelled.
     """
     pieces = Arrived()
     readers = [asyncio.create_task(each.read(index, pieces)) for index, each in enumerate(choices)]
@@ -112,7 +112,7 @@ async def merged(choices: Sequence[PendingChoice]) -> AsyncGenerator[Batch, None
 
 
 async def whole_texts(choices: Sequence[PendingChoice]) -> list[Piece]:
-    """The texts, once all are finished."""
+    """Return all texts once they are finished."""
     pieces: list[list[Piece]] = [[] for _ in choices]
     async with aclosing(merged(choices)) as batches:
         async for batch in batches:
@@ -122,7 +122,8 @@ async def whole_texts(choices: Sequence[PendingChoice]) -> list[Piece]:
 
 
 def best(texts: Sequence[Piece], choices: Sequence[PendingChoice], n: int, of: int) -> list[Piece]:
-    """Of every `of` texts the n of highest mean log-probability, best first; all where n is of."""
+    """Return the best n of every `of` texts, by mean log-probability, best first; if n equals
+    `of`, return all in their order."""
     chosen = list[int]()
     for start in range(0, len(texts), of):
         group = list(range(start, start + of))
@@ -132,39 +133,39 @@ def best(texts: Sequence[Piece], choices: Sequence[PendingChoice], n: int, of: i
     return [texts[i] for i in chosen]
 
 
-# -- as long as the client is there
+# -- disconnected clients
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled where the client hangs up before it is done."""
+    """Return the result of some work, which is cancelled if the client disconnects first."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request.receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-    except asyncio.CancelledError:  # the time to finish what is begun is over
+    except asyncio.CancelledError:  # the server is stopping, and its drain time is over
         raise stopping() from None
     finally:
         working.cancel()
         leaving.cancel()
         await asyncio.wait((working, leaving))
     if working.cancelled():
-        raise ApiError(HUNG_UP, "the client has left")
+        raise ApiError(HUNG_UP, "the client has disconnected")
     return working.result()
 
 
 async def hung_up(receive: Receive) -> None:
-    """Return when the client has gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, whose generator is closed with the answer, whatever ends it."""
+    """Server-sent events from a generator that is closed however the response ends."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self.events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events as they come, as long as the client listens."""
+        """Send the events as they arrive, until they end or the client disconnects."""
         async with aclosing(self.events):
             await super().__call__(scope, receive, send)

@@ -1,7 +1,7 @@
-"""The engine in a thread of its own, and news of each job as an asynchronous stream.
+"""The engine in a thread of its own, and the news of each job as an asynchronous stream.
 
-While the model computes, the event loop goes on to talk to its clients. All of it is for the event
-loop's thread; only `Service.run` is the other one. Knows nothing of characters or HTTP.
+While the model computes, the event loop stays free for clients. Everything here runs in the event
+loop's thread, except `Service.run`, which is the engine's thread. Knows nothing of text or HTTP.
 """
 
 import asyncio
@@ -23,29 +23,29 @@ from ..model.cache import KVCache
 from ..model.gpt import GPT
 
 LOG = logging.getLogger(__name__)
-REMEMBERED = 64  # jobs that ended last, which tell how soon there is room for another
+REMEMBERED = 64  # finished jobs whose times estimate how soon there is room for another
 MOST_SLOTS, MOST_SLOTS_PLAIN = 64, 8
-SHARE_OF_MEMORY = 1 / 8  # that the cache may take, of what is free
-LONGEST_PAUSE = 60  # seconds that a client is told to wait; what ended last may be long ago
+SHARE_OF_MEMORY = 1 / 8  # of the free memory, for the KV cache
+LONGEST_PAUSE = 60  # seconds in Retry-After; the last jobs may have ended long ago
 
 
 class QueueFull(Exception):
-    """As many jobs wait as may."""
+    """The queue has no room for more jobs."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full: try again in {retry_after} s")
+        super().__init__(f"the queue is full: retry in {retry_after} s")
         self.retry_after = retry_after  # seconds
 
 
 class Counts(NamedTuple):
-    """How many jobs have a slot, and how many wait for one."""
+    """How many jobs are running, and how many are waiting for a slot."""
 
     running: int
     waiting: int
 
 
 class Stream:
-    """The news of one job, in order; it ends after those that say how the job finished."""
+    """The news of one job, in order; the last says how the job finished."""
 
     def __init__(self, job: Job, service: "Service") -> None:
         self.job, self.service = job, service
@@ -59,12 +59,12 @@ class Stream:
                 return
 
     def cancel(self) -> None:
-        """Give the job up: its slot is free at the next step. Harmless where it is over."""
+        """Cancel the job: its slot is free at the next step. Harmless if the job has finished."""
         self.service.cancel(self)
 
 
 class Service:
-    """A model that many ask at once. Used as `async with service`, in which its thread runs."""
+    """A model that many clients share. The engine's thread runs inside `async with service`."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class Service:
         count = suitable_slots(model, decoder, slots)
         self.engine = Engine(Slots(model, count, decoder, in_chunks=True))
         self.slots, self.waiting = len(self.engine.slots), waiting
-        self.streams: dict[Job, Stream] = {}  # of jobs that have not finished
-        self.ends: deque[float] = deque(maxlen=REMEMBERED)  # when the last ones did
-        # What the thread is told: a job to begin, or to give up, or (None) to end itself.
+        self.streams: dict[Job, Stream] = {}  # of unfinished jobs
+        self.ends: deque[float] = deque(maxlen=REMEMBERED)  # times at which the last jobs finished
+        # Calls for the engine's thread: a job to submit or to cancel. None ends the thread.
         self.inbox: SimpleQueue[tuple[Any, Job] | None] = SimpleQueue()
 
     async def __aenter__(self) -> Self:
@@ -96,11 +96,13 @@ class Service:
     # -- in the event loop
 
     def submit(self, jobs: Sequence[Job]) -> list[Stream]:
-        """Take in all of some jobs or none; QueueFull where there is no room now, ValueError where
-        there never is."""
+        """Queue all of the jobs or none, and return their streams.
+
+        Raises QueueFull if there is no room now, ValueError if there never can be.
+        """
         most = self.slots + self.waiting
         if len(jobs) > most:
-            raise ValueError(f"{len(jobs)} texts are asked for at once: at most {most} can be")
+            raise ValueError(f"{len(jobs)} jobs at once: at most {most} are possible")
         if len(self.streams) + len(jobs) > most:
             raise QueueFull(self.retry_after(len(self.streams) + len(jobs) - most))
         streams = [Stream(job, self) for job in jobs]
@@ -110,28 +112,28 @@ class Service:
         return streams
 
     def cancel(self, stream: Stream) -> None:
-        """Give a job up."""
+        """Cancel a stream's job, if it has not finished."""
         if self.streams.pop(stream.job, None) is not None:
             self.inbox.put((self.engine.cancel, stream.job))
 
     def counts(self) -> Counts:
-        """How many jobs there are now."""
+        """Count the running and the waiting jobs."""
         running = min(len(self.streams), self.slots)
         return Counts(running, len(self.streams) - running)
 
     def retry_after(self, jobs: int) -> int:
-        """In how many seconds so many jobs more will have ended, if they go on to end as the last
-        ones did."""
+        """Estimate in how many seconds `jobs` more jobs will have finished, at the rate of the
+        last ones."""
         if len(self.ends) < 2:
             return 1
         each = (time.monotonic() - self.ends[0]) / len(self.ends)
         return min(max(1, math.ceil(jobs * each)), LONGEST_PAUSE)
 
     def deliver(self, news: Sequence[News]) -> None:
-        """Hand out what a step brought."""
+        """Pass the news of a step to the jobs' streams."""
         for item in news:
             stream = self.streams.get(item.job)
-            if stream is None:  # given up while the step ran
+            if stream is None:  # cancelled while the step ran
                 continue
             if item.finish:
                 del self.streams[item.job]
@@ -141,29 +143,32 @@ class Service:
     # -- in the engine's thread
 
     def run(self) -> None:
-        """Step after step, as long as there is something to do, and until told to end."""
+        """Run the engine's steps while it has jobs; return when the inbox says so."""
         while True:
             try:
-                told = self.inbox.get(block=self.engine.idle)
-                if told is None:
+                # An idle engine waits for a call; a busy one only looks whether there is one.
+                call = self.inbox.get(block=self.engine.idle)
+                if call is None:
                     return
-                do, job = told
-                do(job)
-                continue  # there may be more
+                method, job = call
+                method(job)
+                continue  # take all calls before the next step
             except Empty:
                 pass
             try:
                 news = self.engine.step(time.monotonic())
-            except Exception:  # a failure of one step must not be the end of the service
+            except Exception:  # one failed step must not end the service
                 LOG.exception("a step failed")
-                news = self.engine.abandon("the server failed at this: try again")
+                news = self.engine.abandon("the engine's step failed")
             if news:
                 self.loop.call_soon_threadsafe(self.deliver, news)
 
 
 def suitable_slots(model: GPT, decoder: Decoder | None, wanted: int | None = None) -> int:
-    """How many slots suit a model on its device and leave it memory, or those that are wanted;
-    ValueError where they do not fit."""
+    """Return the number of slots: `wanted`, or what suits the device and its free memory.
+
+    Raises ValueError if the wanted slots do not fit into memory.
+    """
     size = KVCache(model.config, 1, dtype=model.dtype, device="meta").size
     free = available_memory(model.device)
     if wanted is None:
@@ -172,7 +177,7 @@ def suitable_slots(model: GPT, decoder: Decoder | None, wanted: int | None = Non
         return max(1, min(suits, int(SHARE_OF_MEMORY * free / size)))
     if wanted * size > free:
         raise ValueError(
-            f"{wanted:,} slots take {wanted * size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            "free: take fewer"
+            f"{wanted:,} slots need {wanted * size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+            "are free: choose fewer slots"
         )
     return wanted

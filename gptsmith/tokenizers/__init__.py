@@ -1,6 +1,6 @@
-"""Text to ids and back: characters, bytes, GPT-2's own vocabulary, or one learned from your text.
+"""Tokenizers of characters, of bytes, with GPT-2's vocabulary, or learned from your text.
 
-Every tokenizer is a `tokenizer.json` of the `tokenizers` library, so other tools read it too.
+Each is saved as a `tokenizer.json` of the `tokenizers` library, so other tools can read it.
 """
 
 from .build import (

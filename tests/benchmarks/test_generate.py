@@ -251,7 +251,7 @@ def test_every_system_is_of_known_number_formats() -> None:
     [
         ("gpt2 --max-tokens 1", "1 new tokens are no decoding: at least 2 are needed"),
         ("gpt2 --max-tokens 1025", "more than the context_length"),
-        ("nowhere", "'nowhere' is no preset, recipe or model"),
+        ("nowhere", "'nowhere' is not a preset, recipe or model"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

@@ -318,7 +318,7 @@ def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "gpt9", "--traceback"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
-    assert err.splitlines()[-1].startswith("gptsmith: 'gpt9' is no preset")
+    assert err.splitlines()[-1].startswith("gptsmith: 'gpt9' is not a preset")
 
 
 # -- words that are not understood
@@ -358,7 +358,7 @@ def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
         ("describe gpt2 --trace 0x4", "BxT is needed"),
         ("describe gpt2 --trace 1x9999", "9999 tokens are more than the context_length of 1024"),
         ("bench serv gpt2", "invalid choice: 'serv'"),
-        ("bench train gpt9", "'gpt9' is no preset"),
+        ("bench train gpt9", "'gpt9' is not a preset"),
     ],
 )
 def test_what_is_not_understood(words: str, said: str, refused: Callable[..., str]) -> None:
@@ -443,7 +443,7 @@ def test_what_sample_refuses(flags: str, said: str, run: str, refused: Callable[
         ("--data latin.txt", "byte 0xe9 at position 3 is not utf-8"),
         ("--data text.txt --tokens 1", "--tokens is 1: at least 2"),
         ("--data text.txt --context-length 9", "1 to the model's 8 is needed"),
-        ("--data text.txt --split validation", "--split is of prepared data"),
+        ("--data text.txt --split validation", "--split is for prepared data"),
         ("--data bytes", "made with another tokenizer"),
     ],
 )
@@ -493,7 +493,7 @@ def test_an_empty_folder_and_empty_standard_input(
     refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("nothing").mkdir()
-    assert "nothing holds no text" in refused("prepare", "nothing", "--out", "new")
+    assert "nothing has no text files" in refused("prepare", "nothing", "--out", "new")
     stdin_of(monkeypatch, b"")
     assert "it is empty" in refused("prepare", "-", "--out", "new")
 
@@ -524,10 +524,10 @@ def no_count(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (short, "is cut short: its header counts"),
+        (short, "is cut short: its header says"),
         (wrong_magic, "begins with magic number 117901063"),
         (wrong_version, "version 99"),
-        (wrong_count, "is cut short: its header counts 65,535 tokens"),
+        (wrong_count, "is cut short: its header says 65,535 tokens"),
         (no_count, "counts 0 tokens"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"abc"), "a token shard begins with"),
@@ -662,7 +662,7 @@ def test_a_run_without_any_whole_checkpoint(run: str, refused: Callable[..., str
         ("evaluate", "run", "--data", "text.txt"),
         ("train", "--resume", "run"),
     ):
-        assert "run has no whole checkpoint to use" in refused(*words)
+        assert "run has no intact checkpoint" in refused(*words)
 
 
 # -- going on with a run

@@ -70,7 +70,7 @@ def test_it_says_where_it_is_and_finishes_what_is_begun(folder: Path) -> None:
         assert process.wait(120) == 0
         said = process.stderr.read().splitlines()
         assert '"GET /health" 200' in said[0]
-        assert said[1] == "finishing what is begun, in at most 30 s; Ctrl-C ends it at once"
+        assert said[1] == "finishing open requests, for at most 30 s; Ctrl-C stops at once"
         assert '"POST /v1/completions" 200' in said[2]
         assert len(said) == 3, said
 
@@ -174,5 +174,5 @@ def test_a_model_that_anybody_may_use_is_noted(
     guards = []
     monkeypatch.setattr(UvicornServer, "run", lambda self, sockets: guards.append(self.config.app))
     assert main(["serve", str(folder), "--host", host, "--port", "0"]) == 0
-    assert ("may use the model: set GPTSMITH_API_KEY" in capsys.readouterr().err) is noted
+    assert ("can use the model: set GPTSMITH_API_KEY" in capsys.readouterr().err) is noted
     assert guards[0].key == (key.encode() or None)

@@ -56,7 +56,7 @@ def test_a_state_dict_becomes_the_same_model(
     assert report.source_format == "GPTModel of the book"
     assert report.difference == 0
     assert report.tensors.ignored == {
-        f"trf_blocks.{layer}.att.mask": "a causal mask, no weight" for layer in range(2)
+        f"trf_blocks.{layer}.att.mask": "a causal mask, not a weight" for layer in range(2)
     }
     model, tokenizer = gptsmith.load(tmp_path / "out")
     assert tokenizer is None
@@ -112,7 +112,7 @@ def test_what_the_book_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture)
     words = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "book"]
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "no way to say activation gelu_erf (it has gelu_tanh)" in said
+    assert "cannot express activation gelu_erf (it has gelu_tanh)" in said
     assert main([*words, "--approximate"]) == 0
     assert "activation gelu_erf (it has gelu_tanh)" in capsys.readouterr().out
 

@@ -178,7 +178,7 @@ def test_the_report_names_every_tensor(tmp_path: Path, capsys: pytest.CaptureFix
         "Hugging Face folder",
         "parameters: 2 layers, 3 heads, 12 channels, context 11, vocabulary 37",
         "2 h.*.attn.c_attn.weight",
-        "a causal mask, no weight: 2 h.*.attn.bias",
+        "a causal mask, not a weight: 2 h.*.attn.bias",
         "the tied head, which is wte.weight: lm_head.weight",
         "run by transformers",
         str(tmp_path / "a"),
@@ -202,7 +202,7 @@ def test_what_a_format_cannot_say_is_refused_or_measured(
 ) -> None:
     words = ["export", str(folder), str(tmp_path / "out"), "--to", "nanogpt"]
     assert main(words) == 2
-    assert "no way to say activation gelu_tanh (it has gelu_erf)" in capsys.readouterr().err
+    assert "cannot express activation gelu_tanh (it has gelu_erf)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--approximate", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -306,7 +306,7 @@ def test_mistakes_get_one_line(
         "import model out --tokenizer nowhere": "no tokenizer 'nowhere'",
         "export model out": "required: --to",
         "export model out --to nanogtp": "no format 'nanogtp' can be written, did you mean",
-        "export model empty/out --to llmc --shard-size 1GB": "never cut into shards",
+        "export model empty/out --to llmc --shard-size 1GB": "cannot be written in shards",
         "export model out --to huggingface --shard-size big": "a size such as 500MB or 5GB",
         "export model out --to llmc --dtype fp16": "llm.c model: written in float32, bf16",
         "export nowhere out --to llmc": "no model at nowhere",
@@ -336,7 +336,7 @@ def test_a_tied_head_that_is_another_tensor_is_refused(
     tensors = reference.state_dict() | {"lm_head.weight": torch.ones(37, 12)}
     torch.save(tensors, tmp_path / "m" / "pytorch_model.bin")
     said = refused(["import", str(tmp_path / "m"), str(tmp_path / "out")], capsys)
-    assert "the head is tied to the embedding, but is another tensor" in said
+    assert "the head should be tied to the embedding, but differs from it" in said
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_truncated_and_altered_pickles_are_damaged(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for end in range(4, len(whole), 97):
         path.write_bytes(whole[:end])
-        with pytest.raises(DamagedError, match=r"is not a whole file of torch.save's"):
+        with pytest.raises(DamagedError, match=r"is not an intact file of torch.save"):
             load_torch_file(path)
 
 

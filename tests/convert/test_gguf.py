@@ -317,7 +317,7 @@ def test_tokenizers_that_llama_cpp_has_not_are_refused(
 ) -> None:
     tokenizer = odd(change)
     model = scrambled(GPTConfig(**(SIZES | {"vocab_size": tokenizer.vocab_size})))
-    message = f"the tokenizer has {what}, which GPT-2's has not: llama.cpp would give other ids"
+    message = f"the tokenizer has {what}, unlike GPT-2's: llama.cpp would give other ids"
     with pytest.raises(ValueError, match=message):
         write(stored(model, tokenizer), tmp_path / "m.gguf", "fp16")
 
@@ -563,10 +563,13 @@ def put(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"architecture": "llama"}, "holds a model of kind 'llama': only 'gpt2' is understood"),
+        (
+            {"architecture": "llama"},
+            "has a model of architecture 'llama': only 'gpt2' is supported",
+        ),
         (
             {"tensors": quantized},
-            "blk.1.ffn_up.weight is in Q4_0: only F32, F16, BF16, Q8_0 are understood",
+            "blk.1.ffn_up.weight is in Q4_0: only F32, F16, BF16, Q8_0 are supported",
         ),
         (
             {"tensors": without("blk.1.ffn_up.bias")},
@@ -586,7 +589,7 @@ def put(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
         ),
         (
             {"change": lambda w: w.kv_data[0].pop("gpt2.context_length")},
-            "is no whole GPT-2: its header lacks gpt2.context_length",
+            "is not a complete GPT-2: its header lacks gpt2.context_length",
         ),
         ({"change": lambda w: w.add_head_count(5)}, "n_embd 64 is not a multiple of n_head 5"),
         ({"change": lambda w: w.add_head_count_kv(2)}, "has 2 heads of keys, but 4 of queries"),
@@ -598,7 +601,7 @@ def put(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
         ),
         (
             {"change": lambda w: w.add_uint32("gptsmith.vocab_size", 38)},
-            "says gptsmith.vocab_size 38, of 37 tokens",
+            "has gptsmith.vocab_size 38, but 37 tokens",
         ),
         (
             {"change": lambda w: w.add_tokenizer_model("gpt2")},
@@ -648,7 +651,7 @@ def test_a_file_cut_short_anywhere_is_refused(whole: bytes, tmp_path: Path) -> N
         ),
         (
             b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 2) + bytes(80),
-            "it has values of kind 9",
+            "it has values of unknown type 9",
         ),
         (b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"\xff") + bytes(80), "can't decode byte"),
     ],

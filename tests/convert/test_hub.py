@@ -212,7 +212,9 @@ def test_a_cache_that_lacks_a_file_is_completed(
 
 
 def test_other_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="gpt3 is no published GPT-2: one of gpt2, gpt2-medium"):
+    with pytest.raises(
+        ValueError, match="gpt3 is not a published GPT-2: use one of gpt2, gpt2-medium"
+    ):
         hub.fetch_published("gpt3")
 
 
@@ -221,7 +223,7 @@ def test_without_the_library_one_line_says_what_to_do(monkeypatch: pytest.Monkey
     with pytest.raises(FileNotFoundError) as caught:
         hub.fetch_published("gpt2")
     assert str(caught.value) == (
-        "gpt2 is downloaded by huggingface_hub: pip install 'gptsmith[hub]', or put its "
+        "downloading gpt2 needs huggingface_hub: pip install 'gptsmith[hub]', or put its "
         "config.json, tokenizer.json and model.safetensors into a folder and import that"
     )
 

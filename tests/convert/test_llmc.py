@@ -134,7 +134,7 @@ def test_what_llmc_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         gptsmith.save(scrambled(GPTConfig(**TINY, **form)), None, folder)
         command = ["export", str(folder), str(out), "--to", "llmc"]
         assert main(command) == 2
-        assert f"no way to say {words}" in capsys.readouterr().err
+        assert f"cannot express {words}" in capsys.readouterr().err
         assert not out.exists()
         assert main([*command, "--approximate"]) == 0
         assert words in capsys.readouterr().out

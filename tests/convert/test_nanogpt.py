@@ -80,7 +80,7 @@ def test_older_checkpoints_carry_masks(tmp_path: Path) -> None:
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 11, 11).tril() for i in range(2)}
     torch.save(whole | {"model": whole["model"] | masks}, tmp_path / "ckpt.pt")
     report = import_model(tmp_path, tmp_path / "out")  # the folder that holds it
-    assert report.tensors.ignored["h.1.attn.bias"] == "a causal mask, no weight"
+    assert report.tensors.ignored["h.1.attn.bias"] == "a causal mask, not a weight"
     model, _ = gptsmith.load(tmp_path / "out")
     assert (
         model(some_tokens(length=7)).logits - reference(some_tokens(length=7))
@@ -177,9 +177,9 @@ def test_what_nanogpt_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) 
         if name != "inner":
             (tmp_path / "out").rename(tmp_path / f"out-{name}")
         capsys.readouterr()
-    assert "no way to say activation gelu_tanh (it has gelu_erf)" in said["tanh"]
-    assert "no way to say a head of its own (it has the embedding)" in said["untied"]
-    assert "no way to say norm_eps 0.001 (it has 1e-05)" in said["eps"]
+    assert "cannot express activation gelu_tanh (it has gelu_erf)" in said["tanh"]
+    assert "cannot express a head of its own (it has the embedding)" in said["untied"]
+    assert "cannot express norm_eps 0.001 (it has 1e-05)" in said["eps"]
     assert "MLP has 48 channels (4 * n_embd), not 20" in said["inner"]
 
 
@@ -212,8 +212,11 @@ def test_a_checkpoint_that_lies_is_refused(damage: Any, message: str, tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps([1, 2]), "no 'stoi' of characters"),
-        (pickle.dumps({"stoi": {"a": 0, "b": 2}}), "no 'stoi' of characters to the ids from 0"),
+        (pickle.dumps([1, 2]), "no 'stoi' that maps characters"),
+        (
+            pickle.dumps({"stoi": {"a": 0, "b": 2}}),
+            "no 'stoi' that maps characters to consecutive ids from 0",
+        ),
         (pickle.dumps({"stoi": {"a": 0, "bc": 1}}), "'bc' in 'stoi' is not a character"),
         (b"nonsense", "is not a plain pickle"),
         (pickle.dumps({"stoi": {"a": 0}})[:-3], "is not a plain pickle"),

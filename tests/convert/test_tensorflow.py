@@ -407,7 +407,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     vocabulary, merges = next(iter(places_of_gpt2()))
     shutil.copy(vocabulary, folder / "encoder.json")
     (folder / "hparams.json").write_text(json.dumps(HPARAMS | {"n_vocab": 99}))
-    with pytest.raises(ValueError, match=r"toy holds no GPT-2 vocabulary: .*vocab\.bpe"):
+    with pytest.raises(ValueError, match=r"toy has no valid GPT-2 vocabulary: .*vocab\.bpe"):
         tensorflow.read(folder)
     shutil.copy(merges, folder / "vocab.bpe")
     tokenizer = tensorflow.read(folder).tokenizer

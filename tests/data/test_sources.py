@@ -51,7 +51,9 @@ def test_folder_is_read_in_order_and_others_are_counted(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    with pytest.warns(UserWarning, match="4 hidden or not known as text") as caught:
+    with pytest.warns(
+        UserWarning, match="skipped 4 files or folders that are hidden or not known as text"
+    ) as caught:
         found = find_sources([str(tmp_path)])
     assert len(caught) == 1
     relative = [Path(source.name).relative_to(tmp_path).as_posix() for source in found]
@@ -82,7 +84,7 @@ def test_names_that_mean_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean 'shakespeare'"):
         find_sources(["shakespear"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="has no text files"):
         find_sources([str(tmp_path / "empty")])
     with pytest.raises(ValueError, match="no source"):
         find_sources([])

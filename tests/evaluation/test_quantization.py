@@ -190,15 +190,15 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "a type of words": (
         lambda t: t.update({f"{NAME}.words": torch.zeros(24, 3, 1)}),
-        f": {NAME}.words is of type F32, but I32 is due",
+        f": {NAME}.words is of type F32, but I32 is needed",
     ),
     "a type of scales": (
         lambda t: t.update({f"{NAME}.scales": torch.zeros(24, 1)}),
-        f": {NAME}.scales is of type F32, but BF16 is due",
+        f": {NAME}.scales is of type F32, but BF16 is needed",
     ),
     "a type of what is not packed": (
         lambda t: t.update({"transformer.ln_f.weight": torch.zeros(24, dtype=torch.int32)}),
-        ": transformer.ln_f.weight is of type I32, but F32 or F16 or BF16 is due",
+        ": transformer.ln_f.weight is of type I32, but F32 or F16 or BF16 is needed",
     ),
 }
 
@@ -226,7 +226,7 @@ def test_a_layer_too_few_is_said(quantized: Path, capsys: pytest.CaptureFixture[
 SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "another format": (
         lambda values: values["quantization"].update(format=2),
-        "the folder is of quantized format 2, but this version of gptsmith reads format 1: "
+        "the folder has quantization format 2, but this version of gptsmith reads format 1: "
         "quantize the original again, or update gptsmith",
     ),
     "other bits": (
@@ -269,7 +269,7 @@ def test_a_file_cut_short_is_said(quantized: Path, capsys: pytest.CaptureFixture
     assert said == f"{path} has {size - 100:,} bytes, but was written with {size:,}"
     (quantized / "manifest.json").unlink()
     said = refused(capsys, "sample", quantized)
-    assert said == f"{path} is cut short: {size - 100:,} bytes are fewer than its header promises"
+    assert said == f"{path} is cut short: it has {size - 100:,} bytes, fewer than its header says"
 
 
 # -- the command
@@ -457,7 +457,7 @@ def test_a_quantized_folder_is_its_own_precision_or_unpacked(
     assert loss(model) != pytest.approx(own, abs=1e-7)
     assert loss(model, "--dtype", "int4") != pytest.approx(own, abs=1e-5)
     assert refused(capsys, "sample", folder, "--dtype", "int4") == (
-        "the model is quantized already, in 8 bits: for 4, the one that it was made from is needed"
+        "the model is already quantized to 8 bits: for 4 bits, use the original model"
     )
 
 

@@ -184,7 +184,7 @@ def test_learning_is_deterministic_and_bounded() -> None:
     assert one.fingerprint == other.fingerprint
     assert (one.vocab_size, one.end_of_text) == (270, 269)
     assert len(one.encode(lines[0])) < len(lines[0]) / 2
-    with pytest.warns(UserWarning, match="has only .* tokens to learn, not 5,000"):
+    with pytest.warns(UserWarning, match="is only enough for .* tokens, not 5,000"):
         learn_bpe(["tiny"], 5000)
     with pytest.raises(ValueError, match="vocab_size is 256: at least 257"):
         learn_bpe(lines, 256)
