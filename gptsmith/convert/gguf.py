@@ -169,7 +169,7 @@ def encoded(entry: Entry, dtype: str) -> np.ndarray:
 
 
 def with_a_row(fetch: Fetch) -> Fetch:
-    """Return a function that fetches the model with an additional token, whose embedding is zero."""
+    """Return a function that fetches the model with one more token, whose embedding is zero."""
 
     def get(name: str) -> Tensor:
         tensor = fetch(name)

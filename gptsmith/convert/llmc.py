@@ -66,7 +66,7 @@ def read(path: Path) -> Stored:
 
 
 def tensors_in(path: Path, config: GPTConfig, padded: int, dtype: str) -> dict[str, TensorInfo]:
-    """Return our tensors, without padding, in the file's order: all layers of a kind, then the next.
+    """Return our tensors, without padding, in the file's order: all layers of one kind at a time.
 
     That is the order of our own table. In llm.c's names: wte wpe ln1w ln1b qkvw qkvb attprojw
     attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb.
