@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 from gptsmith.checkpoint import saved
 from gptsmith.checkpoint.described import described_config
-from gptsmith.cli.bench import alone, rows_text
+from gptsmith.cli.bench import rows_text
 from gptsmith.cli.timing import (
     WARM_UP_TOKENS,
+    alone,
     fitting,
     fresh_model,
     generation_figures,
