@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 from gptsmith.checkpoint import saved
 from gptsmith.checkpoint.described import described_config
-from gptsmith.cli.bench import alone, rows_text
+from gptsmith.cli.bench import rows_text
 from gptsmith.cli.timing import (
     WARM_UP_TOKENS,
+    alone,
     fitting,
     fresh_model,
     generation_figures,
@@ -61,7 +62,7 @@ BYTES = {"float32": 4, "bf16": 2, "int8": 1, "int4": 0.5}  # of a number
 TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 LLAMA_DTYPES = {"float32": "float32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 LLAMA_BATCH = 256  # positions; llama.cpp rounds its context up to these
-SUMMED = 100_000_000  # float32 numbers
+SUMMED, MEMORY_RATE = 100_000_000, "gigabytes_per_second"  # float32 numbers, and what they give
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -105,7 +106,7 @@ def prompt_of(case: Case, vocab_size: int) -> Tensor:
     return random_prompt(vocab_size, case.rows, case.prompt_tokens)
 
 
-def gptsmith(case: Case, place: Place, *, compile: str) -> Figures:
+def ours(case: Case, place: Place, *, compile: str) -> Figures:
     """`gptsmith bench generate`."""
     machine = {"device": place.device, "threads": place.threads, "compile": compile}
     return alone(place.model, machine | asdict(case))
@@ -262,7 +263,7 @@ def memory(case: Case, place: Place) -> Figures:
         begin = time.perf_counter()
         numbers.sum()
         seconds.append(time.perf_counter() - begin)
-    return {"gigabytes_per_second": 4 * SUMMED / min(seconds) / 1e9}
+    return {MEMORY_RATE: 4 * SUMMED / min(seconds) / 1e9}
 
 
 # -- the files that they read
@@ -323,11 +324,11 @@ class System(NamedTuple):
     prepare: Callable[[Place], None] = lambda place: None
 
 
-MEMORY, OURS = "the machine's memory", "gptsmith, compiled"
+OURS, MEMORY = "gptsmith, compiled", "the machine's memory"
 ANYWHERE = ("cpu", "cuda", "mps")
 SYSTEMS = {
-    OURS: System(partial(gptsmith, compile="yes"), tuple(BYTES), (), ANYWHERE),
-    "gptsmith, plain": System(partial(gptsmith, compile="no"), tuple(BYTES), (), ANYWHERE),
+    OURS: System(partial(ours, compile="yes"), tuple(BYTES), (), ANYWHERE),
+    "gptsmith, plain": System(partial(ours, compile="no"), tuple(BYTES), (), ANYWHERE),
     "transformers": System(transformers, tuple(TORCH_DTYPES), ("transformers",), ANYWHERE),
     "transformers, compiled": System(
         partial(transformers, compiled=True), ("bf16",), ("transformers",), ANYWHERE
@@ -456,7 +457,7 @@ def report(
     title: str, config: GPTConfig, results: Results, cases: Sequence[Case], missing: dict[str, str]
 ) -> str:
     """Everything that was measured so far, in Markdown."""
-    memory = [row["gigabytes_per_second"] for row in results.rows if row["system"] == MEMORY]
+    memory = [row[MEMORY_RATE] for row in results.rows if MEMORY_RATE in row]
     read, bounds, first = cost.multiplied_parameters(config), dict[str, float](), cases[0]
     said = []
     if memory:

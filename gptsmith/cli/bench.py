@@ -7,9 +7,7 @@ Knows nothing of how a measurement is made (`timing.py`).
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -47,14 +45,21 @@ class BenchSettings:
     optimizer: Literal["adamw", "muon"] = setting("adamw", "train: what updates the weights")
     rows: str | None = setting(
         None,
-        "rows at once (train: default 4; generate: several with commas, default 1,8, or one number "
-        "for a single measurement)",
+        "rows at once: 4 in train; 1,8 in generate, where one number is a single measurement",
+        metavar="N[,N]",
     )
     prompt_tokens: int | None = setting(
         None, "generate: default 32, and 1024 for prefill, or what the context holds"
     )
     max_tokens: int | None = setting(None, "generate: default 128, or what the context holds")
     rounds: int | None = setting(None, "generate: measure everything N times, and show a table")
+    dtypes: tuple[str, ...] = setting(
+        (),
+        "precision of matrix products (generate: default float32; several with commas)",
+        flag="dtype",
+        metavar="|".join(get_args(Dtype)),
+    )
+    json: bool = setting(False, "write JSON")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompt_tokens", "max_tokens", "rounds")
@@ -87,16 +92,7 @@ def arguments(parser: Parser) -> None:
     kinds, presets = ("train", "generate"), f"presets: {', '.join(PRESETS)}"
     parser.add_argument("what", type=measurement, choices=kinds, help="what to measure")
     parser.add_argument("model", metavar="MODEL|PRESET|RECIPE", help=presets)
-    parser.add_argument("--json", action="store_true", help="write JSON")
     add_flags(parser, BenchSettings)
-    parser.add_argument(
-        "--dtype",
-        dest="dtypes",
-        metavar="|".join(get_args(Dtype)),
-        action="append",
-        default=[],
-        help="precision of matrix products (generate: default float32; several with commas)",
-    )
     add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic"))
     for flag in MOVED:
         parser.add_argument(flag, action=Moved, nargs="?", help=argparse.SUPPRESS)
@@ -109,26 +105,28 @@ def run(options: argparse.Namespace) -> None:
     if name in asked:
         raise ValueError(f"bench {options.what} has no --{name}: use it with 'bench {other}'")
     config, title, folder = described_config(options.model)
-    machines = chosen_machines(options, folder)
+    machines = chosen_machines(options, wanted.dtypes, folder)
     if options.what == "train":
         found = measure_training(wanted, config, machines)
     else:
         found = measure_generation(options, wanted, config, machines, folder)
-    if options.json:
+    if wanted.json:
         print(json.dumps({"model": title, **found}))
         return
     head = f"{options.what}: {title}"
     print(render_table(head, found) if "table" in found else f"{head}\n{render(found)}")
 
 
-def chosen_machines(options: argparse.Namespace, folder: Path | None) -> list[MachineSettings]:
+def chosen_machines(
+    options: argparse.Namespace, dtypes: Sequence[str], folder: Path | None
+) -> list[MachineSettings]:
     """Return machine settings for each dtype to measure."""
-    words = [word for words in options.dtypes for word in words.split(",")]
+    words: list[Any] = [word for words in dtypes for word in words.split(",")]
     machine = chosen(options, MachineSettings)
     if options.what == "generate":
         words = [dtype_to_use(word, folder, machine.device) for word in words or [None]]
-    dtypes = dict.fromkeys(words or [machine.dtype])
-    return [replace(machine, dtype=parse_value("--dtype", dtype, Dtype)) for dtype in dtypes]
+    words = list(dict.fromkeys(words or [machine.dtype]))
+    return [replace(machine, dtype=parse_value("--dtype", word, Dtype)) for word in words]
 
 
 # -- one measurement, in this process
@@ -186,22 +184,12 @@ def render(found: Figures) -> str:
 # -- a table of several measurements, each in a process of its own
 
 
-def alone(model: str, settings: Mapping[str, Any]) -> Figures:
-    """Run `bench generate` in a process of its own, so that peak memory is its own too."""
-    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
-    words = ["bench", "generate", model, "--json", *(word for pair in flags for word in pair)]
-    command = [sys.executable, "-m", "gptsmith", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"a process ended with {done.returncode}"]
-        raise ValueError(said[-1].removeprefix("gptsmith: "))
-    return dict(json.loads(done.stdout))
-
-
 def measure_table(
     options: argparse.Namespace, dtypes: Sequence[str], shapes: Sequence[Shape], rounds: int
 ) -> Figures:
     """Measure every dtype with every shape; return the table and the single measurements."""
+    from .timing import alone
+
     machine = given(options, MachineSettings)
     found: dict[tuple[str, Shape], list[Figures]] = {}
     measurements = []

@@ -3,9 +3,12 @@
 Knows nothing of runs, flags or output.
 """
 
+import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,3 +202,15 @@ def generation_figures(
         "decode_tokens_per_second": rows * (len(times) - 2) / decode if decode else None,
         "first_token_milliseconds": first * 1000,
     }
+
+
+def alone(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `bench generate` finds in a process of its own, whose peak memory is then its own."""
+    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
+    words = ["bench", "generate", model, "--json", *(word for pair in flags for word in pair)]
+    command = [sys.executable, "-m", "gptsmith", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"a process ended with {done.returncode}"]
+        raise ValueError(said[-1].removeprefix("gptsmith: "))
+    return dict(json.loads(done.stdout))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptsmith import GPTConfig, generate_greedy, load, save
-from gptsmith.cli import bench as command
+from gptsmith.cli import timing
 from gptsmith.cli.main import main
 from gptsmith.cli.timing import fitting, generation_figures, random_prompt
 from gptsmith.config.tables import spread, three_digits
@@ -131,7 +131,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         compiled = settings["dtype"] == "int8"
         return {**settings, **about, **figures, "compiled": compiled, "tokens": [[1]]}
 
-    monkeypatch.setattr(command, "alone", alone)
+    monkeypatch.setattr(timing, "alone", alone)
     return asked
 
 
@@ -185,7 +185,7 @@ def test_the_table_as_a_person_reads_it(
 
 def test_each_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     case = {"dtype": "bf16", "rows": 2, "prompt_tokens": 4, "max_tokens": 3, "threads": 1}
-    found = command.alone(str(folder), case)
+    found = timing.alone(str(folder), case)
     assert {name: found[name] for name in ("dtype", "rows", "new_tokens")} == {
         "dtype": "bf16",
         "rows": 2,
@@ -193,7 +193,7 @@ def test_each_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     }
     assert all(found[name] > 0 for name in FIGURES)
     with pytest.raises(ValueError, match=r"^9 prompt and 9 new tokens are more than the context"):
-        command.alone(str(folder), case | {"prompt_tokens": 9, "max_tokens": 9})
+        timing.alone(str(folder), case | {"prompt_tokens": 9, "max_tokens": 9})
 
 
 def test_numbers_for_a_table() -> None:
