@@ -356,7 +356,9 @@ def test_what_the_template_refuses_is_said(talker: Running) -> None:
 
 
 def test_a_model_without_a_template_points_to_completions(server: Running) -> None:
-    with pytest.raises(openai.BadRequestError, match="send the prompt as text to /v1/completions") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="send the prompt as text to /v1/completions"
+    ) as caught:
         client_of(server).chat.completions.create(
             model="toy", messages=[{"role": "user", "content": "x"}]
         )
