@@ -95,7 +95,7 @@ def test_it_ends_at_once_at_a_second_signal_and_gives_up_after_a_while(folder: P
                     with pytest.raises(httpx2.RemoteProtocolError):
                         list(lines)
                 else:
-                    assert "the server is stopping: ask again" in list(lines)[-2]
+                    assert "the server is stopping: retry" in list(lines)[-2]
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
@@ -119,8 +119,8 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
         (["--host", "256.1.1.1.1"], "no host '256.1.1.1.1': a name or address of this machine"),
         (["--host", "192.0.2.1"], "192.0.2.1, port 8000, cannot be used: "),
         (["--compile", "perhaps"], "--compile is 'perhaps': one of auto, yes, no is needed"),
-        (["--api-key", "two words", "--port", "0"], "the API key is empty or has spaces"),
-        (["--api-key", "", "--port", "0"], "the API key is empty or has spaces"),
+        (["--api-key", "two words", "--port", "0"], "the API key is empty or contains spaces"),
+        (["--api-key", "", "--port", "0"], "the API key is empty or contains spaces"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_in_a_line(

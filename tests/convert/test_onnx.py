@@ -354,7 +354,7 @@ def test_other_number_formats_are_refused(tmp_path: Path) -> None:
     for dtype in ("bf16", "int8"):
         with pytest.raises(ValueError, match=dtype) as caught:
             exported(model_of("gpt2"), tmp_path / "onnx", dtype)
-        said = f"ONNX weights in {dtype} are not written: choose float32 or fp16"
+        said = f"ONNX weights cannot be written in {dtype}: choose float32 or fp16"
         assert str(caught.value) == said
     assert not any((tmp_path / "onnx").iterdir())
 

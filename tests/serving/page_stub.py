@@ -145,7 +145,7 @@ def application(stub: Stub, key: str | None) -> FastAPI:
     async def guard(request: Request, call_next: Any) -> Response:
         given = request.headers.get("authorization")
         if key and request.url.path.startswith("/v1/") and given != f"Bearer {key}":
-            return JSONResponse(error("no API key, or a wrong one"), 401)
+            return JSONResponse(error("the API key is missing or wrong"), 401)
         response: Response = await call_next(request)
         return response
 

@@ -70,7 +70,7 @@ def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
         ({"n": 3, "best_of": 2}, "best_of is 2: at least n, 3, is needed", "best_of"),
         (
             {"best_of": 2, "stream": True},
-            "best_of cannot be streamed: it is known in the end only",
+            "best_of cannot be streamed, because the best is known only at the end",
             "best_of",
         ),
         (
@@ -80,7 +80,7 @@ def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
         ),
         (
             {"stream_options": {"include_usage": True}},
-            "stream_options is for stream true only: leave it out",
+            "stream_options needs stream true: leave it out",
             "stream_options",
         ),
         (
@@ -89,20 +89,32 @@ def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
             "include_usge",
         ),
         ({"stream_options": 3}, "stream_options is 3: an object is needed", "stream_options"),
-        ({"stop": ""}, "stop: a stop string is empty: it would stop before the first ch", "stop"),
+        ({"stop": ""}, "stop: a stop string is empty: at least one character", "stop"),
         ({"stop": [1]}, "stop: a text or a list of texts is needed", "stop"),
-        ({"stop": ["a"] * 17}, "stop: at most 16 texts of 1,000 characters are needed", "stop"),
+        (
+            {"stop": ["a"] * 17},
+            "stop: at most 16 strings of at most 1,000 characters are possible",
+            "stop",
+        ),
         (
             {"prompt": []},
-            "prompt: a text, a list of texts, a list of ids or a list of those is needed",
+            "prompt: text, token ids, or a list of either is needed",
             "prompt",
         ),
-        ({"prompt": [[]]}, "prompt: a list of ids in it is empty: at least one", "prompt"),
-        ({"prompt": ["a", 1]}, "prompt: its parts must all be texts, or all whole num", "prompt"),
-        ({"prompt": [True]}, "prompt: its parts must all be texts, or all whole num", "prompt"),
-        ({"logit_bias": {"a": 1}}, "logit_bias: 'a' is no id of a token", "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias: '-1' is no id of a token", "logit_bias"),
-        ({"logit_bias": {"1": 101}}, "logit_bias: 101 for token 1: a number of -100", "logit_bias"),
+        (
+            {"prompt": [[]]},
+            "prompt: one of its lists of token ids is empty: at least one",
+            "prompt",
+        ),
+        ({"prompt": ["a", 1]}, "prompt: a list must hold only texts, only token ids, or", "prompt"),
+        ({"prompt": [True]}, "prompt: a list must hold only texts, only token ids, or", "prompt"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: 'a' is not a token id", "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias: '-1' is not a token id", "logit_bias"),
+        (
+            {"logit_bias": {"1": 101}},
+            "logit_bias: 101 for token 1: a number from -100",
+            "logit_bias",
+        ),
         ({"logit_bias": {"1": math.nan}}, "logit_bias: NaN for token 1: a number", "logit_bias"),
         ({"model": 3}, "model is 3: text is needed", "model"),
         ({"model": None}, "model is missing", "model"),
@@ -129,18 +141,18 @@ def test_a_completion_that_cannot_be_is_refused_in_a_line(said, message, param) 
         ({"messages": [{"role": "user"}]}, "messages.0.content is missing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content: a part of type 'image_url' is not understood: only text is",
+            "messages.0.content: parts of type 'image_url' are not supported: only text is",
         ),
         ({"tools": []}, "tools is not supported: this model only writes text, leave it out"),
         (
             {"response_format": {"type": "json_object"}},
             "response_format.type is 'json_object': 'text' is needed",
         ),
-        ({"top_logprobs": 2}, "top_logprobs is for logprobs true only"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs true: set it"),
         ({"logprobs": 2}, "logprobs is 2: true or false is needed"),
         (
             {"max_tokens": 1, "max_completion_tokens": 1},
-            "max_tokens is the older name of max_completion_tokens: take one",
+            "max_tokens is the older name of max_completion_tokens: give only one",
         ),
     ],
 )
@@ -252,12 +264,17 @@ def test_a_chat_goes_on_to_the_context_limit_unless_told() -> None:
         (
             {},
             [[1] * 12],
-            "the prompt has 12 tokens, and the model's context_length is 11: shorten it",
+            "the prompt has 12 tokens, but the model's context_length is 11: shorten it",
             "context_length_exceeded",
         ),
-        ({}, [[1], [37]], "the prompt has ids outside the vocabulary: 0 to 36 are needed", None),
-        ({}, [[-1]], "the prompt has ids outside the vocabulary: 0 to 36 are needed", None),
-        ({"top_k": 38}, [[1]], "top_k is 38: at most the vocabulary, 37, is needed", None),
+        (
+            {},
+            [[1], [37]],
+            "the prompt has token ids outside the vocabulary: 0 to 36 are needed",
+            None,
+        ),
+        ({}, [[-1]], "the prompt has token ids outside the vocabulary: 0 to 36 are needed", None),
+        ({"top_k": 38}, [[1]], "top_k is 38: the vocabulary has only 37 tokens", None),
         ({"logit_bias": {"37": 1}}, [[1]], "logit_bias has token 37: 0 to 36 are needed", None),
     ],
 )

@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "digits beyond Python": (f'{{"model":"toy","seed":{LAST * 2}}}', "the body is not JSON"),
     "an id below 0": ('{"model":"toy","prompt":[-1]}', "ids outside the vocabulary"),
     "an id of 2^63": (f'{{"model":"toy","prompt":[1,{2**63}]}}', "ids outside the vocabulary"),
-    "a bias of 2^63": (f'{{"model":"toy","logit_bias":{{"{2**63}":1}}}}', "is no id of a token"),
+    "a bias of 2^63": (f'{{"model":"toy","logit_bias":{{"{2**63}":1}}}}', "is not a token id"),
     "a bias for all of GPT-2": (
         json.dumps({"model": "toy", "n": 5, "logit_bias": dict.fromkeys(range(50_000), 1)}),
         "logit_bias has token 49999",
@@ -515,7 +515,7 @@ def test_time_is_over_while_waiting_and_while_running() -> None:
         for each in (late, post(running, LONG | {"stream": True})):
             # It may have had the slot for a moment, when the time of the first was over.
             error = each.json() if each.status_code == 504 else last_event(each.text)
-            assert "the time for a request is over" in error["error"]["message"]
+            assert "the request timed out" in error["error"]["message"]
         assert each.status_code == 200
         check_idle(running, before)
 

@@ -145,7 +145,7 @@ def test_what_is_not_finished_in_time_is_cut(folder: Path) -> None:
         for client in clients:
             client.join(120)
             error = json.loads(client.lines[-1].removeprefix("data: "))["error"]
-            assert error["message"] == "the server is stopping: ask again in a moment"
+            assert error["message"] == "the server is stopping: retry in a moment"
         # The one had begun, and the others had not.
         assert sorted(len(client.lines) > 1 for client in clients) == [False, False, True]
 

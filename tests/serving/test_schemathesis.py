@@ -39,15 +39,15 @@ REASONS = re.compile(
     "|".join(
         [
             r"the prompt has [\d,]+ (tokens|characters), and the model's context_length is 48",
-            r"the prompt has ids outside the vocabulary: 0 to 258 are needed",
+            r"the prompt has token ids outside the vocabulary: 0 to 258 are needed",
             r"top_k is \d+: at most the vocabulary, 259, is needed",
             r"logit_bias has token \d+: 0 to 258 are needed",
             r"[\d,]+ texts are asked for at once: at most 20 are possible",
             r"best_of is \d+: at least n, \d+, is needed",
             r"best_of cannot be streamed",
             r"stream_options is for stream true only",
-            r"top_logprobs is for logprobs true only",
-            r"max_tokens is the older name of max_completion_tokens: take one",
+            r"top_logprobs needs logprobs true: set it",
+            r"max_tokens is the older name of max_completion_tokens: give only one",
             r"the text has a lone surrogate",
             r"seed is -?922337203685477\d{4}: ",  # the description rounds 2^63, as FastAPI writes
         ]
