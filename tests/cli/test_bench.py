@@ -192,7 +192,7 @@ def test_each_is_measured_in_a_process_of_its_own(folder: Path) -> None:
         "new_tokens": 3,
     }
     assert all(found[name] > 0 for name in FIGURES)
-    with pytest.raises(ValueError, match=r"^9 prompt and 9 new tokens are more than the context"):
+    with pytest.raises(ValueError, match=r"^9 prompt and 9 new tokens do not fit the context"):
         timing.alone(str(folder), case | {"prompt_tokens": 9, "max_tokens": 9})
 
 
@@ -218,13 +218,13 @@ def test_numbers_for_a_table() -> None:
         ("generate MODEL --rows 1,0", "rows is 0: at least 1 is needed"),
         ("generate MODEL --rows one", "rows is 'one': a whole number is needed"),
         ("generate MODEL --rounds 0", "rounds is 0: at least 1 is needed"),
-        ("generate MODEL --max-tokens 1", "max_tokens is 1, which is no decoding"),
-        ("generate MODEL --rows 1,2 --max-tokens 12", "more than the context_length 11"),
-        ("generate MODEL --rows 1 --prompt-tokens 12", "more than the context_length 11"),
-        ("generate MODEL --optimizer muon", "say 'bench train'"),
+        ("generate MODEL --max-tokens 1", "max_tokens is 1, but decoding starts at the second"),
+        ("generate MODEL --rows 1,2 --max-tokens 12", "do not fit the context_length 11"),
+        ("generate MODEL --rows 1 --prompt-tokens 12", "do not fit the context_length 11"),
+        ("generate MODEL --optimizer muon", "use it with 'bench train'"),
         ("train MODEL --rows 1,2", "one dtype and number of rows at a time"),
         ("train MODEL --dtype float32 --dtype bf16", "one dtype and number of rows at a time"),
-        ("train MODEL --rounds 2", "say 'bench generate'"),
+        ("train MODEL --rounds 2", "use it with 'bench generate'"),
         ("train MODEL --optimizer adam", "did you mean 'adamw'?"),
         ("train MODEL --steps 0", "steps is 0: at least 1 is needed"),
         ("serve MODEL --clients 3", "run python benchmarks/serve.py MODEL"),
