@@ -56,7 +56,7 @@ test-benchmarks: .venv/test
 	$(BIN)/pip install -q --no-deps --no-compile --target .venv/lm-eval -c requirements.lock lm-eval \
 		aiohappyeyeballs aiohttp aiosignal attrs chardet colorama DataProperty datasets dill frozenlist \
 		lxml mbstrdecoder multidict multiprocess pandas pathvalidate portalocker propcache \
-		pytablewriter sacrebleu tabledata tcolorpy tenacity typepy xxhash yarl
+		pytablewriter sacrebleu tabledata tabulate tcolorpy tenacity typepy xxhash yarl
 	@touch $@
 
 clean:

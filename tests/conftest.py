@@ -55,6 +55,14 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_flush() -> Iterator[None]:
+    """What tests write need not outlive the machine, and a busy disk takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @contextmanager
 def single_thread() -> Iterator[None]:
     """One for PyTorch: toy tensors gain nothing from more, and wait for cores that others use."""
