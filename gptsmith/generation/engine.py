@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .choice import Writer, choose, scored
-from .job import Finish, Job, News, Scored
-from .sampling import NOT_FINITE
+from .job import Finish, Job, News, Scored, Writer
+from .sampling import NOT_FINITE, choose, scored
 from .slots import Slots, Span
 
 MOST_GUESSED = 8  # tokens of a draft per step

@@ -1,4 +1,4 @@
-"""A request to generate one text, and its results step by step.
+"""A request to generate one text, the text so far, and the results step by step.
 
 Knows nothing of how tokens are computed, of characters or of HTTP.
 """
@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..config.settings import SamplingSettings
 from .drafts import Draft
@@ -57,3 +60,39 @@ class News(NamedTuple):
     token: Scored | None = None  # the new token
     finish: Finish | None = None
     reason: str = ""
+
+
+@dataclass(eq=False)
+class Writer:
+    """The state of one text: its tokens so far, and what its next token depends on."""
+
+    job: Job
+    generator: torch.Generator
+    bias: Tensor | None  # (V,), added to the logits
+    text: list[int]  # the prompt and the generated tokens
+
+    @classmethod
+    def of(cls, job: Job, vocab_size: int) -> "Writer":
+        """Return the state of a job that has not begun."""
+        bias = None
+        if job.bias or job.presence_penalty or job.frequency_penalty:
+            bias = torch.zeros(vocab_size)
+            bias[list(job.bias)] = torch.tensor([*job.bias.values()], dtype=bias.dtype)
+        return cls(job, torch.Generator().manual_seed(job.seed), bias, list(job.prompt))
+
+    @property
+    def new(self) -> list[int]:
+        """The generated tokens."""
+        return self.text[len(self.job.prompt) :]
+
+    @property
+    def written(self) -> int:
+        """The number of generated tokens."""
+        return len(self.text) - len(self.job.prompt)
+
+    def take(self, token: int) -> None:
+        """Append a token, and apply the presence and frequency penalties to it."""
+        if self.bias is not None:
+            first = token not in self.new
+            self.bias[token] -= self.job.frequency_penalty + first * self.job.presence_penalty
+        self.text.append(token)

@@ -1,8 +1,10 @@
-"""From logits to the next token: filters of the logits, and one draw.
+"""From logits to the next token: filters of the logits, and one draw; of several texts at once.
 
-Knows nothing of models, text or time.
+Each text has its own settings and generator. Texts with equal settings are sampled in one batch,
+with the same result as alone. Knows nothing of models, slots or time.
 
-Shapes:  B batch    V vocabulary    S tokens seen so far    K likeliest tokens    N probabilities
+Shapes:  B batch    V vocabulary    S tokens seen so far    K likeliest tokens    N probabilities,
+         or texts    T tokens of one text
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.settings import SamplingSettings
+from .job import Scored, Writer
 
 NEVER = float("-inf")
 BLOCK = 256  # tokens whose probabilities are summed first, see `drawn`
@@ -147,3 +150,74 @@ def pick(shares: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
     height = height.minimum(sums[:, -1:].nextafter(torch.zeros_like(height)))
     index = torch.searchsorted(sums, height, right=True)
     return index, height - (sums - shares).gather(-1, index)
+
+
+# -- several texts, each with its own settings
+
+
+def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
+    """Choose the next token of each text, without appending it.  N texts, (N, V) -> N tokens
+
+    None where a text's logits are not finite.
+    """
+    alike: dict[SamplingSettings, list[int]] = {}
+    for number, writer in enumerate(writers):
+        alike.setdefault(writer.job.sampling, []).append(number)
+    if len(alike) == 1:
+        return draw(writers, logits)
+    chosen: list[int | None] = [None] * len(writers)
+    for numbers in alike.values():
+        tokens = draw([writers[number] for number in numbers], logits[numbers])
+        for number, token in zip(numbers, tokens, strict=True):
+            chosen[number] = token
+    return chosen
+
+
+def draw(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
+    """Choose a token for each of the texts, which have equal settings.  (N, V) -> N tokens"""
+    biased = logits
+    if any(writer.bias is not None for writer in writers):
+        none = torch.zeros_like(logits[0])
+        biases = [none if writer.bias is None else writer.bias.to(none) for writer in writers]
+        biased = logits + torch.stack(biases)
+    sampling = writers[0].job.sampling
+    # Only the repetition penalty needs the text, and making a tensor of it takes a while.
+    texts = [writer.text for writer in writers] if sampling.repetition_penalty != 1 else []
+    generators = [writer.generator for writer in writers]
+    try:
+        return next_token(biased, seen(texts, logits.device), sampling, generators).tolist()
+    except NotFiniteError:
+        if len(writers) == 1:
+            return [None]
+        each = (draw([writer], row[None]) for writer, row in zip(writers, logits, strict=True))
+        return [token for tokens in each for token in tokens]
+
+
+def seen(texts: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Return the texts as one tensor, padded with their first tokens.  N texts -> (N, S)"""
+    longest = max(map(len, texts), default=0)
+    rows = [text + text[:1] * (longest - len(text)) for text in texts]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def scored(
+    tokens: Sequence[int], logits: Tensor, alternatives: Sequence[int | None]
+) -> list[Scored]:
+    """Add to each token its log-probability and the likeliest alternatives, where requested.
+
+    T tokens, the logits before each (T, V), T numbers of alternatives or None -> T
+    """
+    asked = [count for count in alternatives if count is not None]
+    if not asked:
+        return [Scored(token) for token in tokens]
+    logprobs = logits.float().log_softmax(dim=-1)  # (T, V)
+    ids = torch.tensor(tokens, device=logits.device).unsqueeze(-1)  # (T, 1)
+    own = logprobs.gather(-1, ids).squeeze(-1).tolist()
+    most = min(max(asked), logprobs.shape[-1])
+    values, likeliest = (found.tolist() for found in logprobs.topk(most))  # (T, most)
+    return [
+        Scored(token)
+        if count is None
+        else Scored(token, own[i], tuple(zip(likeliest[i], values[i], strict=True))[:count])
+        for i, (token, count) in enumerate(zip(tokens, alternatives, strict=True))
+    ]

@@ -267,8 +267,7 @@ def test_more_likeliest_tokens_than_there_are_tokens() -> None:
 def test_a_bias_for_a_whole_vocabulary_stops_nobody() -> None:
     """128 texts, each with a bias for each of 50,000 tokens, begin within a second or two."""
     from gptsmith import SamplingSettings
-    from gptsmith.generation.choice import Writer
-    from gptsmith.generation.job import Job
+    from gptsmith.generation.job import Job, Writer
 
     bias = dict.fromkeys(range(50000), 0.5)
     job = Job(prompt=[1], max_tokens=1, sampling=SamplingSettings(), seed=1, bias=bias)
