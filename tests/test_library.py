@@ -153,7 +153,11 @@ def test_what_train_refuses(words: dict[str, Any], said: str) -> None:
 
 def test_ctrl_c_saves_and_then_interrupts() -> None:
     how = SMALL | {"steps": 10**6, "compile": "no", "out": "run"}
-    program = f"import gptsmith; gptsmith.train('notes.txt', **{how})"
+    program = (
+        "import gptsmith, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have ignored it
+        f"gptsmith.train('notes.txt', **{how})"
+    )
     words = [sys.executable, "-c", program]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60

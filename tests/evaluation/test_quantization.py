@@ -379,7 +379,7 @@ def test_what_cannot_be_quantized_is_one_line(
     said = refused(capsys, "quantize", quantized, out, "--bits", "8")
     assert said.startswith(f"{quantized} is quantized already, in 4 bits: ")
     said = refused(capsys, "quantize", model, out, "--bits", "3")
-    assert said == "--bits is '3': 8 or 4 is needed"
+    assert said == "--bits is '3': one of 8, 4 is needed"
     assert "bits is 'x'" in refused(capsys, "quantize", model, out, "--bits", "x")
     said = refused(capsys, "quantize", model, out, "--bits", "8", "--tokens", "1")
     assert said == "tokens is 1: at least 2 is needed"

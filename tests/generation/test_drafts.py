@@ -154,12 +154,12 @@ def test_sample_with_a_draft(capsys: pytest.CaptureFixture) -> None:
     [
         (["--draft", "bytes"], "the draft bytes has another tokenizer than large"),
         (["--draft", "smal"], "no model at smal, did you mean 'small'?"),
-        (["--draft", "text", "--num-samples", "2"], "--draft is for one text at a time"),
+        (["--draft", "text", "--num-samples", "2"], "--draft needs a single text"),
         (
             ["--draft", "text", "--prompt", "a", "--prompt", "b"],
-            "text at a time: leave out --json and --num-samples",
+            "a single text: leave out --json and --num-samples",
         ),
-        (["--draft", "text", "--json"], "--draft is for one text at a time"),
+        (["--draft", "text", "--json"], "--draft needs a single text"),
     ],
 )
 def test_a_draft_that_cannot_be(
