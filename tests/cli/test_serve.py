@@ -137,7 +137,7 @@ def test_a_model_without_a_tokenizer_is_refused(
 ) -> None:
     save(scrambled(GPTConfig(**TINY)), None, tmp_path / "mute")
     assert main(["serve", str(tmp_path / "mute"), "--port", "0"]) == 2
-    assert "mute has no tokenizer.json, so it cannot read or write" in capsys.readouterr().err
+    assert "mute has no tokenizer.json, which generating text needs" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(

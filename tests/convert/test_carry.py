@@ -257,7 +257,7 @@ def test_padding_is_never_visible_outside(
     said = capsys.readouterr()
     if rows not in (50257, 50304):
         assert status == 2
-        assert f"the tokenizer has 50,257 tokens and the embedding {rows:,} rows" in said.err
+        assert f"the tokenizer has 50,257 tokens, but the embedding {rows:,} rows" in said.err
         assert not (tmp_path / "out").exists()
         return
     assert status == 0
@@ -302,13 +302,13 @@ def test_mistakes_get_one_line(
         "import model notes.txt": "notes.txt already exists",
         "import model out --dtype int9": "dtype is 'int9': one of float32",
         "import model out --dtype q8_0": "--dtype is 'q8_0': one of float32, fp16, bf16 is needed",
-        "import model out --tokenizer byte": "the tokenizer has 257 tokens and the embedding 37",
+        "import model out --tokenizer byte": "the tokenizer has 257 tokens, but the embedding 37",
         "import model out --tokenizer nowhere": "no tokenizer 'nowhere'",
         "export model out": "required: --to",
         "export model out --to nanogtp": "no format 'nanogtp' can be written, did you mean",
         "export model empty/out --to llmc --shard-size 1GB": "cannot be written in shards",
         "export model out --to huggingface --shard-size big": "a size such as 500MB or 5GB",
-        "export model out --to llmc --dtype fp16": "llm.c model: written in float32, bf16",
+        "export model out --to llmc --dtype fp16": "llm.c model: fp16 cannot be written, only float32, bf16",
         "export nowhere out --to llmc": "no model at nowhere",
     }
     for words, message in many.items():

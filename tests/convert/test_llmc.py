@@ -145,9 +145,9 @@ def test_what_llmc_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     [
         (1, 1, "is version 1 of llm.c's models: 3 .float32. or 5 .bfloat16. is needed"),
         (2, 12, "has .* bytes, but its header calls for"),
-        (3, 200, "a header with 2 layers and 128 rows"),
-        (4, 2**30, "a header with 1073741824 layers"),
-        (4, -1, "a header with -1 layers"),
+        (3, 200, "its header is invalid: 2 layers and 128 rows"),
+        (4, 2**30, "its header is invalid: 1073741824 layers"),
+        (4, -1, "its header is invalid: -1 layers"),
         (5, 5, "n_embd 12 is not a multiple of n_head 5"),
         (5, 0, "n_head is 0"),
         (6, 15, "bytes, but its header calls for"),

@@ -187,7 +187,10 @@ def test_what_nanogpt_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) 
     ("damage", "message"),
     [
         (lambda c: c["model_args"].pop("n_head"), "model_args lacks n_head"),
-        (lambda c: c["model_args"].update(rope=True), "model_args has rope, which nanoGPT's has"),
+        (
+            lambda c: c["model_args"].update(rope=True),
+            "model_args has rope, which nanoGPT does not know",
+        ),
         (lambda c: c["model_args"].update(n_head=5), "n_embd 12 is not a multiple of n_head 5"),
         (lambda c: c["model_args"].update(n_layer="2"), "n_layer is '2': a whole number"),
         (lambda c: c["model_args"].update(n_layer=10**9), "has 2 layers, but its model_args calls"),
@@ -195,7 +198,10 @@ def test_what_nanogpt_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture) 
         (lambda c: c["model_args"].update(bias=False), "tensors no nanoGPT has, h.0.attn.c_attn.b"),
         (lambda c: c.update(model_args=[1]), "model_args is list, not a dictionary"),
         (lambda c: c["model"].pop("transformer.wte.weight"), "lacks 1 tensors of a nanoGPT, wte"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(37, 12)}), "is another tensor"),
+        (
+            lambda c: c["model"].update({"lm_head.weight": torch.ones(37, 12)}),
+            "should be tied to the embedding, but differs",
+        ),
         (lambda c: c.update(model={}), "holds dict, where a state_dict is needed"),
     ],
 )

@@ -419,7 +419,9 @@ def test_which_checkpoint_is_read(toy: Path) -> None:
     """As fine-tuning leaves them: several, and a file that names the last, maybe elsewhere."""
     other = {name: array + 1 for name, array in ARRAYS.items()}
     write_toy(toy, other, name="model-70")
-    with pytest.raises(ValueError, match=r"has model-70.index, model.ckpt.index: write which"):
+    with pytest.raises(
+        ValueError, match=r"has model-70.index, model.ckpt.index: name the one to read"
+    ):
         tensorflow.read(toy)
     for said in ("model-70", "/elsewhere/run1/model-70", r"C:\\runs\\model-70"):
         lines = f'model_checkpoint_path: "{said}"\nall_model_checkpoint_paths: "model.ckpt"\n'
@@ -618,7 +620,7 @@ def says(**changes: object) -> Callable[[Path], object]:
         (says(scale_by_depth=True), "has scale_by_depth, which OpenAI's GPT-2 does not know"),
         (lambda f: (f / "hparams.json").write_text("{}"), "lacks n_vocab, n_ctx, n_embd, n_head"),
         (lambda f: (f / "hparams.json").write_text("["), "hparams.json is not valid JSON"),
-        (lambda f: (f / "hparams.json").unlink(), "toy has no hparams.json: copy the one of"),
+        (lambda f: (f / "hparams.json").unlink(), "toy has no hparams.json: copy it from"),
         (lambda f: (f / "model.ckpt.index").unlink(), "toy has no .*index of a TensorFlow check"),
         (lambda f: data_of(f).unlink(), "data-00000-of-00001 is missing, though model.ckpt.index"),
         (lambda f: data_of(f).write_bytes(b""), "is cut short: 0 bytes, but [0-9,]+ were written"),

@@ -328,8 +328,8 @@ def test_folder_without_write_permission(tmp_path):
     ("content", "message"),
     [
         (b"", "there is no text"),
-        (b"\xef\xbb\xbf", "not enough text"),
-        (b"x", "not enough text"),
+        (b"\xef\xbb\xbf", "too little text"),
+        (b"x", "too little text"),
         (b"fine \xff", "byte 0xff at position 5"),
     ],
 )

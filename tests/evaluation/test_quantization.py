@@ -382,7 +382,7 @@ def test_what_cannot_be_quantized_is_one_line(
     assert said == "--bits is '3': one of 8, 4 is needed"
     assert "bits is 'x'" in refused(capsys, "quantize", model, out, "--bits", "x")
     said = refused(capsys, "quantize", model, out, "--bits", "8", "--tokens", "1")
-    assert said == "tokens is 1: at least 2 is needed"
+    assert said == "--tokens is 1: at least 2 is needed"
     said = refused(capsys, "quantize", model, quantized, "--bits", "8")
     assert said == f"{quantized} already exists: choose another name, or remove it first"
     said = refused(capsys, "quantize", model, out, "--bits", "8", "--data", "nowhere.txt")
@@ -493,7 +493,7 @@ def test_export_writes_the_unpacked_model_and_import_refuses(
         one, other = theirs(tokens_of()).logits, ours(tokens_of()).logits
     assert torch.allclose(one, other, atol=1e-4)
     said = refused(capsys, "import", quantized, quantized.parent / "again")
-    assert said.startswith(f"{quantized} is a quantized model of gptsmith's own: ")
+    assert said.startswith(f"{quantized} is gptsmith's own quantized folder, which needs no import")
 
 
 def test_bench_decodes_packed_weights(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -597,7 +597,7 @@ def test_auto_keeps_float32_where_nothing_else_keeps_the_loss(
     monkeypatch.setattr(precision, "KEEPS_LOSS", 1e-12)
     assert main(["sample", str(model), "--dtype", "auto", "--max-tokens", "1", "--seed", "1"]) == 0
     said = capsys.readouterr().err
-    assert said == "dtype float32: nothing faster stays within 1e-12 nats of it on average\n"
+    assert said == "dtype float32: no faster one stays within 1e-12 nats of it on average\n"
 
 
 def test_auto_leaves_out_what_the_sizes_do_not_allow(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "objects in objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "the body is not JSON"),
     "deep, and yet JSON": (
         b'{"model":"toy","prompt":' + b"[" * 900 + b"]" * 900 + b"}",
-        "prompt: its parts must all be texts",
+        "prompt: a list must hold only texts",
     ),
     "no UTF-8": (b'{"model":"toy","prompt":"\xff\xc0"}', "the body is not JSON"),
     "only spaces": (b" " * 1000, "the body is not JSON"),
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "half a pair in a name": ('{"model":"toy","\\ud800":1}', "unknown field '\\ud800'"),
     "half a pair as an id": (
         '{"model":"toy","logit_bias":{"\\ud800":1}}',
-        "logit_bias: '\\ud800' is no id",
+        "logit_bias: '\\ud800' is not a token id",
     ),
     "a name of megabytes": ('{"model":"toy","' + "x" * 900_000 + '":1}', "unknown field 'xxx"),
     "NaN": ('{"model":"toy","temperature":NaN}', "temperature is NaN: a finite number"),
@@ -164,16 +164,16 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     ),
     "true for a count": ('{"model":"toy","n":true}', "n is true: a whole number"),
     "true for a number": ('{"model":"toy","temperature":true}', "temperature is true: a number"),
-    "true for an id": ('{"model":"toy","prompt":[true]}', "its parts must all be"),
+    "true for an id": ('{"model":"toy","prompt":[true]}', "a list must hold only"),
     "true for a bias": ('{"model":"toy","logit_bias":{"1":true}}', "logit_bias: true"),
     "a stop that is a number": ('{"model":"toy","stop":5}', "stop: a text or a list of texts"),
     "a stop in a stop": ('{"model":"toy","stop":[["x"]]}', "stop: a text or a list of texts"),
     "an empty stop": ('{"model":"toy","stop":[""]}', "stop: a stop string is empty"),
-    "a long stop": (f'{{"model":"toy","stop":"{"x" * 1001}"}}', "stop: at most 16 texts"),
-    "more texts than there is room": ('{"model":"toy","n":128}', "128 texts are asked for"),
+    "a long stop": (f'{{"model":"toy","stop":"{"x" * 1001}"}}', "stop: at most 16 strings"),
+    "more texts than there is room": ('{"model":"toy","n":128}', "the request is for 128 texts"),
     "many prompts": (
         json.dumps({"model": "toy", "n": 128, "prompt": [[1]] * 50_000}),
-        "6,400,000 texts are asked for at once: at most 5",
+        "the request is for 6,400,000 texts: at most 5",
     ),
     "too many tokens": (json.dumps({"model": "toy", "prompt": [1] * 200_000}), "200,000 tokens"),
 }
