@@ -308,7 +308,7 @@ def test_mistakes_get_one_line(
         "export model out --to nanogtp": "no format 'nanogtp' can be written, did you mean",
         "export model empty/out --to llmc --shard-size 1GB": "cannot be written in shards",
         "export model out --to huggingface --shard-size big": "a size such as 500MB or 5GB",
-        "export model out --to llmc --dtype fp16": "llm.c model: fp16 cannot be written, only float32, bf16",
+        "export model out --to llmc --dtype fp16": "fp16 cannot be written, only float32, bf16",
         "export nowhere out --to llmc": "no model at nowhere",
     }
     for words, message in many.items():

@@ -38,7 +38,7 @@ NAMES = (
 REASONS = re.compile(
     "|".join(
         [
-            r"the prompt has [\d,]+ (tokens|characters), and the model's context_length is 48",
+            r"the prompt has [\d,]+ (tokens|characters), but the model's context_length is 48",
             r"the prompt has token ids outside the vocabulary: 0 to 258 are needed",
             r"top_k is \d+: the vocabulary has only 259 tokens",
             r"logit_bias has token \d+: 0 to 258 are needed",
