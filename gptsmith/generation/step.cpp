@@ -4,7 +4,7 @@
 // several small integers to a word. A row's numbers are added in the same order whatever rows stand
 // beside it and however many threads there are, so what it gets does not depend on them.
 //
-// Written in the vector types of GCC and Clang, which fit any processor; decode.py compiles it.
+// Written in the vector types of GCC and Clang, which fit any processor; compiled.py compiles it.
 //
 // Shapes:  R rows       C channels          H heads     D channels per head    S tokens so far
 //          V vocabulary  M rows of a matrix  K columns   T texts in the cache
@@ -25,7 +25,7 @@
 extern "C" {
 
 struct Matrix {
-    const void* numbers;     // (M, K), or words (M, K / fields / lanes, lanes): see packed.py
+    const void* numbers;     // (M, K), or words (M, K / fields / lanes, lanes): see quantized.py
     const uint16_t* scales;  // (M, lanes) in bfloat16, of packed numbers
     const float* bias;       // (M,), or null
     int64_t rows, columns, lanes, bits;

@@ -122,7 +122,7 @@ def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> No
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("form", PACKABLE)
 def test_many_rows_of_packed_weights_are_unpacked_quickly(form: str, bits: int) -> None:
-    """To the same numbers as packed.py's."""
+    """To the same numbers as those of model/quantized.py."""
     model, _ = opened(form, bits=bits)
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert len(linears) == 4 * model.config.n_layer + 1
