@@ -68,6 +68,7 @@ def test_the_examples_are_formatted_as_the_package_is(extended: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_work_as_shown(extended: Path) -> None:
     shown = "".join(text for kind, _, text in examples() if kind == "console")
     commands = [shlex.split(line.removeprefix("$ gptsmith ")) for line in shown.splitlines()]

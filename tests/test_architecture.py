@@ -212,6 +212,7 @@ def test_strangers_do_not_import_one_another() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", STRANGERS)
 def test_the_rest_works_without_a_stranger(room: str, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "gptsmith", ignore=shutil.ignore_patterns("__pycache__"))

@@ -53,6 +53,7 @@ def typed(settings: dict[str, Any]) -> list[str]:
 # -- the page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "own_cache")
 def test_every_example_runs_as_it_stands() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
@@ -151,6 +152,7 @@ def test_what_train_refuses(words: dict[str, Any], said: str) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_then_interrupts() -> None:
     how = SMALL | {"steps": 10**6, "compile": "no", "out": "run"}
     program = (

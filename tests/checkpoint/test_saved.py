@@ -165,6 +165,7 @@ def test_biases_learned_elsewhere_are_found_and_said(tmp_path: Path) -> None:
     assert (expected - read(tokens).logits).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_loading_waits_for_no_compiler(tmp_path: Path) -> None:
     gptsmith.save(scrambled(GPTConfig(**TINY)), None, tmp_path / "model")
     code = "import sys, gptsmith; gptsmith.load(sys.argv[1]); assert 'sympy' not in sys.modules"

@@ -183,6 +183,7 @@ def test_the_table_as_a_person_reads_it(
     assert "prefill, 11 tokens" in out
 
 
+@pytest.mark.slow
 def test_each_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     case = {"dtype": "bf16", "rows": 2, "prompt_tokens": 4, "max_tokens": 3, "threads": 1}
     found = timing.alone(str(folder), case)

@@ -139,6 +139,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "words"),
     [
@@ -166,6 +167,7 @@ def test_a_default_that_is_typed_changes_nothing_that_is_computed(
     assert tried >= 5
 
 
+@pytest.mark.slow
 def test_every_precision_that_is_offered_is_computed_in(
     here: None, help_of: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

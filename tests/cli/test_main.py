@@ -233,6 +233,7 @@ def test_sample_json(run: str, does: Callable[..., str]) -> None:
     assert does(*words) == "fox" + rows[0]["text"] + "\n"
 
 
+@pytest.mark.slow
 def test_several_prompts_are_continued_as_each_alone(run: str, does: Callable[..., str]) -> None:
     """Among them an empty one, and one longer than the context."""
     words = ["sample", run, "--max-tokens", "12", "--seed"]

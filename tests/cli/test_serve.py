@@ -47,6 +47,7 @@ def started(folder: Path, *flags: str) -> Iterator[tuple[Any, str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is_and_finishes_what_is_begun(folder: Path) -> None:
     with started(folder) as (process, ready):
         found = re.fullmatch(
@@ -75,6 +76,7 @@ def test_it_says_where_it_is_and_finishes_what_is_begun(folder: Path) -> None:
         assert len(said) == 3, said
 
 
+@pytest.mark.slow
 def test_it_ends_at_once_at_a_second_signal_and_gives_up_after_a_while(folder: Path) -> None:
     for flags, signals, status in (
         ((), [signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT),

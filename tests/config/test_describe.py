@@ -168,6 +168,7 @@ def test_a_trace_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_model_of_gigabytes_is_traced_without_them() -> None:
     lines = list(trace(PRESETS["gpt2-xl"], 2, 4))
     assert lines[-1].output == (2, 4, 50257)

@@ -86,6 +86,7 @@ def test_the_book_takes_what_we_write_strictly(
     assert difference < (1e-4 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same(tmp_path: Path) -> None:
     model = scrambled(GPTConfig(**TINY, qkv_bias=False, tie_weights=False))
     gptsmith.save(model, None, tmp_path / "model")

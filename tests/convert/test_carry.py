@@ -152,6 +152,7 @@ def test_shards_of_our_own_are_read_by_transformers(
     assert said() == []
 
 
+@pytest.mark.slow
 def test_gpt2s_vocabulary_files_become_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = gpt2_tokenizer()
     config = GPTConfig(**(TINY | {"vocab_size": 50257}))
@@ -246,6 +247,7 @@ def test_the_original_is_run_where_memory_allows(
 # -- padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [50257, 50304, 50260, 50368, 50200])
 def test_padding_is_never_visible_outside(
     rows: int, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -453,6 +455,7 @@ for to in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path: Path) -> None:
     for source in ("erf", "tanh"):
         config = GPTConfig(
@@ -553,6 +556,7 @@ def write(stored, out, dtype):
 """
 
 
+@pytest.mark.slow
 def test_another_format_is_a_file_and_a_row_of_the_table(folder: Path, tmp_path: Path) -> None:
     package = Path(gptsmith.__file__).parent
     shutil.copytree(package, tmp_path / "copy" / "gptsmith")

@@ -257,6 +257,7 @@ def any_text() -> str:
     return "".join(one + chance.choice(["", "", " ", "\n", "a", "1"]) for one in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     tokenizer = KINDS[kind]()
@@ -275,6 +276,7 @@ def test_llama_cpp_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     assert again.config.vocab_size == config.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "learned", "char"])
 def test_llama_cpp_gives_the_same_ids_for_any_text(
     kind: str, any_text: str, tmp_path: Path
@@ -492,6 +494,7 @@ def published(
     writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "learned"])
 def test_a_published_file_is_read(kind: str, tmp_path: Path) -> None:
     """Its head is the embedding once more, and there are ids that no token has."""

@@ -322,6 +322,7 @@ def failing(name: str, data: bytes) -> tuple[int, dict[str, str], bytes] | None:
     return (500, {}, b"") if name == "model.safetensors" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -344,6 +345,7 @@ def test_a_broken_download_is_said_and_begins_anew(
     assert is_our_model(found)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle(
     files: dict[str, bytes], server: Hub, tmp_path: Path
 ) -> None:
@@ -376,6 +378,7 @@ def test_a_repository_or_a_file_that_is_not_there(server: Hub, tmp_path: Path) -
     assert_one_line(said, r".*\b404\b.*")
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_not_mistaken_for_a_whole_one(
     files: dict[str, bytes], server: Hub, tmp_path: Path
 ) -> None:

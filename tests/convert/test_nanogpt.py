@@ -108,6 +108,7 @@ def test_characters_may_be_named_and_keep_their_ids(tmp_path: Path) -> None:
     assert tokenizer.encode("\nX") == [36, 0]
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_gpt2s(tmp_path: Path) -> None:
     reference = checkpoint(tmp_path / "ckpt.pt", vocab_size=50304, n_embd=6)
     report = import_model(tmp_path / "ckpt.pt", tmp_path / "out")

@@ -166,6 +166,7 @@ def test_chunks_give_what_the_whole_gives(form: str, folders: Callable[..., Path
         assert {past.shape for past in user.past.values()} == {shape}
 
 
+@pytest.mark.slow
 def test_models_of_any_shape(tmp_path: Path) -> None:
     draw = random.Random(5)
     for number in range(12):

@@ -402,6 +402,7 @@ def test_a_folder_without_tensorflow(toy: Path) -> None:
     assert_equal_models(toy, ARRAYS)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     folder = write_toy(tmp_path / "toy", ARRAYS | {"model/wte": np.zeros((50257, 12), "<f4")[:99]})
     vocabulary, merges = next(iter(places_of_gpt2()))

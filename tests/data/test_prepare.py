@@ -254,6 +254,7 @@ def test_text_without_spaces_is_cut_all_the_same(tmp_path, monkeypatch, gpt2):
     assert end == 50256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2"])
 def test_same_bytes_with_any_number_of_workers(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(encode, "STRETCH", 97)
@@ -350,6 +351,7 @@ def test_too_few_rows_to_hold_out(tmp_path):
     assert len(made(path, "byte", tmp_path / "out", validation_fraction=0.3).validation) == 4
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_is_seen_first(tmp_path, monkeypatch, gpt2):
     path = tmp_path / "a.txt"
     path.write_text("x" * 5_000_000)

@@ -273,6 +273,7 @@ def test_a_play_becomes_plain_text():
     )
 
 
+@pytest.mark.slow
 def test_the_plays_are_all_there_without_marks():
     found = dict(plays())
     assert len(found) == 38

@@ -147,6 +147,7 @@ def test_activations_are_in_the_dtype_that_was_asked_for(model: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_stored_in_bf16_stays_so(tmp_path: Path) -> None:
     model = scrambled(GPTConfig(**SIZES)).to(torch.bfloat16)
     stored = saved.stored_model(model)
@@ -275,6 +276,7 @@ def test_a_file_cut_short_is_said(quantized: Path, capsys: pytest.CaptureFixture
 # -- the command
 
 
+@pytest.mark.slow
 def test_the_report_agrees_with_an_independent_computation(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,6 +357,7 @@ def test_the_original_writes_by_its_own_probabilities(model: Path) -> None:
     assert abs(surprise - entropy) / positions < 0.3
 
 
+@pytest.mark.slow
 def test_the_report_without_data_says_what_it_compared_on(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +394,7 @@ def test_what_cannot_be_quantized_is_one_line(
     assert not list(model.parent.glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_killed_in_mid_write_it_leaves_no_model(model: Path) -> None:
     """It is killed as the tensors are being written, then run again."""
     out = model.parent / "out"
@@ -414,6 +418,7 @@ def test_killed_in_mid_write_it_leaves_no_model(model: Path) -> None:
     assert packed_bits(gptsmith.load(out)[0]) == 4
 
 
+@pytest.mark.slow
 def test_memory_stays_below_the_weights_and_a_bound(tmp_path: Path) -> None:
     """Of 100 MB of weights; the bound is of PyTorch itself, the logits and the packed model."""
     config = GPTConfig(n_layer=7, n_head=8, n_embd=512, vocab_size=6000, context_length=256)
@@ -438,6 +443,7 @@ def test_memory_stays_below_the_weights_and_a_bound(tmp_path: Path) -> None:
 # -- where a dtype is named
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_is_its_own_precision_or_unpacked(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,6 +502,7 @@ def test_export_writes_the_unpacked_model_and_import_refuses(
     assert said.startswith(f"{quantized} is gptsmith's own quantized folder, which needs no import")
 
 
+@pytest.mark.slow
 def test_bench_decodes_packed_weights(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--prompt-tokens", "3", "--max-tokens", "4", "--json"]
     for name, dtype, said in ((model, "int8", "int8"), (written(model, 4), None, "int4")):
@@ -523,6 +530,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[int | None, float]:
     return known
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_that_keeps_the_loss(
     model: Path, speeds: dict[int | None, float]
 ) -> None:
@@ -536,6 +544,7 @@ def test_auto_takes_the_fastest_that_keeps_the_loss(
     assert precision.measured(model, ["int4", "int8"]) == ("float32", 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_auto_remembers_its_choice(
     model: Path,
     speeds: dict[int | None, float],
@@ -591,6 +600,7 @@ def test_auto_measures_again_where_the_weights_are_others(model: Path) -> None:
     assert precision.fastest(written(model, 4), cpu) == ("int4", 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_auto_keeps_float32_where_nothing_else_keeps_the_loss(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def test_many_rows_of_packed_weights_are_unpacked_quickly(form: str, bits: int) 
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_tokens_are_those_of_plain_decoding(form: str) -> None:
     model, decoder = opened(form)
@@ -203,6 +204,7 @@ def test_in_bf16_it_stays_near_the_float32_forward() -> None:
     assert ours < theirs  # which rounds the residual stream too
 
 
+@pytest.mark.slow
 def test_a_processor_without_bfloat16_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_model_that_is_let_go_is_freed_at_once(bits: int | None) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     script = (
@@ -282,6 +285,7 @@ def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.suffix for path in (tmp_path / "gptsmith" / "decode").iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened("gpt2")
     folder = environment.cache_folder() / "decode"

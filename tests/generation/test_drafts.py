@@ -138,6 +138,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gptsmith.save(scrambled(GPTConfig(**(TINY | {"vocab_size": 257}))), byte_tokenizer(), "bytes")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 def test_sample_with_a_draft(capsys: pytest.CaptureFixture) -> None:
     words = ["sample", "large", "--prompt", "the cat", "--max-tokens", "30", "--seed", "3"]

@@ -25,6 +25,7 @@ def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "SPAN", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", [(5,), (5, 5, 5), (7, 1, 12), (38, 45, 3)])
 def test_tokens_are_those_of_plain_decoding(form: str, lengths: tuple[int, ...]) -> None:

@@ -77,6 +77,7 @@ def test_impossible_requests_are_refused(
         next(generate_tokens(GPT(GPTConfig(**TINY)), tokens, 3, sampling=sampling))
 
 
+@pytest.mark.slow
 def test_stream_and_complete_agree() -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
     texts = complete(model, tokenizer, "ab", num_samples=3, max_tokens=40, seed=5)
@@ -103,6 +104,7 @@ def test_end_of_text_ends_the_text() -> None:
     assert "".join(stream(model, tokenizer, "ab", max_tokens=9, temperature=0)) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [[], ["q"], ["\n", "\x00"]])
 def test_a_row_that_has_ended_is_not_read_on(stop: list[str], monkeypatch) -> None:
     model, tokenizer, read = byte_model(), byte_tokenizer(), []

@@ -391,6 +391,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [(), ("--optimizer", "muon", "--dtype", "bf16", "--attention", "blocks")]
 )

@@ -536,6 +536,7 @@ def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) 
     slow.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_a_request_has_its_time() -> None:
     with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=1.0) as running:
         client = client_of(running)
@@ -590,6 +591,7 @@ def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
         assert found.choices[0].text == ours("ab", 9, 1)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_aside_while_others_go_on() -> None:
     """A tokenizer that takes its time stalls nobody's stream."""
     reading, go_on = threading.Event(), threading.Event()

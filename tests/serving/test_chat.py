@@ -81,6 +81,7 @@ PARTS = ("<|im_start|>", "<|im_end|>", "<|im_", "end|>", "<", "|", ">", "<|endof
 CONTENT = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
 
 
+@pytest.mark.slow
 @given(st.lists(CONTENT, min_size=1, max_size=3))
 def test_no_message_writes_a_special_token(contents: list[str]) -> None:
     """Even where the template puts two messages side by side, of which each has half of one."""

@@ -22,6 +22,8 @@ from tests.conftest import TINY, scrambled
 from tests.serving import running as real
 from tests.serving.page_stub import KEY, PAGE, serving
 
+pytestmark = pytest.mark.slow
+
 FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
 FLAGS += " disable-component-update disable-sync"
 PICTURES = Path(__file__).parents[2] / "build" / "page"

@@ -172,6 +172,7 @@ def test_an_enormous_list_of_mistakes_is_refused_at_its_first() -> None:
     assert len(caught.value.errors()) == 1
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists), st.data())
 def test_whatever_is_sent_is_taken_or_refused_in_a_line(value: object, data: st.DataObject) -> None:
     for kind in (CompletionRequest, ChatCompletionRequest):

@@ -373,6 +373,7 @@ def test_who_sends_drop_by_drop_is_cut_off_too(
         drop_by_drop()
 
 
+@pytest.mark.slow
 def test_a_text_that_takes_longer_than_patience_is_not_cut_off(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +388,7 @@ def test_a_text_that_takes_longer_than_patience_is_not_cut_off(
             assert '"finish_reason":"length"' in found.text
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_holds_up_nobody(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +466,7 @@ def test_hundreds_come_and_vanish(server: Running) -> None:
 # -- too much, too late
 
 
+@pytest.mark.slow
 def test_who_finds_no_room_comes_again_later(server: Running) -> None:
     answers: list[httpx2.Response] = []
 
@@ -485,6 +488,7 @@ def test_who_finds_no_room_comes_again_later(server: Running) -> None:
         assert each.json()["error"]["type"] == "rate_limit_error"
 
 
+@pytest.mark.slow
 def test_time_is_over_while_waiting_and_while_running() -> None:
     with serving(toy(), TOKENIZER, slots=1, step_seconds=0.005, timeout=1.0) as running:
         before = plain(running)

@@ -100,6 +100,7 @@ def test_the_description_is_the_servers(server: Running) -> None:
     assert httpx2.get(f"{server.url}/openapi.json").json() == api.raw_schema
 
 
+@pytest.mark.slow
 @api.parametrize()
 @settings(
     max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
@@ -114,6 +115,7 @@ def test_it_answers_as_it_says(case: Any, server: Running) -> None:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.slow
 def test_afterwards_nobody_is_left(server: Running) -> None:
     server.wait_until_idle()
     assert len(server.accesses) > 400

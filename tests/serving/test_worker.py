@@ -70,6 +70,7 @@ def test_many_jobs_at_once_each_as_if_alone() -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_again() -> None:
     async def ask() -> None:
         async with service_of() as service:
@@ -159,6 +160,7 @@ def test_the_thread_ends_with_the_service_whatever_is_left() -> None:
     asyncio.run(ask())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_slots_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scrambled(GPTConfig(**(TINY | {"context_length": 60})))

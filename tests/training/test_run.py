@@ -147,6 +147,7 @@ def test_what_is_shown_changes_nothing_that_is_learned() -> None:
     assert same_weights(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["blocks", "kernel"])
 def test_muon_in_bf16_goes_on_bit_for_bit(attention: str) -> None:
     how = ("--optimizer", "muon", "--dtype", "bf16", "--attention", attention)
@@ -256,6 +257,7 @@ def test_a_change_of_machine_in_mid_run_is_recorded() -> None:
     assert events(run)[-1]["changes"] == {"micro_batch": "2", "keep": "5"}
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     run = train()
     with FileLock(run / ".lock"):
@@ -301,6 +303,7 @@ def test_data_of_another_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]
     assert "was made with another tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_published_shards_need_a_tokenizer_and_are_checked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
