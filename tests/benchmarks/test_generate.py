@@ -250,7 +250,7 @@ def test_every_system_is_of_known_number_formats() -> None:
     ("words", "said"),
     [
         ("gpt2 --max-tokens 1", "1 new tokens are no decoding: at least 2 are needed"),
-        ("gpt2 --max-tokens 1025", "more than the context_length"),
+        ("gpt2 --max-tokens 1025", "do not fit the context_length 1024: lower --max-tokens"),
         ("nowhere", "'nowhere' is not a preset, recipe or model"),
     ],
 )
