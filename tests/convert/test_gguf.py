@@ -81,7 +81,7 @@ def letters(count: int) -> Tokenizer:
 
 # llama.cpp ends the process where it dislikes a file, so it gets one of its own.
 SERVE = """
-import sys, xllamacpp
+import os, sys, xllamacpp
 said = xllamacpp.CommonParams()
 said.model.path = sys.argv[1]
 said.verbosity = 2  # warnings
@@ -94,6 +94,7 @@ said.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DIS
 server = xllamacpp.Server(said)
 print(server.listening_address, flush=True)
 sys.stdin.read()
+os._exit(0)  # its own end may wait for its threads forever on a loaded machine
 """
 
 
