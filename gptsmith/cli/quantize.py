@@ -47,7 +47,7 @@ def run(options: Namespace) -> None:
     settings, text = chosen(options, QuantizeSettings), chosen(options, PrepareSettings)
     return_freed_memory()
 
-    from ..data.tokens import opened_tokens
+    from ..data.prepare import opened_tokens
     from ..evaluation.quantization import quantize
 
     with ExitStack() as stack:

@@ -32,15 +32,16 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Learn a byte-level BPE tokenizer from text."""
     settings, text = chosen(options, TokenizerSettings), chosen(options, PrepareSettings)
-    from ..data.prepare import texts
     from ..data.sources import find_sources
+    from ..data.split import Reader
     from ..machine.files import written_whole
     from ..tokenizers import learn_bpe
 
     sources = [source for source in find_sources(options.sources) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(options.sources)}: it is empty")
-    learned = learn_bpe(texts(sources, text), settings.vocab_size)
+    texts = (passage.text for passage in Reader(sources, text).passages())
+    learned = learn_bpe(texts, settings.vocab_size)
     with written_whole(settings.out) as folder:
         learned.save(folder)
     tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {settings.out}")

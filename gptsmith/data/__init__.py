@@ -1,3 +1,3 @@
 """Text to tokens on disk, and these to batches. In reading order: shakespeare, sources,
-documents, tokenfile, shards, encode, prepare, batches.
+documents, split, encode, tokenfile, shards, prepare, batches.
 """

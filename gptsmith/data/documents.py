@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..config.fields import suggestion
-from ..machine.files import CHUNK_BYTES, chunks
+from ..machine.files import CHUNK_BYTES
 from .sources import Source
 
 PARQUET_ROWS = 256  # at once
@@ -41,17 +41,13 @@ def read_documents(
     is updated with all bytes. ValueError in one line for text that cannot be read.
     """
     if source.kind == "parquet":
-        return parquet_rows(source, field, digest)
-    if source.content is not None:
-        encoding = "utf-8"
-    texts = decoded_text(source, checked_encoding(encoding), stop, digest)
+        yield from parquet_rows(source, field, digest)
+        return
+    name = "utf-8" if source.content is not None else checked_encoding(encoding)
+    texts = decoded_text(source, name, stop, digest)
     if source.kind == "jsonl":
-        return jsonl_rows(source, texts, field)
-    return whole_text(source, texts)
-
-
-def whole_text(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Chunk]:
-    """Yield a file as one document."""
+        yield from jsonl_rows(source, texts, field)
+        return
     read = 0
     for text, read in texts:
         yield Chunk(text, read, False)
@@ -161,9 +157,8 @@ def checked_text(value: Any, place: str, field: str, known: Sequence[str]) -> st
 def parquet_rows(source: Source, column: str, digest: "hashlib._Hash | None") -> Iterator[Chunk]:
     """Yield the column of every row of a Parquet file."""
     if digest is not None:
-        assert source.path is not None
-        for chunk in chunks(source.path):
-            digest.update(chunk)
+        with source.open() as file:
+            hashlib.file_digest(file, lambda: digest)  # type: ignore[arg-type]
     with opened_parquet(source) as table:
         checked_text("", source.name, column, table.schema_arrow.names)
         number, total = 0, table.metadata.num_rows

@@ -8,11 +8,12 @@ import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ..tokenizers import Tokenizer
+from ..tokenizers.tokenizer import Unknown
+from .split import Passage
 
 STRETCH = 1 << 18  # characters that one thread encodes at once
 LONGEST = 1 << 21  # characters without a safe place to cut, after which text is cut anyway
@@ -22,53 +23,21 @@ LONGEST = 1 << 21  # characters without a safe place to cut, after which text is
 SAFE = re.compile("[^\\s\x1c-\x1f\x85\u180e\u200b\ufeff](?=[ \n])")
 
 
-class SplitText(NamedTuple):
-    """Some text of a document as it is read, and its split."""
-
-    text: str
-    held_out: bool
-    ends: bool  # the document
-    place: str  # for errors
-    read: int  # bytes of all sources up to the end of this text
-
-
-class Stretch(NamedTuple):
-    """Some text of a document that can be encoded on its own."""
-
-    text: str
-    held_out: bool
-    begins: bool  # the document, or its part in this split
-    ends: bool
-    place: str
-    offset: int  # characters of the document before this text
-    read: int
-
-
-class Encoded(NamedTuple):
-    """Several stretches as ids; each pair is (train, validation)."""
-
-    ids: tuple[np.ndarray, np.ndarray]  # (N,), (M,)
-    bytes: tuple[int, int]  # of text, in UTF-8
-    documents: tuple[int, int]
-    read: int
+Ids = tuple[np.ndarray, np.ndarray]  # of the train and the validation text: (N,), (M,)
 
 
 def encode_all(
-    texts: Iterable[SplitText],
-    tokenizer: Tokenizer,
-    *,
-    unknown: Literal["error", "skip"] = "error",
-    workers: int = 1,
-) -> Generator[Encoded, None, None]:
+    passages: Iterable[Passage], tokenizer: Tokenizer, *, unknown: Unknown, workers: int
+) -> Generator[Ids, None, None]:
     """Yield all documents as ids, in order; the result does not depend on the number of threads.
 
     ValueError, with the place, if the tokenizer refuses a text.
     """
-    pending: deque[tuple[Future[Encoded], int]] = deque()
+    pending: deque[tuple[Future[Ids], int]] = deque()
     length = 0  # characters in pending jobs
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for job in gathered(stretches(texts, tokenizer)):
+            for job in gathered(stretches(passages, tokenizer)):
                 size = sum(len(stretch.text) for stretch in job)
                 pending.append((pool.submit(encode, job, tokenizer, unknown), size))
                 length += size
@@ -82,25 +51,24 @@ def encode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def stretches(texts: Iterable[SplitText], tokenizer: Tokenizer) -> Iterator[Stretch]:
-    """Yield documents in stretches that can be encoded separately; the last of each is marked."""
-    text, held_out, begins, offset = "", False, True, 0
-    for each in texts:
-        if each.held_out != held_out:
+def stretches(passages: Iterable[Passage], tokenizer: Tokenizer) -> Iterator[Passage]:
+    """Yield documents in passages that are long, and that can be encoded separately."""
+    text, held_out, offset = "", False, 0
+    for passage in passages:
+        if passage.held_out != held_out:
             if text:
-                yield Stretch(text, held_out, begins, False, each.place, offset, each.read)
+                yield Passage(text, held_out, False, passage.place, offset)
                 offset += len(text)
-            text, held_out, begins = "", each.held_out, True
-        text += each.text
+            text, held_out = "", passage.held_out
+        text += passage.text
         start = 0
         while end := place_to_cut(text, start, tokenizer):
-            cut = text[start:end]
-            yield Stretch(cut, held_out, begins, False, each.place, offset, each.read)
-            offset, start, begins = offset + len(cut), end, False
+            yield Passage(text[start:end], held_out, False, passage.place, offset)
+            offset, start = offset + end - start, end
         text = text[start:]
-        if each.ends:
-            yield Stretch(text, held_out, begins, True, each.place, offset, each.read)
-            text, begins, offset = "", True, 0
+        if passage.ends:
+            yield Passage(text, held_out, True, passage.place, offset)
+            text, offset = "", 0
 
 
 def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
@@ -120,9 +88,9 @@ def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
     return start + LONGEST if len(text) > start + LONGEST else 0
 
 
-def gathered(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
+def gathered(stretches: Iterable[Passage]) -> Iterator[list[Passage]]:
     """Group stretches into jobs that are large enough for a thread."""
-    job: list[Stretch] = []
+    job: list[Passage] = []
     length = 0
     for stretch in stretches:
         job.append(stretch)
@@ -134,9 +102,19 @@ def gathered(stretches: Iterable[Stretch]) -> Iterator[list[Stretch]]:
         yield job
 
 
-def ids_of(
-    job: list[Stretch], tokenizer: Tokenizer, unknown: Literal["error", "skip"]
-) -> Iterator[np.ndarray]:
+def encode(job: list[Passage], tokenizer: Tokenizer, unknown: Unknown) -> Ids:
+    """Encode stretches, with <|endoftext|> after each document if the tokenizer has it."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    none = np.empty(0, np.uint16)
+    train, validation = parts = [none], [none]
+    for stretch, found in zip(job, ids_of(job, tokenizer, unknown), strict=True):
+        parts[stretch.held_out].append(found)
+        if stretch.ends:
+            parts[stretch.held_out].append(np.array(end, found.dtype))
+    return np.concatenate(train), np.concatenate(validation)
+
+
+def ids_of(job: list[Passage], tokenizer: Tokenizer, unknown: Unknown) -> Iterator[np.ndarray]:
     """Yield the ids of each stretch: (N,)."""
     try:
         together = tokenizer.encode_together([stretch.text for stretch in job])
@@ -151,21 +129,3 @@ def ids_of(
         except ValueError as error:
             after = f", after {stretch.offset:,} characters" if stretch.offset else ""
             raise ValueError(f"{stretch.place}{after}: {error}") from error
-
-
-def encode(job: list[Stretch], tokenizer: Tokenizer, unknown: Literal["error", "skip"]) -> Encoded:
-    """Encode stretches, with <|endoftext|> after each document if the tokenizer has it."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    ids: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    sizes, documents = [0, 0], [0, 0]
-    for stretch, found in zip(job, ids_of(job, tokenizer, unknown), strict=True):
-        ids[stretch.held_out].append(found)
-        if stretch.ends:
-            ids[stretch.held_out].append(np.array(end, found.dtype))
-        sizes[stretch.held_out] += len(stretch.text.encode())
-        documents[stretch.held_out] += stretch.begins
-    none = np.empty(0, np.uint16)
-    train, validation = (np.concatenate(arrays) if arrays else none for arrays in ids)
-    return Encoded(
-        (train, validation), (sizes[0], sizes[1]), (documents[0], documents[1]), job[-1].read
-    )

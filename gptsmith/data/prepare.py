@@ -1,28 +1,39 @@
-"""Turn text into a folder of token shards, completely or not at all.
+"""Turn text into a folder of token shards, completely or not at all, or only for an evaluation.
 
 Knows nothing of how text is found (`sources.py`) and encoded (`encode.py`), or of the file format
 (`tokenfile.py`).
 """
 
-import hashlib
-import math
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.settings import PrepareSettings
+import numpy as np
+
+from ..config.fields import SettingError
+from ..config.settings import PrepareSettings, Split
 from ..machine.environment import checked_threads
 from ..machine.files import write_json, written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
-from .documents import read_documents, text_bytes
-from .encode import SplitText, encode_all
-from .shards import DATASET_FORMAT, DATASET_VERSION, INFO, Dataset, prepared_info
+from .documents import text_bytes
+from .encode import encode_all
+from .shards import (
+    DATASET_FORMAT,
+    DATASET_VERSION,
+    INFO,
+    Dataset,
+    TokenStream,
+    is_dataset,
+    prepared_info,
+)
 from .sources import Source, find_sources
-from .tokenfile import ShardWriter, dtype_for
+from .split import Reader, split_rule
+from .tokenfile import ShardWriter
 
 REPORT_SECONDS = 0.1  # between two reports of progress
 
@@ -34,25 +45,6 @@ class Progress(NamedTuple):
     bytes_total: int
     tokens: int
     seconds: float
-
-
-class ProgressClock:
-    """Decides when to report progress again."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total  # bytes
-        self.started = self.reported = time.monotonic()
-
-    def due(self) -> bool:
-        """Return whether it is time to report again."""
-        if time.monotonic() - self.reported < REPORT_SECONDS:
-            return False
-        self.reported = time.monotonic()
-        return True
-
-    def report(self, done: int, tokens: int) -> Progress:
-        """Return the progress after `done` bytes."""
-        return Progress(done, self.total, tokens, time.monotonic() - self.started)
 
 
 def prepare(
@@ -69,76 +61,48 @@ def prepare(
     with the same arguments, it is left unchanged; any other non-empty folder is refused. ValueError
     or OSError in one line, with nothing left behind.
     """
-    out, options = Path(out), options or PrepareSettings()
+    started = reported = time.monotonic()
+    steps = preparing(names, tokenizer, Path(out), options or PrepareSettings())
+    with closing(steps):  # so that it removes what it has written when we are interrupted
+        for done, total, tokens in steps:
+            now = time.monotonic()
+            if done == total or now - reported >= REPORT_SECONDS:
+                reported = now
+                yield Progress(done, total, tokens, now - started)
+
+
+def preparing(
+    names: Sequence[str], tokenizer: Tokenizer | str, out: Path, options: PrepareSettings
+) -> Generator[tuple[int, int, int], None, None]:
+    """Do the work of `prepare`; yield bytes read, all bytes and tokens after every step."""
     if out.exists() and not (out.is_dir() and (prepared_info(out) or not any(out.iterdir()))):
         raise ValueError(f"{out} already exists: choose another --out, or remove it first")
     sources = [source for source in find_sources(names) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(names)}: it is empty")
     size = sum(source.size for source in sources)
-    clock = ProgressClock(2 * size if tokenizer == "char" else size)
+    total = 2 * size if tokenizer == "char" else size
     if tokenizer == "char":
         characters: set[str] = set()
-        for text, read in read_texts(sources, options):
-            characters.update(text)
-            if clock.due():
-                yield clock.report(read, 0)
+        learning = Reader(sources, options)
+        for passage in learning.passages():
+            characters.update(passage.text)
+            yield learning.read, total, 0
         tokenizer = char_tokenizer(characters)
     elif isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer)
     if out.exists() and (there := made_before(out, sources, tokenizer, options)):
-        tokens = len(there.train) + (0 if there.validation is None else len(there.validation))
-        yield clock.report(clock.total, tokens)
+        yield total, total, len(there.train) + len(there.validation or ())
         return
     check_disk(out, sources, tokenizer, options.field)
     tokens = 0
     with written_whole(out, manifest=False) as folder:
         for read, tokens in write_dataset(folder, sources, tokenizer, options):
-            if clock.due():
-                yield clock.report(clock.total - size + read, tokens)
-    yield clock.report(clock.total, tokens)
+            yield total - size + read, total, tokens
+    yield total, total, tokens
 
 
-def texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[str]:
-    """Yield all text of the sources, in order, a megabyte or a row at a time."""
-    for text, _ in read_texts(sources, options):
-        yield text
-
-
-def read_texts(sources: Sequence[Source], options: PrepareSettings) -> Iterator[tuple[str, int]]:
-    """Yield all text of the sources, and the bytes read so far."""
-    before = 0
-    for source in sources:
-        for chunk in read_documents(source, field=options.field, encoding=options.encoding):
-            yield chunk.text, before + chunk.read
-        before += source.size
-
-
-# -- the split, and checks before writing
-
-
-def split_rule(sources: Sequence[Source], fraction: float) -> tuple[str, str]:
-    """Return the rule that chooses the validation text, and a sentence that explains it.
-
-    Whole documents are held out if there are rows or enough files; else the tail of each document.
-    """
-    if fraction == 0:
-        return "none", "nothing is held out"
-    held_out = math.floor(len(sources) * fraction + 0.5)
-    if any(source.has_rows for source in sources) or 0 < held_out < len(sources):
-        return "documents", (
-            f"document i, counted from 0 in the order of the sources, is held out where "
-            f"floor((i + 1) * {fraction} + 0.5) > floor(i * {fraction} + 0.5)"
-        )
-    return "tail", (
-        f"the last {fraction:.4g} of the bytes of each document is held out: from byte "
-        f"int(size * (1 - {fraction})), moved forward to the start of a character"
-    )
-
-
-def is_held_out(number: int, fraction: float) -> bool:
-    """Return whether document `number`, from 0, is held out; these are evenly spaced."""
-    return math.floor((number + 1) * fraction + 0.5) > math.floor(number * fraction + 0.5)
+# -- before writing
 
 
 def described(
@@ -187,7 +151,7 @@ def made_before(
 def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field: str) -> None:
     """Raise OSError if the shards might not fit on the disk."""
     size = sum(text_bytes(source, field=field) for source in sources)
-    most = size * dtype_for(tokenizer.vocab_size).itemsize  # a token for every byte
+    most = size * np.dtype(tokenizer.dtype).itemsize  # a token for every byte
     if tokenizer.kind == "bpe":
         most //= 2  # fewer than one for every two bytes, in any text worth learning from
     place = next(folder for folder in out.absolute().parents if folder.exists())
@@ -198,62 +162,35 @@ def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field
         )
 
 
-# -- text to shards
+# -- writing
 
 
 def write_dataset(
     folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
 ) -> Iterator[tuple[int, int]]:
     """Write shards, tokenizer and dataset.json to a folder; yield bytes read and tokens so far."""
-    sums = [hashlib.sha256() for _ in sources]
-    sizes, documents = [0, 0], [0, 0]
-    encoded = encode_all(
-        labelled(sources, sums, options),
-        tokenizer,
-        unknown=options.unknown,
-        workers=checked_threads("workers", options.workers),
-    )
-    with ExitStack() as stack:
-        train, held_out = writers = [
-            stack.enter_context(
-                ShardWriter(folder, split, tokenizer.vocab_size, options.shard_tokens)
-            )
-            for split in ("train", "validation")
-        ]
-        for each in stack.enter_context(closing(encoded)):
-            for side, writer in enumerate(writers):
-                writer.write(each.ids[side])
-                sizes[side] += each.bytes[side]
-                documents[side] += each.documents[side]
-            yield each.read, train.tokens + held_out.tokens
-    check_result(train.tokens, held_out.tokens, sources, options)
-    info = described(sources, [each.hexdigest() for each in sums], tokenizer, options)
-    for writer, size, count in zip(writers, sizes, documents, strict=True):
-        split = {"tokens": writer.tokens, "bytes": size, "documents": count}
+    reader = Reader(sources, options)
+    workers = checked_threads("workers", options.workers)
+    encoded = encode_all(reader.passages(), tokenizer, unknown=options.unknown, workers=workers)
+    sizes = tokenizer.vocab_size, options.shard_tokens
+    with (
+        ShardWriter(folder, "train", *sizes) as train,
+        ShardWriter(folder, "validation", *sizes) as validation,
+        closing(encoded),
+    ):
+        for train_ids, validation_ids in encoded:
+            train.write(train_ids)
+            validation.write(validation_ids)
+            yield reader.read, train.tokens + validation.tokens
+    check_result(train.tokens, validation.tokens, sources, options)
+    info = described(sources, reader.sums, tokenizer, options)
+    for writer, size, documents in zip(
+        (train, validation), reader.bytes, reader.documents, strict=True
+    ):
+        split = {"tokens": writer.tokens, "bytes": size, "documents": documents}
         info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
     tokenizer.save(folder)
     write_json(folder / INFO, info)
-
-
-def labelled(
-    sources: Sequence[Source], sums: Sequence["hashlib._Hash"], options: PrepareSettings
-) -> Iterator[SplitText]:
-    """Yield all text with its split; `sums` are updated with every byte that is read."""
-    fraction = options.validation_fraction
-    rule, _ = split_rule(sources, fraction)
-    total = before = 0  # documents, and bytes, of the sources so far
-    for source, digest in zip(sources, sums, strict=True):
-        tail = int(source.size * (1 - fraction)) if rule == "tail" else None
-        number = read = 0  # documents, and bytes, of this source so far
-        for chunk in read_documents(
-            source, field=options.field, encoding=options.encoding, stop=tail, digest=digest
-        ):
-            held_out = is_held_out(total + number, fraction) if tail is None else read >= tail
-            read = chunk.read
-            place = f"{source.name}, document {number + 1}" if source.has_rows else source.name
-            yield SplitText(chunk.text, held_out, chunk.ends, place, before + read)
-            number += chunk.ends
-        total, before = total + number, before + source.size
 
 
 def check_result(
@@ -268,3 +205,37 @@ def check_result(
             f"{names} has too few documents to hold out {options.validation_fraction:.4g} of them: "
             "use a larger --validation-fraction, or 0"
         )
+
+
+# -- for an evaluation
+
+
+@contextmanager
+def opened_tokens(
+    data: str | Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    *,
+    split: Split | None = None,
+    options: PrepareSettings | None = None,
+) -> Iterator[TokenStream]:
+    """Yield the tokens of DATA for a model with this tokenizer and vocabulary.
+
+    For prepared data these are one split: by default validation, or train if nothing was held out.
+    A text is encoded whole, with the given options. ValueError if the tokens do not suit the model.
+    """
+    if is_dataset(Path(data)):
+        yield Dataset.open(Path(data)).tokens_for(tokenizer, vocab_size, split)
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"the model has no tokenizer to encode {data}: use data made by `gptsmith prepare`"
+        )
+    if split == "validation":
+        raise SettingError("split", f"is for prepared data: {data} is text, which is read whole")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "data"
+        whole = replace(options or PrepareSettings(), validation_fraction=0.0)
+        for _ in prepare([str(data)], tokenizer, folder, options=whole):
+            pass
+        yield Dataset.open(folder).train

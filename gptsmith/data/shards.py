@@ -1,6 +1,6 @@
 """Read many shards as one long sequence, and open the folder that contains them.
 
-Knows nothing of text or batches; `tokenfile.py` reads the header of one file.
+Knows nothing of batches; `tokenfile.py` reads the header of one file.
 """
 
 import re
@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..machine.files import DamagedError, read_json, sha256
-from .tokenfile import largest_token, layout
+from ..config.fields import SettingError
+from ..config.settings import Split
+from ..machine.files import DamagedError, chunks, read_json, sha256
+from ..tokenizers import Tokenizer
+from .tokenfile import layout
 
 INFO = "dataset.json"
 DATASET_FORMAT = "gptsmith-dataset"
@@ -116,12 +119,32 @@ class Dataset:
     def check_ids(self, vocab_size: int) -> None:
         """Raise ValueError if a token is outside the vocabulary; reads all of the data once."""
         for stream in (self.train, self.validation):
-            for path in stream.paths if stream else ():
-                if (largest := largest_token(path)) >= vocab_size:
+            for path, its in zip(stream.paths, stream.layouts, strict=True) if stream else ():
+                parts = chunks(path, its.offset, its.tokens * its.dtype.itemsize)
+                largest = max(int(np.frombuffer(part, its.dtype).max()) for part in parts)
+                if largest >= vocab_size:
                     raise ValueError(
                         f"{path} has a token {largest:,}, but the vocabulary ends at "
                         f"{vocab_size - 1:,}: name the tokenizer that made it with --tokenizer"
                     )
+
+    def tokens_for(
+        self, tokenizer: Tokenizer | None, vocab_size: int, split: Split | None
+    ) -> TokenStream:
+        """Return a split, by default validation, or train if nothing was held out.
+
+        ValueError if the tokens do not suit a model with this tokenizer and vocabulary.
+        """
+        if self.fingerprint is None or tokenizer is None:
+            self.check_ids(vocab_size)
+        elif self.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.folder} was made with another tokenizer than the model's: prepare the text "
+                "again with the model's tokenizer"
+            )
+        if split == "validation" and self.validation is None:
+            raise SettingError("split", f"is validation, but {self.folder} has none: use train")
+        return self.train if split == "train" or self.validation is None else self.validation
 
 
 def is_dataset(folder: Path) -> bool:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..config.fields import SettingError
 from ..config.settings import PrepareSettings, Split
 from ..data.batches import Tokens
-from ..data.tokens import opened_tokens
+from ..data.prepare import opened_tokens
 from ..machine.processes import my_share, sum_of_numbers
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer

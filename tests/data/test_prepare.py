@@ -26,9 +26,10 @@ from gptsmith.data import encode
 from gptsmith.data import prepare as prepare_module
 from gptsmith.data.documents import checked_encoding
 from gptsmith.data.encode import SAFE
-from gptsmith.data.prepare import Progress, is_held_out, prepare, texts
+from gptsmith.data.prepare import Progress, prepare
 from gptsmith.data.shards import Dataset, TokenStream
 from gptsmith.data.sources import find_sources
+from gptsmith.data.split import Reader, is_held_out
 from gptsmith.data.tokenfile import ShardWriter
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer
 
@@ -199,7 +200,8 @@ def test_texts_are_all_the_text(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
     found = find_sources([str(tmp_path / "b.jsonl"), str(tmp_path / "a.txt")])
-    assert "".join(texts(found, PrepareSettings())) == "twothreeone"
+    passages = Reader(found, PrepareSettings()).passages()
+    assert "".join(passage.text for passage in passages) == "twothreeone"
 
 
 # -- cut, in parallel, and yet the same

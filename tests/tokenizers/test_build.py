@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptsmith.config.settings import PrepareSettings
-from gptsmith.data.prepare import texts
 from gptsmith.data.sources import find_sources
+from gptsmith.data.split import Reader
 from gptsmith.tokenizers import (
     Tokenizer,
     build,
@@ -105,7 +105,8 @@ def test_gpt2_is_tiktokens_on_every_character(judge: tiktoken.Encoding) -> None:
 
 @pytest.mark.slow
 def test_gpt2_is_tiktokens_on_all_the_plays(judge: tiktoken.Encoding) -> None:
-    for text in texts(find_sources(["shakespeare"]), PrepareSettings()):
+    reader = Reader(find_sources(["shakespeare"]), PrepareSettings())
+    for text in (passage.text for passage in reader.passages()):
         assert both(GPT2, text) == judge.encode_ordinary(text), text[:50]
 
 
