@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from ..tokenizers import Tokenizer, character_level
-from ..tokenizers.tokenizer import BYTES, END_OF_TEXT, SYMBOLS, splits_like
+from ..tokenizers.kinds import BYTES, SYMBOLS, splits_like
+from ..tokenizers.tokenizer import END_OF_TEXT
 
 KIND = "gptsmith.tokenizer"  # our key: "bpe", "byte" or "char"; llama.cpp ignores it
 NO_MERGES = ["[no] [merges]"]  # llama.cpp needs a list, but the library cannot write an empty one

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from ..tokenizers import Tokenizer
+from ..tokenizers.kinds import splits_like
 from ..tokenizers.tokenizer import Unknown
 from .split import Passage
 
@@ -33,6 +34,7 @@ def encode_all(
 
     ValueError, with the place, if the tokenizer refuses a text.
     """
+    tokenizer.encode_array("")  # builds its tables once, and not in every thread
     pending: deque[tuple[Future[Ids], int]] = deque()
     length = 0  # characters in pending jobs
     with ThreadPoolExecutor(workers) as pool:
@@ -81,7 +83,7 @@ def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
         return 0
     if tokenizer.kind in ("char", "byte"):
         return enough
-    if not tokenizer.splits_at_spaces:
+    if splits_like(tokenizer.spec) != "gpt2":
         return 0
     if found := SAFE.search(text, enough):
         return found.end()

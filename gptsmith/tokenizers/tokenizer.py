@@ -6,8 +6,7 @@ Knows nothing of where a vocabulary comes from (`build.py`), or of models and te
 import codecs
 import hashlib
 import json
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,26 +15,15 @@ import numpy as np
 import tiktoken
 import tokenizers
 
+from ..machine.files import write_json
+from .kinds import BYTES, SYMBOLS, kind_of, mergeable_by_rank, splits_like
+
 END_OF_TEXT = "<|endoftext|>"
 Unknown = Literal["error", "skip"]
 ABSENT = np.iinfo(np.uint32).max  # marks unknown characters in the table of a char tokenizer
 
 # GPT-2's pre-tokenizer as tiktoken writes it; in `tokenizers` it is "ByteLevel".
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-def bytes_to_symbols() -> dict[int, str]:
-    """Return GPT-2's alphabet: the printable character that stands for each byte in BPE files.
-
-    Printable Latin-1 characters stand for themselves; other bytes get characters from U+0100 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
-
-
-SYMBOLS = bytes_to_symbols()
-BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 
 class Tokenizer:
@@ -49,7 +37,6 @@ class Tokenizer:
         self.end_of_text: int | None = self.vocab.get(END_OF_TEXT)
         self.spec: dict[str, Any] = json.loads(backend.to_str())
         self.kind = kind_of(self.spec)
-        self._lock = threading.Lock()
 
     # -- properties
 
@@ -74,20 +61,13 @@ class Tokenizer:
 
         Files that describe the same tokenizer differently have the same fingerprint.
         """
-        merges = self.spec["model"].get("merges", [])
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
         does = {
             "pieces": {str(id): self.pieces[id].hex() for id in sorted(self.pieces)},
-            "merges": pairs,
+            "merges": self.spec["model"].get("merges", []),
             "splits": "characters" if self.kind == "char" else splits_like(self.spec),
             "specials": {str(id): self.specials[id] for id in sorted(self.specials)},
         }
         return hashlib.sha256(json.dumps(does, ensure_ascii=True).encode()).hexdigest()
-
-    @property
-    def splits_at_spaces(self) -> bool:
-        """Whether cutting text before a space that follows a non-space keeps the ids the same."""
-        return self.kind in ("char", "byte") or splits_like(self.spec) == "gpt2"
 
     # -- text to ids
 
@@ -164,13 +144,8 @@ class Tokenizer:
         """The id of each byte."""
         return np.array([self.vocab[SYMBOLS[byte]] for byte in range(256)], np.uint32)
 
-    @property
-    def _tiktoken(self) -> tiktoken.Encoding | None:
-        with self._lock:  # otherwise two threads could both compute this slow cached_property
-            return self._tiktoken_encoding
-
     @cached_property
-    def _tiktoken_encoding(self) -> tiktoken.Encoding | None:
+    def _tiktoken(self) -> tiktoken.Encoding | None:
         """The same BPE in tiktoken; None if its ids might differ."""
         if not mergeable_by_rank(self.spec, self.vocab):
             return None
@@ -207,20 +182,17 @@ class Tokenizer:
 
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` in Hugging Face's form."""
-        end = None if self.end_of_text is None else END_OF_TEXT
         config: dict[str, Any] = {
             # With GPT2Tokenizer, transformers 5 would load GPT-2's own tokenizer.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
-            "unk_token": None,
-            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast"
         }
+        if self.end_of_text is not None:
+            config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        config["clean_up_tokenization_spaces"] = False
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        text = json.dumps({k: v for k, v in config.items() if v is not None}, indent=2)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
 
 
 class Decoder:
@@ -269,67 +241,3 @@ def refuse_surrogates(text: str) -> None:
             f"the text has a lone surrogate, U+{ord(text[at]):04X}, at position {at:,}: "
             "it is not valid Unicode; remove it"
         ) from None
-
-
-# -- the contents of a tokenizer.json
-
-
-def kind_of(spec: Mapping[str, Any]) -> str:
-    """Return "char", "byte" or "bpe"; ValueError for any other kind of tokenizer."""
-    model, splitter = spec["model"], spec["pre_tokenizer"]
-    if model["type"] != "BPE" or spec["normalizer"] is not None:
-        got = model["type"] if model["type"] != "BPE" else "a normalizer"
-        raise ValueError(
-            f"the tokenizer has {got}: only byte-level BPE, byte and char are supported"
-        )
-    if splitter is None and not model["merges"]:
-        return "char"
-    if splits_like(spec) == "bytes" and not model["merges"]:
-        return "byte"
-    specials = {token["content"] for token in spec["added_tokens"]}
-    odd = [t for t in model["vocab"] if t not in specials and not all(c in BYTES for c in t)]
-    if odd or splits_like(spec) is None:
-        raise ValueError(
-            "the tokenizer is a BPE, but not a byte-level one: only those are supported"
-        )
-    return "bpe"
-
-
-def splits_like(spec: Mapping[str, Any]) -> str | None:
-    """Return how text is split before merging: "gpt2", "bytes" (not at all), or the rules as JSON.
-
-    None if text is not converted to bytes.
-    """
-    splitter = spec["pre_tokenizer"]
-    if splitter is None:
-        return None
-    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    levels = [step for step in steps if step["type"] == "ByteLevel"]
-    if not levels:
-        return None
-    if len(steps) == 1 and not levels[0]["add_prefix_space"]:
-        return "gpt2" if levels[0].get("use_regex", True) else "bytes"
-    # `trim_offsets` affects only offsets, which we do not use.
-    plain = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    return json.dumps(plain, sort_keys=True)
-
-
-def mergeable_by_rank(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
-    """Return whether tiktoken, which merges in the order of token ids, gives this BPE's ids.
-
-    It does if ids grow in the order of the merges, every merge gives a new token, and text is split
-    as GPT-2 does.
-    """
-    model = spec["model"]
-    plain = not (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"))
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    results = [vocab.get("".join(pair), -1) for pair in pairs]
-    specials = {token["id"] for token in spec["added_tokens"]}
-    singles = [vocab.get(symbol, -1) for symbol in BYTES]
-    return (
-        plain
-        and splits_like(spec) == "gpt2"
-        and min(singles) >= 0
-        and all(a < b for a, b in zip([max(singles), *results], results, strict=False))
-        and len(specials) + 256 + len(results) == len(vocab)
-    )

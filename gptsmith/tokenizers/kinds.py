@@ -1,0 +1,82 @@
+"""What a `tokenizer.json` describes: characters, bytes or a BPE, and how it splits text.
+
+Knows nothing of encoding.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def bytes_to_symbols() -> dict[int, str]:
+    """Return GPT-2's alphabet: the printable character that stands for each byte in BPE files.
+
+    Printable Latin-1 characters stand for themselves; other bytes get characters from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+
+
+SYMBOLS = bytes_to_symbols()
+BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
+
+
+def kind_of(spec: Mapping[str, Any]) -> str:
+    """Return "char", "byte" or "bpe"; ValueError for any other kind of tokenizer."""
+    model, splitter = spec["model"], spec["pre_tokenizer"]
+    if model["type"] != "BPE" or spec["normalizer"] is not None:
+        got = model["type"] if model["type"] != "BPE" else "a normalizer"
+        raise ValueError(
+            f"the tokenizer has {got}: only byte-level BPE, byte and char are supported"
+        )
+    if splitter is None and not model["merges"]:
+        return "char"
+    if splits_like(spec) == "bytes" and not model["merges"]:
+        return "byte"
+    specials = {token["content"] for token in spec["added_tokens"]}
+    odd = [t for t in model["vocab"] if t not in specials and not all(c in BYTES for c in t)]
+    if odd or splits_like(spec) is None:
+        raise ValueError(
+            "the tokenizer is a BPE, but not a byte-level one: only those are supported"
+        )
+    return "bpe"
+
+
+def splits_like(spec: Mapping[str, Any]) -> str | None:
+    """Return how text is split before merging: "gpt2", "bytes" (not at all), or the rules as JSON.
+
+    None if text is not converted to bytes.
+    """
+    splitter = spec["pre_tokenizer"]
+    if splitter is None:
+        return None
+    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    levels = [step for step in steps if step["type"] == "ByteLevel"]
+    if not levels:
+        return None
+    if len(steps) == 1 and not levels[0]["add_prefix_space"]:
+        return "gpt2" if levels[0].get("use_regex", True) else "bytes"
+    # `trim_offsets` affects only offsets, which we do not use.
+    plain = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    return json.dumps(plain, sort_keys=True)
+
+
+def mergeable_by_rank(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
+    """Return whether tiktoken, which merges in the order of token ids, gives this BPE's ids.
+
+    It does if ids grow in the order of the merges, every merge gives a new token, and text is split
+    as GPT-2 does.
+    """
+    model = spec["model"]
+    plain = not (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"))
+    results = [vocab.get("".join(pair), -1) for pair in model["merges"]]
+    specials = {token["id"] for token in spec["added_tokens"]}
+    singles = [vocab.get(symbol, -1) for symbol in BYTES]
+    return (
+        plain
+        and splits_like(spec) == "gpt2"
+        and min(singles) >= 0
+        and all(a < b for a, b in zip([max(singles), *results], results, strict=False))
+        and len(specials) + 256 + len(results) == len(vocab)
+    )
