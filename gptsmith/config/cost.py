@@ -7,7 +7,7 @@ Letters:  V vocabulary    P positions (context_length)    C channels    M channe
           D channels per head                             G heads of keys and values
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from .model import GPTConfig
@@ -79,7 +79,7 @@ def components(config: GPTConfig) -> list[Component]:
     """Every weight and bias of the model, in its own order, tied and absent ones included."""
     V, P, C = config.vocab_size, config.context_length, config.n_embd
     blocks = [
-        Component(f"h.{layer}.{part.name}", part.shape, part.formula, absent=part.absent)
+        replace(part, name=f"h.{layer}.{part.name}")
         for layer in range(config.n_layer)
         for part in block_components(config)
     ]
@@ -109,11 +109,6 @@ def parameter_count(config: GPTConfig) -> int:
 def weight_bytes(config: GPTConfig, dtype_bytes: int = FLOAT32) -> int:
     """Bytes of the weights; the gradients take as many."""
     return parameter_count(config) * dtype_bytes
-
-
-def optimizer_bytes(config: GPTConfig) -> int:
-    """Bytes of AdamW's state: running means of each gradient and of its square."""
-    return 2 * weight_bytes(config)
 
 
 def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -> int:
@@ -177,7 +172,22 @@ def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = F
     """
     activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
     fragmentation = int(HEAP_FRAGMENTATION * (activations - loss_bytes(config, micro_batch)))
-    return 2 * weight_bytes(config) + optimizer_bytes(config) + activations + fragmentation
+    weights = weight_bytes(config)  # the gradients take as much, and AdamW's state twice that
+    return 4 * weights + activations + fragmentation
+
+
+def memory(config: GPTConfig) -> dict[str, int]:
+    """Return the float32 memory of training and generation, in bytes."""
+    weights = weight_bytes(config)
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,  # AdamW's running means of each gradient and of its square
+        "activations_per_context": activation_bytes(config, 1),
+        "training": training_memory(config, 1),
+        "kv_cache_per_token": kv_cache_bytes(config, 1),
+        "kv_cache_per_context": kv_cache_bytes(config, config.context_length),
+    }
 
 
 # ---- Arithmetic ----------------------------------------------------------------------------------

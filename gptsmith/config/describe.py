@@ -1,33 +1,15 @@
 """Describe a model on one page: its tensors, shapes, parameters, memory and FLOPs.
 
-Needs only a GPTConfig, not weights or PyTorch; the figures are those of cost.py.
-
-Letters:  B batch       T tokens given    V vocabulary    P positions (context_length)
-          L blocks      H heads           D channels per head
-          C channels    M channels inside the MLP           G heads of keys and values
+Needs only a GPTConfig, not weights or PyTorch; the figures and letters are those of cost.py, with B
+for the texts of a batch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import cost
-from .cost import Component
 from .model import GPTConfig
-from .tables import columns, human_bytes, human_flops, shape_text
-
-WIDTH = 88  # columns of the page
-ACTIVATIONS = {
-    "gelu_tanh": ("GELU", " (tanh)"),
-    "gelu_erf": ("GELU", " (erf)"),
-    "relu2": ("ReLU^2", ""),
-}
-
-# The legend at the top of the page.
-MEANING = (
-    {"V": "vocabulary", "C": "channels", "H": "heads", "L": "blocks"},
-    {"P": "positions", "M": "MLP channels", "D": "channels per head"},
-    {"G": "heads of keys and values"},  # where they are fewer than H
-)
+from .tables import WIDTH, columns, figures, flushed, human_bytes, human_flops, shape_text
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ class Description:
                 "total": cost.parameter_count(config),
             },
             "forward": [asdict(stage) for stage in forward_stages(config)],
-            "memory": memory(config),
+            "memory": cost.memory(config),
             "flops_per_token": {
                 "multiplied_parameters": cost.multiplied_parameters(config),
                 "forward": cost.flops_per_token(config, training=False),
@@ -128,105 +110,81 @@ def terms(config: GPTConfig) -> list[Term]:
 
 def forward_stages(config: GPTConfig) -> list[Stage]:
     """Return the steps of a forward pass from tokens to logits, with one block in full."""
-    name, kind = ACTIVATIONS[config.activation]
-    norm = "mean square 1" if config.modern else "mean 0, variance 1"
+    activations = {"gelu_tanh": "GELU (tanh)", "gelu_erf": "GELU (erf)", "relu2": "ReLU^2"}
+    name, _, kind = activations[config.activation].partition(" ")
+    norm = f"normalize to {'mean square 1' if config.modern else 'mean 0, variance 1'}"
     grouped = config.kv_heads < config.n_head
     embedded = [Stage("wte + wpe", "token embedding plus position embedding", "(B, T, C)")]
     rotated = []
     if config.modern:
-        embedded = [
-            Stage("wte", "token embedding", "(B, T, C)"),
-            Stage("ln_0", f"normalize to {norm}", "(B, T, C)"),
-        ]
         heads = "(B, T, H+G, D)" if grouped else "(B, T, 2H, D)"
+        embedded = [Stage("wte", "token embedding", "(B, T, C)"), Stage("ln_0", norm, "(B, T, C)")]
         rotated = [Stage("h.attn.qk_norm", "rotate and normalize q and k", heads)]
+    qkv = "(B, T, C+2GD)" if grouped else "(B, T, 3C)"
     return [
         Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
         *embedded,
-        Stage("h.ln_1", f"normalize to {norm}", "(B, T, C)"),
-        Stage(
-            "h.attn.c_attn",
-            "project to query, key and value",
-            "(B, T, C+2GD)" if grouped else "(B, T, 3C)",
-        ),
+        Stage("h.ln_1", norm, "(B, T, C)"),
+        Stage("h.attn.c_attn", "project to query, key and value", qkv),
         *rotated,
         Stage("  q, k, v", "split each into heads", "(B, H, T, D)"),
         Stage("  softmax", "attention weights, from q k' / sqrt(D)", "(B, H, T, T)"),
         Stage("  weights v", "weighted sum of the values", "(B, H, T, D)"),
         Stage("h.attn.c_proj", "concatenate the heads, project", "(B, T, C)"),
         Stage("  + residual", "add to the residual stream", "(B, T, C)"),
-        Stage("h.ln_2", f"normalize to {norm}", "(B, T, C)"),
+        Stage("h.ln_2", norm, "(B, T, C)"),
         Stage("h.mlp.c_fc", "up-projection, each token alone", "(B, T, M)"),
-        Stage(f"  {name}", f"activation function{kind}", "(B, T, M)"),
+        Stage(f"  {name}", f"activation function {kind}".rstrip(), "(B, T, M)"),
         Stage("h.mlp.c_proj", "down-projection", "(B, T, C)"),
         Stage("  + residual", "add to the residual stream", "(B, T, C)"),
-        Stage("ln_f", f"normalize to {norm}", "(B, T, C)"),
+        Stage("ln_f", norm, "(B, T, C)"),
         Stage("lm_head", "logits: a score for every next token", "(B, T, V)"),
     ]
-
-
-def memory(config: GPTConfig) -> dict[str, int]:
-    """Return the float32 memory of training and generation, in bytes."""
-    P = config.context_length
-    return {
-        "weights": cost.weight_bytes(config),
-        "gradients": cost.weight_bytes(config),
-        "optimizer": cost.optimizer_bytes(config),
-        "activations_per_context": cost.activation_bytes(config, 1),
-        "training": cost.training_memory(config, 1),
-        "kv_cache_per_token": cost.kv_cache_bytes(config, 1),
-        "kv_cache_per_context": cost.kv_cache_bytes(config, P),
-    }
 
 
 # ---- How it looks --------------------------------------------------------------------------------
 
 
 def _heading(title: str, config: GPTConfig) -> list[str]:
-    total = f"{cost.parameter_count(config):,} parameters"
     sizes = cost.sizes(config)
-    shown = [line for line in MEANING if config.kv_heads < config.n_head or "G" not in line]
-    rows = [tuple(f"{x} {word} {sizes[x]:,}" for x, word in line.items()) for line in shown]
-    rows = [row + ("",) * (len(rows[0]) - len(row)) for row in rows]
-    return [_flush(title, total), "=" * WIDTH, *columns(rows, "<<<<", gap=4)]
 
+    def legend(**words: str) -> tuple[str, ...]:
+        return tuple(f"{letter} {word} {sizes[letter]:,}" for letter, word in words.items())
 
-def _flush(line: str, figure: str) -> str:
-    """Return a line whose figure ends at the right edge of the page."""
-    return f"{line} {figure:>{max(0, WIDTH - len(line) - 1)}}"
+    rows = [
+        legend(V="vocabulary", C="channels", H="heads", L="blocks"),
+        (*legend(P="positions", M="MLP channels", D="channels per head"), ""),
+    ]
+    if config.kv_heads < config.n_head:
+        rows.append((*legend(G="heads of keys and values"), "", "", ""))
+    total = f"{cost.parameter_count(config):,} parameters"
+    return [flushed(title, total), "=" * WIDTH, *columns(rows, "<<<<", gap=4)]
 
 
 def _tensors(config: GPTConfig) -> list[str]:
     """Return the lines of every tensor, with one block for all."""
     whole = [part for part in cost.components(config) if not part.name.startswith("h.")]
-    block = cost.block_components(config)
-    last = config.n_layer - 1
-    names = f"h.0 to h.{last}, each" if last else "h.0"
-    rows = [
-        *(("  " + part.name, shape_text(part.shape), part.formula) for part in whole[:2]),
-        (f"  {names}", "", ""),
-        *(("    " + part.name, shape_text(part.shape), part.formula) for part in block),
-        *(("  " + part.name, shape_text(part.shape), part.formula) for part in whole[2:]),
-    ]
-    figures = [*map(_count, whole[:2]), "", *map(_count, block), *map(_count, whole[2:])]
+    block = [replace(part, name=f"  {part.name}") for part in cost.block_components(config)]
+    parts = [*whole[:2], *block, *whole[2:]]
+    rows = [(f"  {part.name}", shape_text(part.shape), part.formula) for part in parts]
     lines = columns(rows, "<<<", gap=4)
-    return [
-        "TENSORS  matrices are (out, in)",
-        *(_flush(*pair).rstrip() for pair in zip(lines, figures, strict=True)),
+    counts = [
+        "is wte.weight" if part.tied else "absent" if part.absent else f"{part.count:,}"
+        for part in parts
     ]
-
-
-def _count(part: Component) -> str:
-    return "is wte.weight" if part.tied else "absent" if part.absent else f"{part.count:,}"
+    lines = [flushed(*pair) for pair in zip(lines, counts, strict=True)]
+    last = config.n_layer - 1
+    lines.insert(2, f"  h.0 to h.{last}, each" if last else "  h.0")
+    return ["TENSORS  matrices are (out, in)", *lines]
 
 
 def _sums(config: GPTConfig) -> list[str]:
     """Return the parameter counts of one block and of the whole model."""
 
     def addition(parts: list[Term], name: str, total: int) -> list[str]:
-        lines = [_flush(f"  {part.name:<20}{part.arithmetic}", f"{part.count:,}") for part in parts]
         assert sum(part.count for part in parts) == total, "a term is missing"
-        return [*lines, _flush("", "-" * len(f"{total:,}")), _flush(f"  {name}", f"{total:,}")]
+        lines = figures((part.name, part.arithmetic, f"{part.count:,}") for part in parts)
+        return [*lines, flushed("", "-" * len(f"{total:,}")), flushed(f"  {name}", f"{total:,}")]
 
     return [
         "PARAMETERS",
@@ -239,12 +197,10 @@ def _sums(config: GPTConfig) -> list[str]:
 def _forward(config: GPTConfig) -> list[str]:
     """Return the shapes of a forward pass, in letters and in numbers."""
     H, G, wide = config.n_head, config.kv_heads, sum(config.attention_rows)
-    sizes = cost.sizes(config)
-    sums = {"3C": wide, "C+2GD": wide, "2H": 2 * H, "H+G": H + G}
+    sizes = {**cost.sizes(config), "3C": wide, "C+2GD": wide, "2H": 2 * H, "H+G": H + G}
 
     def numbers(shape: str) -> str:
-        values = {letter: str(size) for letter, size in {**sizes, **sums}.items()}
-        return f"({', '.join(values.get(axis, axis) for axis in shape[1:-1].split(', '))})"
+        return shape_text([sizes.get(axis, axis) for axis in shape[1:-1].split(", ")])
 
     rows = [(f"  {s.name}", s.does, s.shape, numbers(s.shape)) for s in forward_stages(config)]
     return [
@@ -256,7 +212,7 @@ def _forward(config: GPTConfig) -> list[str]:
 
 def _memory(config: GPTConfig) -> list[str]:
     """Return the memory of training and generation, in float32."""
-    held, context = memory(config), f"one context of {config.context_length:,} tokens"
+    held, context = cost.memory(config), f"one context of {config.context_length:,} tokens"
     dropped = "; dropout keeps (T, T) too" if config.dropout else ", for the backward pass"
     keys = config.kv_heads * config.head_size
     cached = f"2 x {config.n_layer} x {keys} numbers per token"
@@ -269,23 +225,19 @@ def _memory(config: GPTConfig) -> list[str]:
         ("KV cache", cached, "kv_cache_per_token"),
         ("", context, "kv_cache_per_context"),
     ]
-    lines = [_flush(f"  {name:<20}{why}", human_bytes(held[key])) for name, why, key in rows]
+    lines = figures((name, what, human_bytes(held[key])) for name, what, key in rows)
     return ["MEMORY  float32; --json has the bytes", *lines]
 
 
 def _flops(config: GPTConfig) -> list[str]:
     """Return the FLOPs per token: formulas and figures."""
-    N = f"{cost.multiplied_parameters(config):,}"
     attention = "4 C C" if config.kv_heads == config.n_head else "2 C C + 2 C G D"
+    backward = "backward costs twice the forward pass"
+    multiplied = cost.multiplied_parameters(config)
+    forward, training = (cost.flops_per_token(config, training=each) for each in (False, True))
     rows = [
-        ("N", f"L ({attention} + 2 C M) + V C multiply each token", N),
-        *(
-            (name, formula, human_flops(cost.flops_per_token(config, training=training)))
-            for name, formula, training in (
-                ("forward", "2 N + 4 L C T", False),
-                ("training", "6 N + 12 L C T: backward costs twice the forward pass", True),
-            )
-        ),
+        ("N", f"L ({attention} + 2 C M) + V C multiply each token", f"{multiplied:,}"),
+        ("forward", "2 N + 4 L C T", human_flops(forward)),
+        ("training", f"6 N + 12 L C T: {backward}", human_flops(training)),
     ]
-    lines = [_flush(f"  {name:<20}{formula}", figure) for name, formula, figure in rows]
-    return [f"ARITHMETIC  per token, with T = {config.context_length:,}", *lines]
+    return [f"ARITHMETIC  per token, with T = {config.context_length:,}", *figures(rows)]

@@ -3,19 +3,29 @@
 Knows nothing of models; returns text and does not print it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-Row = tuple[str, ...]
+WIDTH = 88  # columns of a page
 
 
-def columns(rows: Sequence[Row], layout: str, *, gap: int = 2) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]], layout: str, *, gap: int = 2) -> list[str]:
     """Format rows as lines, with columns aligned left (`<`) or right (`>`) as `layout` says."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     cells = [f"{{:{side}{width}}}" for side, width in zip(layout, widths, strict=True)]
     return [(" " * gap).join(cells).format(*row).rstrip() for row in rows]
 
 
-def shape_text(shape: Sequence[int]) -> str:
+def flushed(line: str, figure: str) -> str:
+    """Return a line whose figure ends at the right edge of the page."""
+    return f"{line} {figure:>{max(0, WIDTH - len(line) - 1)}}"
+
+
+def figures(rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return a line for each name, with what it is, and its figure at the right edge."""
+    return [flushed(f"  {name:<20}{what}", figure) for name, what, figure in rows]
+
+
+def shape_text(shape: Sequence[object]) -> str:
     """(2304, 768) -> "(2304, 768)"; a vector is "(768)"."""
     return f"({', '.join(map(str, shape))})"
 

@@ -103,7 +103,7 @@ def test_optimizer_is_adamws_state() -> None:
     model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).loss.backward()
     optimizer.step()
     kept = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert cost.optimizer_bytes(config) == sum(tensor.nbytes for tensor in kept)
+    assert cost.memory(config)["optimizer"] == sum(tensor.nbytes for tensor in kept)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
