@@ -23,14 +23,21 @@ class SettingError(ValueError):
         self.name, self.problem = name, problem
 
 
-def setting(default: Any, help: str, *, flag: str | None = None, metavar: str | None = None) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    compare: bool = True,
+) -> Any:
     """A dataclass field that is a flag: `help` is one sentence, with its unit.
 
     `flag` is its name on the command line, where that is not the field's; `metavar` is what stands
     for the value in the help, where its type does not say enough.
     """
     metadata = {"help": help, "flag": flag, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, compare=compare, metadata=metadata)
 
 
 def suggestion(word: str, known: Iterable[object]) -> str:
@@ -70,9 +77,9 @@ def above(settings: Any, bound: float, *names: str) -> None:
     check(settings, names, lambda value: value > bound, f"above {bound}")
 
 
-def within(settings: Any, name: str, low: float, high: float) -> None:
-    """Raise SettingError unless low <= setting < high."""
-    check(settings, [name], lambda value: low <= value < high, f"at least {low} and below {high}")
+def within(settings: Any, low: float, high: float, *names: str) -> None:
+    """Raise SettingError unless low <= setting < high for each of the named settings."""
+    check(settings, names, lambda value: low <= value < high, f"at least {low} and below {high}")
 
 
 def fraction(settings: Any, *names: str) -> None:

@@ -6,7 +6,7 @@ question about a model (`gptsmith describe`) never waits for PyTorch.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .fields import SettingError, setting, suggestion
@@ -16,6 +16,10 @@ Block = Literal["gpt2", "modern"]
 Init = Literal["gpt2", "book"]
 
 SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "n_kv_head")
+DEFAULTED = ("n_inner", "n_kv_head", "activation", "bias", "qkv_bias")  # may be None
+
+# What the modern block is, also for `dataclasses.replace` on a GPT-2's configuration.
+MODERN: dict[str, Any] = {"block": "modern", "activation": "relu2", "bias": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,33 +57,27 @@ class GPTConfig:
         0.0, "dropout probability, 0 to 1, of embeddings, attention weights and residual branches"
     )
     norm_eps: float = setting(1e-5, "added to the variance inside norms")
-    init: Init = field(
-        default="gpt2",
+    init: Init = setting(
+        "gpt2",
+        "initialization of fresh weights: GPT-2's, or PyTorch's defaults in the order of the "
+        "book's code",
         compare=False,
-        metadata={
-            "help": "initialization of fresh weights: GPT-2's, or PyTorch's defaults in the order "
-            "of the book's code"
-        },
     )
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            value, optional = getattr(self, name), name in ("n_inner", "n_kv_head")
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (value is None and optional):
-                raise SettingError(name, f"is {value!r}: a whole number of at least 1 is needed")
-        for name, choice in {"block": Block, "activation": Activation, "init": Init}.items():
-            value = getattr(self, name)
-            if value not in get_args(choice) and not (name == "activation" and value is None):
-                known = ", ".join(get_args(choice))
-                raise SettingError(name, f"is {value!r}: one of {known} is needed")
-        for name in ("dropout", "norm_eps"):
-            if not isinstance(getattr(self, name), int | float):
-                raise SettingError(name, f"is {getattr(self, name)!r}: a number is needed")
-        for name in ("bias", "qkv_bias", "tie_weights"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name != "tie_weights"):
-                raise SettingError(name, f"is {value!r}: true or false is needed")
+        choices = {"block": Block, "activation": Activation, "init": Init}
+        for name, value in vars(self).items():
+            if name in SIZES:
+                fine, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
+            elif name in choices:
+                known = get_args(choices[name])
+                fine, wanted = value in known, f"one of {', '.join(known)}"
+            elif name in ("dropout", "norm_eps"):
+                fine, wanted = isinstance(value, int | float), "a number"
+            else:
+                fine, wanted = isinstance(value, bool), "true or false"
+            if not fine and not (value is None and name in DEFAULTED):
+                raise SettingError(name, f"is {value!r}: {wanted} is needed")
         if not 0 <= self.dropout < 1:
             raise SettingError("dropout", f"is {self.dropout}: 0 <= dropout < 1 is needed")
         if not 0 < self.norm_eps < float("inf"):
@@ -106,11 +104,7 @@ class GPTConfig:
 
     def _complete_block(self) -> None:
         """Fill in what the block decides; ValueError for what it cannot have."""
-        own: dict[str, Any] = (
-            {"activation": "relu2", "bias": False}
-            if self.modern
-            else {"activation": "gelu_tanh", "bias": True}
-        )
+        own = MODERN if self.modern else {"activation": "gelu_tanh", "bias": True}
         for name, value in own.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -198,9 +192,6 @@ BOOK = {
     "qkv_bias": "qkv_bias",
 }
 
-# What the modern block is, also for `dataclasses.replace` on a GPT-2's configuration.
-MODERN: dict[str, Any] = {"block": "modern", "activation": "relu2", "bias": False}
-
 # Switches that `block` took the place of: the value that GPT-2's block has, and the modern one's.
 FORMER_SWITCHES = {
     "position": ("learned", "rotary"),
@@ -217,14 +208,6 @@ PRESETS: dict[str, GPTConfig] = {
     "book": GPTConfig(qkv_bias=False, tie_weights=False, dropout=0.1, init="book"),
     "modern": GPTConfig(block="modern"),
 }
-
-
-def preset(name: str) -> GPTConfig:
-    """The preset of that name; ValueError with a suggestion where there is none."""
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ValueError(f"no preset '{name}'{suggestion(name, PRESETS)} (known: {known})")
-    return PRESETS[name]
 
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:

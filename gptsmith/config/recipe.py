@@ -8,6 +8,7 @@ import math
 import tomllib
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tomli_w
 
 from .fields import SettingError, suggestion
-from .model import GPTConfig, current_names, preset
+from .model import PRESETS, GPTConfig, current_names
 from .settings import RunSettings
 
 LARGEST = 1 << 63
@@ -42,7 +43,12 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
             raise SettingError(name, f"is {value!r}: {error}") from error
         return parse_value(name, value, hint)
     if get_origin(hint) is Literal:
-        return parse_choice(name, value, get_args(hint))
+        choices = get_args(hint)
+        for choice in choices:
+            if str(value) == str(choice):
+                return choice
+        known, close = ", ".join(map(str, choices)), suggestion(str(value), choices)
+        raise SettingError(name, f"is {value!r}: one of {known} is needed{close}")
     if hint is bool:
         if not isinstance(value, bool):
             raise SettingError(name, f"is {value!r}: true or false is needed")
@@ -64,29 +70,18 @@ def without_none(hint: Any) -> Any:
     return next(option for option in get_args(hint) if option is not type(None))
 
 
-def parse_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """The choice that a value is, by what a person writes for it."""
-    for choice in choices:
-        if str(value) == str(choice):
-            return choice
-    known, close = ", ".join(map(str, choices)), suggestion(str(value), choices)
-    raise SettingError(name, f"is {value!r}: one of {known} is needed{close}")
-
-
 def number_of(value: Any, kind: type) -> int | float | None:
     """`value` as an int or a float, or None where it is neither; 1e6 and 65_536 are whole too."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    try:
-        if kind is float or not isinstance(value, float):
-            return kind(value)
-    except (ValueError, OverflowError):
-        pass
+    if kind is int and not isinstance(value, float):
+        with suppress(ValueError):
+            return int(value)
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return int(number) if math.isfinite(number) and number == int(number) else None
+    return number if kind is float else int(number) if number.is_integer() else None
 
 
 # -- settings
@@ -213,8 +208,12 @@ def read_toml(path: Path) -> RunSettings:
 def section_of(table: dict[str, Any], defaults: Any) -> Any:
     """A section's settings from a table of TOML; a `preset` takes the place of the defaults."""
     if isinstance(defaults, GPTConfig) and "preset" in table:
-        table = dict(table)
-        defaults = preset(parse_value("preset", table.pop("preset"), str))
+        name = parse_value("preset", table["preset"], str)
+        if name not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ValueError(f"no preset '{name}'{suggestion(name, PRESETS)} (known: {known})")
+        table = {key: value for key, value in table.items() if key != "preset"}
+        defaults = PRESETS[name]
     return updated(defaults, table)
 
 

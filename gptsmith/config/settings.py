@@ -9,10 +9,7 @@ from typing import Literal
 from .fields import Bytes, SettingError, above, at_least, fraction, setting, within
 from .model import GPTConfig
 
-# Precisions: all of them, those to train in, and those to use a model in.
-Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]
-TrainingDtype = Literal["auto", "float32", "bf16", "fp16", "fp8"]
-InferenceDtype = Literal["auto", "float32", "bf16", "fp16", "int8", "int4"]
+Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]  # every precision
 
 Attention = Literal["auto", "kernel", "blocks"]
 Split = Literal["train", "validation"]
@@ -22,7 +19,6 @@ ATTENTION_HELP = (
     "kernel: PyTorch's fused attention; blocks: matrix products over blocks of queries; auto takes "
     "blocks for bf16 on a CPU"
 )
-THREADS_HELP = "CPU threads (default: one per core)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +26,7 @@ class DataSettings:
     """What is learned from."""
 
     data: str | None = setting(
-        None,
-        "training data: a text, or a folder made by `gptsmith prepare`",
-        metavar="DATA",
+        None, "training data: a text, or a folder made by `gptsmith prepare`", metavar="DATA"
     )
     tokenizer: str | None = setting(
         None,
@@ -58,7 +52,7 @@ class PrepareSettings:
     shard_tokens: int = setting(100_000_000, "tokens per shard file")
 
     def __post_init__(self) -> None:
-        within(self, "validation_fraction", 0, 1)
+        within(self, 0, 1, "validation_fraction")
         at_least(self, 1, "workers", "shard_tokens")
 
 
@@ -103,8 +97,7 @@ class TrainingSettings:
         if self.optimizer == "muon" and not self.learning_rate > 0:
             problem = f"is {self.learning_rate}: with Muon, above 0 is needed"
             raise SettingError("learning_rate", problem)
-        for name in ("muon_momentum", "beta1", "beta2"):
-            within(self, name, 0, 1)
+        within(self, 0, 1, "muon_momentum", "beta1", "beta2")
         fraction(self, "decay_fraction")
 
 
@@ -113,7 +106,7 @@ class MachineSettings:
     """How this machine trains; "auto" and absent choices are made once and recorded."""
 
     device: str = setting("auto", DEVICE_HELP, metavar="DEVICE")
-    dtype: TrainingDtype = setting(
+    dtype: Literal["auto", "float32", "bf16", "fp16", "fp8"] = setting(
         "auto",
         "precision of matrix products; auto takes bf16 where the processor is fast at it; fp8 is "
         "bf16 with the products of the blocks in 8 bits, on Hopper GPUs and newer",
@@ -124,7 +117,7 @@ class MachineSettings:
         "CUDA, searches longer and uses CUDA graphs",
     )
     attention: Attention = setting("auto", ATTENTION_HELP)
-    threads: int | None = setting(None, THREADS_HELP)
+    threads: int | None = setting(None, "CPU threads (default: one per core)")
     micro_batch: int | None = setting(
         None,
         "rows of a batch that are computed at once (default: as suits the memory and processor)",
@@ -142,7 +135,7 @@ class InferenceSettings:
     """How this machine uses a model that is trained."""
 
     device: str = setting("auto", DEVICE_HELP, metavar="DEVICE")
-    dtype: InferenceDtype | None = setting(
+    dtype: Literal["auto", "float32", "bf16", "fp16", "int8", "int4"] | None = setting(
         None,
         "precision of weights and matrix products; int8 and int4 quantize the weights; auto takes "
         "the fastest that keeps the model's loss (default: float32, or as a quantized model is)",
@@ -153,7 +146,7 @@ class InferenceSettings:
         "graph on a GPU; auto does without where there is none",
     )
     attention: Attention = setting("auto", ATTENTION_HELP)
-    threads: int | None = setting(None, THREADS_HELP)
+    threads: int | None = setting(None, "CPU threads (default: one per core)")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "threads")
@@ -248,7 +241,7 @@ class ServingSettings:
     log_requests: bool = setting(True, "write a line for each request")
 
     def __post_init__(self) -> None:
-        within(self, "port", 0, 1 << 16)
+        within(self, 0, 1 << 16, "port")
         at_least(self, 1, "slots", "max_request_bytes")
         at_least(self, 0, "waiting", "drain")
         above(self, 0, "timeout")
