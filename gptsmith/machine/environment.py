@@ -85,9 +85,9 @@ def share_cores() -> None:
     """Let idle OpenMP threads sleep early instead of spinning; call before importing PyTorch.
 
     By default they spin for milliseconds at every barrier, and two programs on the same cores then
-    slow each other down more than tenfold.
+    slow each other down more than tenfold. A variable that is already set stays.
     """
-    set_for_torch("GOMP_SPINCOUNT")
+    os.environ.setdefault("GOMP_SPINCOUNT", FOR_TORCH["GOMP_SPINCOUNT"])
 
 
 def keep_freed_memory() -> None:
@@ -119,12 +119,7 @@ def use_huge_pages() -> None:
 
     Reading weights is a quarter faster on a CPU. A variable that is already set stays.
     """
-    set_for_torch("THP_MEM_ALLOC_ENABLE")
-
-
-def set_for_torch(name: str) -> None:
-    """Set a variable of the environment as we want it, unless somebody has."""
-    os.environ.setdefault(name, FOR_TORCH[name])
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", FOR_TORCH["THP_MEM_ALLOC_ENABLE"])
 
 
 def cache_folder() -> Path:

@@ -33,23 +33,12 @@ def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists: choose another name, or remove it first")
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-    try:
+    with _renamed_once_written(folder) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
         yield temporary
         if manifest:
             write_manifest(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            flush_to_disk(path)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        explain_full_disk(error, folder)
-        raise
 
 
 @contextmanager
@@ -60,35 +49,39 @@ def file_written_whole(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path} already exists: choose another name, or remove it first")
-    temporary = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _renamed_once_written(path) as temporary:
         yield temporary
-        flush_to_disk(temporary)
-        temporary.rename(path)
-        flush_to_disk(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        explain_full_disk(error, path)
-        raise
-
-
-def explain_full_disk(error: BaseException, path: Path) -> None:
-    """Raise a clearer error if `error` means that the disk is full."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        raise OSError(f"the disk is full: {path} was not written; free some space") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically: write a temporary file, flush it, rename it."""
+    with _renamed_once_written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _renamed_once_written(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or a folder, which takes the place of `path` at the end.
+
+    Any failure removes it; if the disk is full, the error says so.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        flush_to_disk(temporary)
+        yield temporary
+        for each in [*temporary.rglob("*"), temporary]:
+            flush_to_disk(each)
+        if path.is_dir():
+            path.rmdir()
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        explain_full_disk(error, path)
+        flush_to_disk(path.parent)
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(f"the disk is full: {path} was not written; free some space") from error
         raise
 
 

@@ -6,7 +6,7 @@ Decides nothing. Besides `cli/`, the only place that writes to the terminal.
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,11 +38,9 @@ def size(number: float) -> str:
 class Display:
     """The output of one run: a progress bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         # `soft_wrap` leaves wrapping to the terminal; `highlight` would color every number.
-        self.console = Console(
-            file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True
-        )
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         self.log_every, self.last_line = 10, time.monotonic()
 
@@ -86,7 +84,6 @@ class Display:
 
     def step(self, record: Mapping[str, Any], steps: int) -> None:
         """Show a step: in the bar, or as a line every `log_every` steps."""
-        evaluated = "validation_loss" in record
         loss = record["loss"]
         detail = (
             f"step {record['step']:,}/{steps:,}  "
@@ -94,7 +91,7 @@ class Display:
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
         self.move_bar(record["step"], detail)
-        if evaluated:
+        if "validation_loss" in record:
             bits = record.get("bits_per_byte")
             in_bits = "" if bits is None else f"  ({bits:.4f} bits per byte)"
             self.say(f"{detail}  validation loss {record['validation_loss']:.4f}{in_bits}")

@@ -67,15 +67,13 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         shape = q.shape
         q, k, v = (heads.reshape(-1, *shape[2:]) for heads in (q, k, v))  # (B H, T, D)
-        y = torch.empty_like(q)
+        y, scale = torch.empty_like(q), q.shape[-1] ** -0.5  # 1 / sqrt(D): scores of variance one
         weights, dropout_masks = [], []
         for start, end in blocks(len(q[0])):
             mask = torch.full((end - start, end), -torch.inf, dtype=q.dtype, device=q.device)
             mask = mask.triu(start + 1)  # -inf at the keys after each query
-            scores = torch.baddbmm(
-                mask, q[:, start:end], k[:, :end].mT, alpha=scale(q)
-            )  # (B H, R, E)
-            p = scores.softmax(-1)
+            # (B H, R, E)
+            p = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale).softmax(-1)
             weights.append(p)
             if dropout:
                 # A dropout mask, scaled so that the expected weights stay the same.
@@ -89,7 +87,7 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *saved = ctx.saved_tensors
-        T, dy = q.shape[1], grad.reshape(q.shape)
+        T, scale, dy = q.shape[1], q.shape[-1] ** -0.5, grad.reshape(q.shape)
         spans = blocks(T)
         weights, dropout_masks = saved[: len(spans)], saved[len(spans) :]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -104,8 +102,8 @@ class _Blocks(torch.autograd.Function):
                 dp *= dropout_masks[number]
             _add_product(dv[:, keys], dropped.mT, dy[:, queries], keep=add)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - (p * dp).sum(-1))
-            _add_product(dq[:, queries], ds, k[:, keys], keep=0, times=scale(q))
-            _add_product(dk[:, keys], ds.mT, q[:, queries], keep=add, times=scale(q))
+            _add_product(dq[:, queries], ds, k[:, keys], keep=0, times=scale)
+            _add_product(dk[:, keys], ds.mT, q[:, queries], keep=add, times=scale)
         return dq.view(grad.shape), dk.view(grad.shape), dv.view(grad.shape), None
 
 
@@ -117,8 +115,3 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: int, times: float =
 def blocks(T: int) -> list[tuple[int, int]]:
     """Return the start and end of each block of queries."""
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
-
-
-def scale(q: Tensor) -> float:
-    """Return 1 / sqrt(D), which keeps the scores' variance at one."""
-    return float(q.shape[-1] ** -0.5)

@@ -105,9 +105,7 @@ def _fields(codes: Tensor, bits: int) -> Tensor:
     fields = (codes + 2 ** (bits - 1)).int().unflatten(1, (-1, WORD_BITS // bits))  # (R, N, k, W)
     words = fields[:, :, 0].clone()
     for j in range(1, fields.shape[2]):
-        words |= fields[:, :, j] << (
-            bits * j
-        )  # the last one may set the sign bit, which is intended
+        words |= fields[:, :, j] << bits * j  # the last one may set the sign bit, as intended
     return words
 
 

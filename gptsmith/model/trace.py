@@ -61,44 +61,39 @@ class _Recorder:
     """Adds a line for each module as it returns, and for each operation that is not a module."""
 
     def __init__(self, model: GPT) -> None:
-        self.lines: list[TraceLine] = []
+        self.model, self.lines = model, list[TraceLine]()
         block: Any = model.h[0]
-        self.block_input: Shape = ()
-        block.register_forward_pre_hook(self.enter)
-        self.after(model.wte, "wte", "a vector per token")
-        config = model.config
-        norm = "to mean square 1" if config.modern else "to mean 0, variance 1"
-        if config.modern:
-            self.after(model.get_submodule("ln_0"), "ln_0", norm)
+        norm = "to mean square 1" if model.config.modern else "to mean 0, variance 1"
+        self.after("wte", "a vector per token")
+        if model.config.modern:
+            self.after("ln_0", norm)
+            self.after("h.0.attn.qk_norm", "q, k rotated, normalized")
         else:
-            self.after(model.wpe, "wpe", "a vector per position")
+            self.after("wpe", "a vector per position")
             model.drop.register_forward_hook(self.embedded)
-        self.after(block.ln_1, "h.0.ln_1", norm)
-        self.after(block.attn.c_attn, "h.0.attn.c_attn", "query, key and value")
-        if config.modern:
-            self.after(block.attn.qk_norm, "h.0.attn.qk_norm", "q, k rotated, normalized")
+        self.after("h.0.ln_1", norm)
+        self.after("h.0.attn.c_attn", "query, key and value")
         block.attn.attend = self.attend
         block.attn.c_proj.register_forward_pre_hook(self.joined)
-        self.after(block.attn.c_proj, "h.0.attn.c_proj", "output projection")
+        self.after("h.0.attn.c_proj", "output projection")
         block.ln_2.register_forward_pre_hook(lambda module, inputs: self.added(inputs[0]))
-        self.after(block.ln_2, "h.0.ln_2", norm)
-        self.after(block.mlp.c_fc, "h.0.mlp.c_fc", "up-projection, C to M")
-        self.after(block.mlp.activation, "h.0.mlp.activation", "activation function")
-        self.after(block.mlp.c_proj, "h.0.mlp.c_proj", "down-projection, M to C")
+        self.after("h.0.ln_2", norm)
+        self.after("h.0.mlp.c_fc", "up-projection, C to M")
+        self.after("h.0.mlp.activation", "activation function")
+        self.after("h.0.mlp.c_proj", "down-projection, M to C")
         block.register_forward_hook(lambda module, inputs, output: self.added(output))
-        for layer, other in enumerate(model.h):
-            if layer > 0:
-                self.after(other, f"h.{layer}", "the same, other weights")
-        self.after(model.ln_f, "ln_f", norm)
-        self.after(model.lm_head, "lm_head", "next token's logits")
+        for layer in range(1, model.config.n_layer):
+            self.after(f"h.{layer}", "the same, other weights")
+        self.after("ln_f", norm)
+        self.after("lm_head", "next token's logits")
 
-    def after(self, module: nn.Module, name: str, does: str) -> None:
-        """Add a line whenever the module returns."""
+    def after(self, name: str, does: str) -> None:
+        """Add a line whenever the module of this name returns."""
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.write(name, does, (inputs[0].shape,), output)
 
-        module.register_forward_hook(hook)
+        self.model.get_submodule(name).register_forward_hook(hook)
 
     def write(self, name: str, does: str, inputs: Sequence[Sequence[int]], output: Tensor) -> None:
         """Add a line; `output` is a tensor of any shape."""
@@ -111,14 +106,10 @@ class _Recorder:
         token, position = self.lines[-2:]
         self.write("  wte + wpe", "add, then dropout", (token.output, position.output), output)
 
-    def enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Remember the shape of the block's input: (B, T, C)."""
-        self.block_input = tuple(inputs[0].shape)
-
     def added(self, stream: Tensor) -> None:
         """Add a line for a branch that was added to the residual stream: both (B, T, C)."""
         branch = self.lines[-1].output
-        self.write("  + residual", "added to the stream", (self.block_input, branch), stream)
+        self.write("  + residual", "added to the stream", (stream.shape, branch), stream)
 
     def joined(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Add a line for the concatenation of the heads: (B, H, T, D) -> (B, T, C)."""
@@ -158,12 +149,8 @@ def render(lines: Sequence[TraceLine]) -> str:
     (B, T), measured = lines[0].inputs[0], any(line.spread is not None for line in lines)
     note = "std is the output's standard deviation" if measured else "shapes only: a large model"
     heading = ("  ", "", "in", "out", "std" if measured else "")
-    return "\n".join(
-        [
-            f"TRACE  {B} x {T} random tokens through new weights; {note}",
-            *columns([heading, *rows], "<<<<<"),
-        ]
-    )
+    title = f"TRACE  {B} x {T} random tokens through new weights; {note}"
+    return "\n".join([title, *columns([heading, *rows], "<<<<<")])
 
 
 def _inputs_text(inputs: tuple[Shape, ...]) -> str:
