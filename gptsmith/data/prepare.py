@@ -182,7 +182,14 @@ def write_dataset(
             train.write(train_ids)
             validation.write(validation_ids)
             yield reader.read, train.tokens + validation.tokens
-    check_result(train.tokens, validation.tokens, sources, options)
+    names = ", ".join(source.name for source in sources[:3])
+    if not train.tokens:
+        raise ValueError(f"{names} has too little text to train on: use more")
+    if options.validation_fraction and not validation.tokens:
+        raise ValueError(
+            f"{names} has too few documents to hold out {options.validation_fraction:.4g} of them: "
+            "use a larger --validation-fraction, or 0"
+        )
     info = described(sources, reader.sums, tokenizer, options)
     for writer, size, documents in zip(
         (train, validation), reader.bytes, reader.documents, strict=True
@@ -191,20 +198,6 @@ def write_dataset(
         info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
     tokenizer.save(folder)
     write_json(folder / INFO, info)
-
-
-def check_result(
-    learned: int, held_out: int, sources: Sequence[Source], options: PrepareSettings
-) -> None:
-    """Raise ValueError if a requested split has no tokens."""
-    names = ", ".join(source.name for source in sources[:3])
-    if not learned:
-        raise ValueError(f"{names} has too little text to train on: use more")
-    if options.validation_fraction and not held_out:
-        raise ValueError(
-            f"{names} has too few documents to hold out {options.validation_fraction:.4g} of them: "
-            "use a larger --validation-fraction, or 0"
-        )
 
 
 # -- for an evaluation

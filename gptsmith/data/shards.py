@@ -31,7 +31,7 @@ class TokenStream:
     """Several shards as one sequence of token ids; threads may read it in parallel."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = [Path(path) for path in paths]
+        self.paths = list(paths)
         self.layouts = [layout(path) for path in self.paths]
         counts = [each.tokens for each in self.layouts]
         self.ends = np.cumsum(counts, dtype=np.int64)  # the end of each shard in the sequence
@@ -88,7 +88,6 @@ class Dataset:
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
         """Open the dataset in a folder; FileNotFoundError or DamagedError in one line."""
-        folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}: one made by `gptsmith prepare` is needed")
         info = prepared_info(folder)
@@ -149,13 +148,12 @@ class Dataset:
 
 def is_dataset(folder: Path) -> bool:
     """Return whether a folder contains shards of tokens, not text."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return False
+    if shard_paths(folder, "train"):
+        return True
     try:
-        return bool(prepared_info(folder) or shard_paths(folder, "train"))
+        return bool(prepared_info(folder))
     except DamagedError:
-        return bool(shard_paths(folder, "train"))
+        return False
 
 
 def prepared_info(folder: Path) -> dict[str, Any]:

@@ -123,14 +123,13 @@ def sha256(path: Path) -> str:
 # -- reading
 
 
-def chunks(path: Path, start: int = 0, count: int | None = None) -> Iterator[bytes]:
-    """Yield `count` bytes of a file from `start` on, or all to its end, a megabyte at a time."""
-    left = path.stat().st_size - start if count is None else count
+def chunks(path: Path, start: int, count: int) -> Iterator[bytes]:
+    """Yield `count` bytes of a file from `start` on, a megabyte at a time."""
     with path.open("rb") as file:
         file.seek(start)
-        while left > 0 and (chunk := file.read(min(left, CHUNK_BYTES))):
+        while count > 0 and (chunk := file.read(min(count, CHUNK_BYTES))):
             yield chunk
-            left -= len(chunk)
+            count -= len(chunk)
 
 
 def read_json(path: Path) -> dict[str, Any]:

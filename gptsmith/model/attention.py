@@ -67,13 +67,14 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         shape = q.shape
         q, k, v = (heads.reshape(-1, *shape[2:]) for heads in (q, k, v))  # (B H, T, D)
-        y, scale = torch.empty_like(q), q.shape[-1] ** -0.5  # 1 / sqrt(D): scores of variance one
+        scale = q.shape[-1] ** -0.5  # 1 / sqrt(D), which keeps the scores' variance at one
+        y = torch.empty_like(q)
         weights, dropout_masks = [], []
         for start, end in blocks(len(q[0])):
             mask = torch.full((end - start, end), -torch.inf, dtype=q.dtype, device=q.device)
             mask = mask.triu(start + 1)  # -inf at the keys after each query
-            # (B H, R, E)
-            p = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale).softmax(-1)
+            scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale)  # (B H, R, E)
+            p = scores.softmax(-1)
             weights.append(p)
             if dropout:
                 # A dropout mask, scaled so that the expected weights stay the same.

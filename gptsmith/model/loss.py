@@ -57,7 +57,9 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         d_features = torch.empty_like(x) if needs_grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        for chunk in chunks(len(x), V):
+        rows = max(1, LOGITS_AT_ONCE // V)
+        for start in range(0, len(x), rows):
+            chunk = slice(start, start + rows)
             logits = (x[chunk] @ weight.T).to(wide)  # (R, P)
             logits[:, V:] = -torch.inf
             index = targets[chunk].clamp(min=0)[:, None]
@@ -82,9 +84,3 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_features, d_head = ctx.saved_tensors
         return d_features.mul_(grad), d_head.mul_(grad), None, None  # in place: they are large
-
-
-def chunks(tokens: int, vocabulary: int) -> list[slice]:
-    """Divide the tokens into chunks of at most LOGITS_AT_ONCE logits, or of one token."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, start + rows) for start in range(0, tokens, rows)]

@@ -61,7 +61,8 @@ class _Recorder:
     """Adds a line for each module as it returns, and for each operation that is not a module."""
 
     def __init__(self, model: GPT) -> None:
-        self.model, self.lines = model, list[TraceLine]()
+        self.model = model
+        self.lines: list[TraceLine] = []
         block: Any = model.h[0]
         norm = "to mean square 1" if model.config.modern else "to mean 0, variance 1"
         self.after("wte", "a vector per token")
