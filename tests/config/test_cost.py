@@ -26,7 +26,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"qkv_bias": False, "tie_weights": False},
     {"bias": False, "qkv_bias": True, "n_inner": 31},
     {"n_layer": 1, "n_head": 1, "tie_weights": False, "n_inner": 5},
+    {"block": "modern", "n_inner": 31},
+    {"block": "modern", "n_head": 6, "n_embd": 24, "n_kv_head": 1},
+    {"block": "modern", "n_head": 6, "n_embd": 24, "n_kv_head": 2, "n_inner": 31},
+    {"block": "modern", "n_head": 6, "n_embd": 24, "n_kv_head": 3, "tie_weights": False},
 ]
+
+# Where the activations of the blocks, and the logits, take the most memory.
+SMALL: dict[str, Any] = {"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}
+LARGE_VOCABULARY: dict[str, Any] = {"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +95,16 @@ def test_each_formula_gives_its_count(variant: dict[str, Any]) -> None:
         assert part.count == expected, part
 
 
-def test_kv_cache_is_the_caches_size() -> None:
-    config = GPTConfig(**TINY)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kv_cache_is_the_caches_size(variant: dict[str, Any]) -> None:
+    config = GPTConfig(**{**TINY, **variant})
     for dtype in (torch.float32, torch.bfloat16):
         cache = KVCache(config, 1, capacity=7, dtype=dtype)
         real = cache.keys.nbytes + cache.values.nbytes
         assert cost.kv_cache_bytes(config, 7, dtype.itemsize) == real
+
+
+def test_kv_cache_of_gpt2() -> None:
     assert cost.kv_cache_bytes(PRESETS["gpt2"], 1) == 72 * 1024
 
 
@@ -147,20 +159,22 @@ def peak_allocation(step: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(
     ("sizes", "dtype_bytes"),
     [
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}, 4),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "dropout": 0.1}, 4),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "n_inner": 200}, 4),
-        ({"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}, 4),
-        ({"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}, 2),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}, 2),
+        (SMALL, 4),
+        (SMALL | {"dropout": 0.1}, 4),
+        (SMALL | {"n_inner": 200}, 4),
+        (LARGE_VOCABULARY, 4),
+        (LARGE_VOCABULARY, 2),
+        (SMALL, 2),
+        (SMALL | {"block": "modern"}, 4),
+        (SMALL | {"block": "modern", "dropout": 0.1}, 4),
+        (SMALL | {"block": "modern", "n_kv_head": 1}, 4),
+        (LARGE_VOCABULARY | {"block": "modern"}, 2),
+        (SMALL | {"block": "modern", "n_kv_head": 2}, 2),
     ],
 )
 def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
-    check_activations(GPTConfig(**sizes, context_length=128), dtype_bytes)
-
-
-def check_activations(config: GPTConfig, dtype_bytes: int) -> None:
     """The estimate for 7 rows against the peak of a forward and backward pass."""
+    config = GPTConfig(**sizes, context_length=128)
     model, tokens = GPT(config), torch.zeros(7, config.context_length, dtype=torch.long)
 
     def step() -> None:

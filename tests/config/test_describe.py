@@ -9,6 +9,7 @@ import torch
 
 from gptsmith import GPT, PRESETS, GPTConfig, describe
 from gptsmith.cli.describe import parse_shape
+from gptsmith.config import cost
 from gptsmith.config.describe import Description, block_terms, forward_stages, terms
 from gptsmith.config.tables import columns, human_bytes, human_flops
 from gptsmith.model.trace import render, trace
@@ -68,6 +69,13 @@ def test_the_sums_are_the_models(tied: bool, bias: bool, qkv_bias: bool) -> None
     assert counts["final norm"] == real(model.ln_f)
     assert counts["head"] == (0 if tied else real(model.lm_head))
     assert sum(term.count for term in terms(config)) == real(model)
+    check_arithmetic(config)
+
+
+def check_arithmetic(config: GPTConfig) -> None:
+    """What is shown beside each count gives it, and the counts add up."""
+    assert sum(term.count for term in terms(config)) == cost.parameter_count(config)
+    assert sum(term.count for term in block_terms(config)) == cost.block_count(config)
     for term in block_terms(config) + terms(config):
         if term.count:
             arithmetic = term.arithmetic.replace(",", "").replace("x", "*")

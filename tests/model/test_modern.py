@@ -14,8 +14,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import gptsmith
 from gptsmith import GPT, PRESETS, GPTConfig, describe, generate_greedy
@@ -23,7 +21,7 @@ from gptsmith.checkpoint.config_json import from_hugging_face
 from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config import cost
-from gptsmith.config.describe import block_terms, forward_stages, terms
+from gptsmith.config.describe import forward_stages
 from gptsmith.config.model import MODERN
 from gptsmith.config.recipe import read_toml, updated
 from gptsmith.config.settings import TrainingSettings
@@ -35,7 +33,7 @@ from gptsmith.model.trace import render, trace
 from gptsmith.tokenizers import char_tokenizer
 from gptsmith.training.muon import Muon
 from gptsmith.training.optimizers import make_optimizers
-from tests.config.test_cost import check_activations
+from tests.config.test_describe import check_arithmetic
 from tests.conftest import scrambled, some_tokens
 
 TINY: dict[str, Any] = {
@@ -310,53 +308,13 @@ def test_fresh_weights_are_small_and_the_model_knows_nothing() -> None:
     assert loss.item() == pytest.approx(math.log(37), abs=0.1)
 
 
-# -- what it costs, and how it looks
-
-
-@parametrize_forms
-def test_the_accounts_are_the_models(form: str) -> None:
-    config = config_of(form)
-    model, tokens = GPT(config), some_tokens(2, 11)
-    real = [(name, tuple(p.shape)) for name, p in model.named_parameters(remove_duplicate=False)]
-    parts, letters = cost.components(config), cost.sizes(config)
-    assert [(part.name, part.shape) for part in parts if not part.absent] == real
-    assert cost.parameter_count(config) == sum(p.numel() for p in model.parameters())
-    for part in parts:
-        expected = 0 if part.tied or part.absent else eval(part.formula, {}, dict(letters))
-        assert part.count == expected, part
-    cache = KVCache(config, 1, capacity=7)
-    assert cost.kv_cache_bytes(config, 7) == cache.keys.nbytes + cache.values.nbytes
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        model(tokens, tokens).loss.backward()
-    flops = cost.flops_per_token(config, training=True)
-    assert counter.get_total_flops() == tokens.numel() * flops
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dtype_bytes"),
-    [
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}, 4),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "dropout": 0.1}, 4),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "n_kv_head": 1}, 4),
-        ({"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}, 2),
-        ({"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4, "n_kv_head": 2}, 2),
-    ],
-)
-def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
-    check_activations(GPTConfig(**MODERN, **sizes, context_length=128), dtype_bytes)
+# -- how it looks
 
 
 @parametrize_forms
 def test_the_page_adds_up_and_the_trace_agrees(form: str) -> None:
     config = replace(config_of(form), n_layer=1)
-    assert sum(term.count for term in terms(config)) == cost.parameter_count(config)
-    assert sum(term.count for term in block_terms(config)) == cost.block_count(config)
-    for term in block_terms(config) + terms(config):
-        if term.count:
-            arithmetic = term.arithmetic.replace(",", "").replace("x", "*")
-            plain = "".join(letter for letter in arithmetic if letter in "0123456789+*")
-            assert eval(plain) == term.count, term
+    check_arithmetic(config)
     assert max(map(len, str(describe(config, title="a title")).splitlines())) <= 88
     lines = list(trace(config, 2, 5))
     assert max(map(len, render(lines).splitlines())) <= 100
