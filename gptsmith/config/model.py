@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from .fields import SettingError, setting, suggestion
 
 Activation = Literal["gelu_tanh", "gelu_erf", "relu2"]
-Block = Literal["gpt2", "modern"]
+BlockKind = Literal["gpt2", "modern"]
 Init = Literal["gpt2", "book"]
 
 SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "n_inner", "n_kv_head")
@@ -36,7 +36,7 @@ class GPTConfig:
     n_head: int = setting(12, "attention heads in each block; must divide n_embd")
     n_embd: int = setting(768, "channels of the residual stream; a multiple of n_head")
     n_inner: int | None = setting(None, "channels inside the MLP (default: 4 * n_embd)")
-    block: Block = setting(
+    block: BlockKind = setting(
         "gpt2",
         "GPT-2's Transformer block, or NanoChat's: rotary positions, RMSNorm without weights, "
         "normalized queries and keys, squared ReLU, no biases",
@@ -65,7 +65,7 @@ class GPTConfig:
     )
 
     def __post_init__(self) -> None:
-        choices = {"block": Block, "activation": Activation, "init": Init}
+        choices = {"block": BlockKind, "activation": Activation, "init": Init}
         for name, value in vars(self).items():
             if name in SIZES:
                 fine, wanted = type(value) is int and value >= 1, "a whole number of at least 1"

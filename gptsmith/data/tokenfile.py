@@ -17,7 +17,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 MOST_TOKENS = 2**31 - 1  # in one file: the header counts them in an int32
 UINT16: np.dtype[Any] = np.dtype("<u2")
 UINT32: np.dtype[Any] = np.dtype("<u4")
-FORMATS = {  # magic number and version -> dtype of a token; llm.c's for GPT-2 and for Llama 3
+TOKEN_TYPES = {  # magic number and version -> dtype of a token; llm.c's for GPT-2 and for Llama 3
     (20240520, 1): UINT16,
     (20240801, 7): UINT32,
 }
@@ -43,8 +43,8 @@ def layout(path: Path) -> Layout:
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
     magic, version, count = header[:3].tolist()
-    if size >= HEADER_BYTES and (magic, version) in FORMATS:
-        dtype = FORMATS[magic, version]
+    if size >= HEADER_BYTES and (magic, version) in TOKEN_TYPES:
+        dtype = TOKEN_TYPES[magic, version]
         wanted = HEADER_BYTES + count * dtype.itemsize
         if count < 1:
             raise DamagedError(f"{path} has {count} tokens by its header: it was not finished")
@@ -55,14 +55,14 @@ def layout(path: Path) -> Layout:
                 f"bytes, but it has {size:,}"
             )
         return Layout(dtype, HEADER_BYTES, count)
-    ours = any(magic == known for known, _ in FORMATS)
+    ours = any(magic == known for known, _ in TOKEN_TYPES)
     # 1,012 bytes of zeros are not tokens but a header, of an unknown kind.
     looks_like_header = size >= HEADER_BYTES and not header[3:].any()
     if path.name in HEADERLESS and not ours and not looks_like_header:
         if size % UINT16.itemsize:
             raise DamagedError(f"{path} has {size:,} bytes, which is not two for each token")
         return Layout(UINT16, 0, size // UINT16.itemsize)
-    known = " or ".join(f"{number} version {each}" for number, each in FORMATS)
+    known = " or ".join(f"{number} version {each}" for number, each in TOKEN_TYPES)
     raise DamagedError(
         f"{path} begins with magic number {magic} version {version} in {size:,} bytes: "
         f"a token shard begins with {known}, in a header of {HEADER_BYTES:,} bytes"
@@ -117,7 +117,7 @@ class ShardWriter:
         if self._file is None:
             return
         header = np.zeros(HEADER_INTS, "<i4")
-        magic, version = next(key for key, dtype in FORMATS.items() if dtype == self.dtype)
+        magic, version = next(key for key, dtype in TOKEN_TYPES.items() if dtype == self.dtype)
         header[:3] = magic, version, self._count
         self._file.seek(0)
         self._file.write(header.tobytes())

@@ -6,8 +6,10 @@ Every automatic choice is made here, once, and returned as settings that a run c
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ..config.fields import SettingError
@@ -176,10 +178,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
+    """Bytes that can still be allocated on the GPU, or else without swapping in this container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return environment.available_memory()
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
+    used = Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):
+        return free
 
 
 def peak_memory(device: torch.device) -> int:

@@ -56,17 +56,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def available_memory() -> int:
-    """Bytes that are free without swapping, within the container's limit if there is one."""
-    free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
-    used = Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):
-        return free
-
-
 def peak_memory() -> int:
     """Peak memory of this process so far, in bytes."""
     info = psutil.Process().memory_info()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # queries; the fastest of 64 to 1,024, at contexts of 256 and 1,024
+BLOCK_QUERIES = 128  # the fastest of 64 to 1,024, at contexts of 256 and 1,024
 
 
 def by_kernel(
@@ -115,4 +115,4 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: int, times: float =
 
 def blocks(T: int) -> list[tuple[int, int]]:
     """Return the start and end of each block of queries."""
-    return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+    return [(start, min(start + BLOCK_QUERIES, T)) for start in range(0, T, BLOCK_QUERIES)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.cost import parameter_count
+from ..config.cost import Shape, parameter_count
 from ..config.model import GPTConfig
 from ..config.tables import columns, shape_text
 from .gpt import GPT, attention
@@ -22,8 +22,6 @@ from .gpt import GPT, attention
 # The weights of a larger model would take gigabytes, so it runs on PyTorch's "meta" device, which
 # executes the same code on shapes alone.
 MOST_PARAMETERS = 500_000_000
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)

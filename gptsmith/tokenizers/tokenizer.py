@@ -174,9 +174,9 @@ class Tokenizer:
             lengths[id] = 0 if id in self.specials else len(piece)
         return lengths
 
-    def decoder(self) -> "Decoder":
+    def decoder(self) -> "TextDecoder":
         """Return a decoder for ids that arrive one at a time."""
-        return Decoder(self)
+        return TextDecoder(self)
 
     # -- on disk
 
@@ -195,7 +195,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
 
-class Decoder:
+class TextDecoder:
     """Converts ids to text one at a time; a character appears once all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

