@@ -74,8 +74,9 @@ class Reader:
                 )
                 self.read = before + chunk.read
                 self.bytes[held_out] += len(chunk.text.encode())
-                self.documents[held_out] += held_out not in splits
-                splits.add(held_out)
+                if held_out not in splits:
+                    splits.add(held_out)
+                    self.documents[held_out] += 1
                 number = f", document {documents - first + 1}" if source.has_rows else ""
                 yield Passage(chunk.text, held_out, chunk.ends, source.name + number)
                 if chunk.ends:

@@ -45,10 +45,9 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SettingError("device", "is 'cuda', but PyTorch finds no CUDA GPU: try cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise SettingError(
-                "device",
-                f"is '{name}', but there are {torch.cuda.device_count()} GPUs, numbered from 0",
+                "device", f"is '{name}', but there are {count} GPUs, numbered from 0"
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise SettingError("device", "is 'mps', but PyTorch finds no MPS device: try cpu")
