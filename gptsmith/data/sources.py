@@ -107,14 +107,13 @@ def sources_in(folder: Path) -> list[Source]:
     """Return all text files in a folder and below, sorted; a warning counts the others."""
     found: list[Path] = []
     others: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    seen: set[Path] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         here = Path(place)
-        identity = os.stat(here)
-        if (identity.st_dev, identity.st_ino) in seen:  # a link to a folder that was visited
+        if here.resolve() in seen:  # a link to a folder that was visited
             folders.clear()
             continue
-        seen.add((identity.st_dev, identity.st_ino))
+        seen.add(here.resolve())
         folders.sort()  # so that of two links to a folder, always the same one is followed
         others += [here / each for each in folders if each.startswith(".")]
         folders[:] = [each for each in folders if not each.startswith(".")]
@@ -140,14 +139,10 @@ def sources_in(folder: Path) -> list[Source]:
 
 def spooled(stream: BinaryIO, name: str = STANDARD_INPUT, kind: Any = "text") -> Source:
     """Copy a pipe to a temporary file, whose size is known; deleted with the source."""
-    folder = Path(tempfile.mkdtemp(prefix="gptsmith-"))
-    path = folder / "input"
-    try:
-        with path.open("wb") as file:
-            shutil.copyfileobj(stream, file, CHUNK_BYTES)
-        source = Source(name, path.stat().st_size, kind, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="gptsmith-")
+    path = Path(folder.name, "input")
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file, CHUNK_BYTES)
+    source = Source(name, path.stat().st_size, kind, path)
+    weakref.finalize(source, folder.cleanup)
     return source
