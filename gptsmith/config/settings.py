@@ -11,7 +11,7 @@ from .model import GPTConfig
 
 Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]  # every precision
 
-AttentionWay = Literal["auto", "kernel", "blocks"]
+Attention = Literal["auto", "kernel", "blocks"]
 Split = Literal["train", "validation"]
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps; auto takes CUDA, else MPS, else the CPU"
@@ -116,7 +116,7 @@ class MachineSettings:
         "torch.compile; auto tries it in long runs and keeps it if it is faster; max-autotune, on "
         "CUDA, searches longer and uses CUDA graphs",
     )
-    attention: AttentionWay = setting("auto", ATTENTION_HELP)
+    attention: Attention = setting("auto", ATTENTION_HELP)
     threads: int | None = setting(None, "CPU threads (default: one per core)")
     micro_batch: int | None = setting(
         None,
@@ -145,7 +145,7 @@ class InferenceSettings:
         "compiled decoding step: C++ on a CPU, built once per machine in some seconds, or a CUDA "
         "graph on a GPU; auto does without where there is none",
     )
-    attention: AttentionWay = setting("auto", ATTENTION_HELP)
+    attention: Attention = setting("auto", ATTENTION_HELP)
     threads: int | None = setting(None, "CPU threads (default: one per core)")
 
     def __post_init__(self) -> None:
