@@ -16,7 +16,7 @@ from ..checkpoint.tensors import Stored
 from ..config.model import GPTConfig
 from ..machine.dtypes import nearest_dtype
 from ..machine.files import read_json
-from ..tokenizers import Tokenizer, tokenizer_in
+from ..tokenizers import Tokenizer, load_tokenizer
 from .pickles import load_torch_file, tensors_of
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -69,7 +69,7 @@ def from_pickles(folder: Path) -> Stored:
 def tokenizer_of(folder: Path) -> Tokenizer | None:
     """Load the tokenizer of a folder in any of GPT-2's three file formats; None without one."""
     names = ("tokenizer.json", "vocab.json", "encoder.json")
-    return tokenizer_in(folder) if any((folder / name).is_file() for name in names) else None
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in names) else None
 
 
 def nearest(config: GPTConfig) -> GPTConfig:

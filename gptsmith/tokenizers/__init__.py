@@ -9,10 +9,10 @@ from .build import (
     character_level,
     gpt2_tokenizer,
     learn_bpe,
+    load_tokenizer,
     open_tokenizer,
-    tokenizer_in,
 )
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer
 
 __all__ = [
     "Tokenizer",
@@ -23,5 +23,4 @@ __all__ = [
     "learn_bpe",
     "load_tokenizer",
     "open_tokenizer",
-    "tokenizer_in",
 ]

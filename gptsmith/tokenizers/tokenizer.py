@@ -1,4 +1,4 @@
-"""A small interface to the `tokenizers` library: encode, decode, save, load.
+"""A small interface to the `tokenizers` library: encode, decode, save.
 
 Knows nothing of where a vocabulary comes from (`build.py`), or of models and tensors.
 """
@@ -214,21 +214,6 @@ class TextDecoder:
     def flush(self) -> str:
         """Return the rest at the end of the ids: U+FFFD for an incomplete character, or ""."""
         return self.utf8.decode(b"", final=True)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the `tokenizer.json` of a folder: char, byte, or a byte-level BPE."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json")
-    try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    try:
-        return Tokenizer(backend)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def refuse_surrogates(text: str) -> None:

@@ -23,7 +23,6 @@ from gptsmith.tokenizers import (
     learn_bpe,
     load_tokenizer,
     open_tokenizer,
-    tokenizer_in,
 )
 
 # The published pattern of GPT-2, as OpenAI's first release has it.
@@ -249,7 +248,7 @@ def test_gpt2s_files_are_found_elsewhere_and_checked(
     vocabulary, merges = next(iter(build.places_of_gpt2()))
     for name, path in (("encoder.json", vocabulary), ("vocab.bpe", merges)):
         (tmp_path / name).write_bytes(path.read_bytes())
-    assert tokenizer_in(tmp_path).fingerprint == GPT2.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == GPT2.fingerprint
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / build.TIKTOKEN_VOCABULARY).write_bytes(vocabulary.read_bytes())
