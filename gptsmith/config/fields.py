@@ -46,9 +46,6 @@ def suggestion(word: str, known: Iterable[object]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-# -- sizes
-
-
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

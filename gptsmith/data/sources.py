@@ -61,9 +61,6 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-# -- finding
-
-
 def find_sources(names: Sequence[str]) -> list[Source]:
     """Return the sources of names: built-in texts, files, folders, or "-" for standard input.
 

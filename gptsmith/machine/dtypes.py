@@ -18,11 +18,6 @@ class NumberFormat(NamedTuple):
     bits: int  # of a number: less than 8 * bytes if an element packs several numbers
     also: tuple[str, ...] = ()  # other common names
 
-    @property
-    def packed(self) -> bool:
-        """Whether an element packs several numbers, as in `model/quantized.py`."""
-        return self.bits < 8 * self.bytes
-
 
 NUMBER_FORMATS = {
     # ours                   PyTorch's  in headers  bytes, bits
@@ -41,7 +36,9 @@ STORED = ("float32", "fp16", "bf16")  # the number formats of unpacked weights i
 def bits_of(dtype: str) -> int | None:
     """Return the bits of packed weights (8 or 4); None for a precision without packing."""
     row = NUMBER_FORMATS.get(dtype)  # "auto" has none
-    return row.bits if row is not None and row.packed else None
+    if row is None or row.bits == 8 * row.bytes:  # an element is one number
+        return None
+    return row.bits
 
 
 def dtype_of_bits(bits: int) -> Dtype:
