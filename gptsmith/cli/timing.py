@@ -28,7 +28,7 @@ from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
 from ..training.loop import Trainer
-from ..training.start import make_trainer
+from ..training.trainer import make_trainer
 
 WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
 PROMPT_TOKENS, NEW_TOKENS = 32, 128  # by default, if the context has room for them

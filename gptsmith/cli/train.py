@@ -70,31 +70,31 @@ def run(options: Namespace) -> int:
 
     display = Display(quiet=rank() != 0)
     if folders.resume is not None:
-        outcome = continue_run(folders.resume, display, flags)
+        trained = continue_run(folders.resume, display, flags)
     else:
-        outcome = train_fresh(settings, folders.out or next_run_folder(name), display)
+        trained = train_fresh(settings, folders.out or next_run_folder(name), display)
     if rank() == 0:
-        conclude(outcome, display)
-    return 0 if outcome.signal is None else 128 + outcome.signal
+        conclude(trained, display)
+    return 0 if trained.signal is None else 128 + trained.signal
 
 
-def conclude(outcome: Any, display: Any) -> None:
+def conclude(trained: Any, display: Any) -> None:
     """Report how a run ended, where its files are, and what to type next."""
-    folder = outcome.folder
-    if outcome.signal is not None:
-        display.say(f"Stopped and saved after {outcome.done:,} of {outcome.steps:,} steps.")
+    folder, steps = trained.folder, trained.settings.training.steps
+    if trained.signal is not None:
+        display.say(f"Stopped and saved after {trained.done:,} of {steps:,} steps.")
         display.say(f"To resume:  gptsmith train --resume {folder}")
         return
     sample = last_sample(folder)
     if sample:
-        display.say("A sample of what it writes now:\n")
+        display.say("A sample from the model:\n")
         display.say(sample + "\n")
     best = ""
-    if outcome.best_loss is not None:
-        best = f": validation loss {outcome.best_loss:.4f} at step {outcome.best_step:,}"
-    display.say(f"Finished {outcome.steps:,} steps{best}.", "bold")
+    if trained.best_loss is not None:
+        best = f": validation loss {trained.best_loss:.4f} at step {trained.best_step:,}"
+    display.say(f"Finished {steps:,} steps{best}.", "bold")
     display.table(
-        "Everything is in " + str(folder),
+        f"Everything is in {folder}",
         {
             "loss.png": "the loss curve",
             "samples.md": "samples of its text during training",
@@ -106,7 +106,7 @@ def conclude(outcome: Any, display: Any) -> None:
         {
             "write": f"gptsmith sample {folder} --temperature 0.8",
             "look inside": f"gptsmith describe {folder}",
-            "longer": f"gptsmith train {folder / 'config.toml'} --steps {2 * outcome.steps}",
+            "longer": f"gptsmith train {folder / 'config.toml'} --steps {2 * steps}",
         },
     )
 

@@ -24,7 +24,7 @@ NUMBER_FORMATS = {
     "float32": NumberFormat("float32", "F32", 4, 32, ("fp32",)),
     "fp16": NumberFormat("float16", "F16", 2, 16),
     "bf16": NumberFormat("bfloat16", "BF16", 2, 16),
-    # For training only: tensors are bf16, and `training/float8.py` multiplies them in 8 bits.
+    # For training only: tensors are bf16, and `training/trainer.py` multiplies them in 8 bits.
     "fp8": NumberFormat("bfloat16", "BF16", 2, 16),
     "int8": NumberFormat("int32", "I32", 4, 8),
     "int4": NumberFormat("int32", "I32", 4, 4),

@@ -88,7 +88,8 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
             trainer.gradient_in_memory(tokens, targets)
         except Exception as error:  # the compiler's errors have no class in common
             trainer.compile("no")
-            display.say(f"torch.compile failed, so the run is not compiled: {first_line(error)}")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            display.say(f"torch.compile failed, so the run is not compiled: {reason}")
     micro_batch = seconds_of(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
     update = seconds_of(partial(dry_update, trainer), trainer.device)
     for optimizer in trainer.optimizers:
@@ -139,11 +140,6 @@ def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Tri
     if trainer.compiled == "yes" and compiled.step > FASTER * eager.step:
         trainer.compile("no")
     return compiled if trainer.compiled == "yes" else eager
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def run_seconds(run: Run, trial: Trial) -> float:

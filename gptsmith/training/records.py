@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the loss curves as PNG.
+"""The records of a run: metrics.jsonl and events.jsonl, loss.png, and other loggers.
 
 Knows nothing of models.
 """
@@ -6,9 +6,18 @@ Knows nothing of models.
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from ..config.settings import RunSettings
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+LOSS_PLOT = "loss.png"
+PLOT_INTERVAL = 50  # times the time that a plot took, at least, from one to the next
 
 Record = Mapping[str, Any]
 
@@ -40,6 +49,13 @@ def is_record(value: Any) -> bool:
         return False
     losses = (value.get("loss"), value.get("validation_loss"))
     return all(loss is None or isinstance(loss, int | float) for loss in losses)
+
+
+def write_event(folder: Path, event: str, **details: Any) -> None:
+    """Append a line to events.jsonl, which has everything but the steps."""
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
+    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def smoothed(losses: Sequence[float], memory: float) -> list[float]:
@@ -118,11 +134,12 @@ def focus(axes: Any, records: Sequence[Record]) -> None:
 
 
 class Recorder:
-    """Appends to metrics.jsonl, one record per step."""
+    """Appends to metrics.jsonl, one record per step, draws loss.png, and tells the watchers."""
 
-    def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
-        self.path, self.records = path, records
-        self.file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, records: list[dict[str, Any]], watchers: "Watchers") -> None:
+        self.folder, self.records, self.watchers = folder, records, watchers
+        self.file = (folder / METRICS).open("a", encoding="utf-8")
+        self.draw_after = 0.0  # by time.monotonic
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record; JSON has no infinity or NaN, so these become null."""
@@ -133,6 +150,15 @@ class Recorder:
         self.records.append(clean)
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
+        self.watchers.add(record)
+
+    def draw(self, *, always: bool) -> None:
+        """Draw the loss curves, unless that would take a large share of the run's time."""
+        started = time.monotonic()
+        if always or started >= self.draw_after:
+            if any(record["loss"] is not None for record in self.records):
+                draw_curves({self.folder.name: self.records}, self.folder / LOSS_PLOT)
+            self.draw_after = started + PLOT_INTERVAL * (time.monotonic() - started)
 
     def flush(self) -> None:
         """Make sure that every record is on the disk."""
@@ -140,9 +166,10 @@ class Recorder:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Flush and close the file, and the watchers."""
         self.flush()
         self.file.close()
+        self.watchers.close()
 
 
 class Watchers:
@@ -151,12 +178,10 @@ class Watchers:
     ImportError where one of them is not installed.
     """
 
-    def __init__(
-        self, folder: Path, *, tensorboard: bool, wandb: str | None, settings: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, settings: RunSettings) -> None:
         self.writer: Any = None
         self.wandb_run: Any = None
-        if tensorboard:
+        if settings.report.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -164,18 +189,19 @@ class Watchers:
                     "--tensorboard needs an extra: pip install 'gptsmith[tensorboard]'"
                 ) from error
             self.writer = SummaryWriter(str(folder / "tensorboard"))
-        if wandb:
+        if settings.report.wandb:
             try:
-                import wandb as weights_and_biases
+                import wandb
             except ImportError as error:
                 raise ImportError(
                     "--wandb needs an extra: pip install 'gptsmith[wandb]'"
                 ) from error
-            self.wandb_run = weights_and_biases.init(
-                project=wandb, name=folder.name, dir=str(folder), config=dict(settings)
+            project, config = settings.report.wandb, asdict(settings)
+            self.wandb_run = wandb.init(
+                project=project, name=folder.name, dir=str(folder), config=config
             )
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Log the numbers of a step."""
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self.writer is not None:

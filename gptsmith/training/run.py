@@ -3,43 +3,36 @@
 A run is a folder. Knows nothing of how it is opened (`start.py`) or how a step works (`loop.py`).
 """
 
-import json
 import math
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import folder as on_disk
 from ..checkpoint import saved
+from ..checkpoint.folder import checkpoints
 from ..config import cost
 from ..config.settings import RunSettings
 from ..data.shards import Dataset
-from ..evaluation.heldout import Evaluation, evaluate_tokens
+from ..evaluation.heldout import evaluate_tokens
 from ..generation.sampling import NotFiniteError
 from ..generation.writing import generate
 from ..machine.devices import autocast, peak_flops
-from ..machine.environment import rank, world_size
+from ..machine.environment import world_size
 from ..machine.files import write_text
 from ..machine.processes import any_process
 from ..machine.terminal import Display
 from ..tokenizers import Tokenizer
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
-from .records import Recorder, Watchers, draw_curves
+from .records import Recorder, write_event
 
 CONFIG = "config.toml"
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
 SAMPLES = "samples.md"
-LOSS_PLOT = "loss.png"
-STATE_VERSION = 1
-PLOT_INTERVAL = 50  # times the time that a plot took, at least, from one to the next
 
 
 @dataclass
@@ -52,36 +45,18 @@ class Run:
     dataset: Dataset
     trainer: Trainer
     display: Display
-    recorder: Recorder | None  # None in all processes but rank 0
-    watchers: Watchers | None
     done: int  # steps
     seconds: float  # total training time, resumed runs included
     best_step: int | None
     best_loss: float | None
     saved: int  # step of the newest checkpoint; 0 if there is none
-    plot_after: float = 0.0  # by time.monotonic; no plot is drawn before it
-
-    def path(self, name: str) -> Path:
-        """Return the path of a file in the run's folder."""
-        return self.folder / name
+    recorder: Recorder | None = None  # None in all processes but rank 0
+    signal: int | None = None  # number of the signal that stopped the run, if one did
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended: at the last step, or stopped by a signal."""
-
-    folder: Path
-    done: int
-    steps: int
-    best_step: int | None
-    best_loss: float | None
-    signal: int | None  # the number of the signal, if one asked to stop
-
-
-def follow(run: Run) -> Outcome:
+def follow(run: Run) -> None:
     """Train to the last step, or until a signal asks to stop; evaluate, record and save."""
-    settings, main = run.settings, rank() == 0
-    total, report = settings.training.steps, settings.report
+    report, total = run.settings.report, run.settings.training.steps
     run.display.open_bar("training", total, run.done)
     with stop_signals() as received:
         try:
@@ -89,37 +64,33 @@ def follow(run: Run) -> Outcome:
                 run.done, run.seconds = step.step, run.seconds + step.seconds
                 record = describe_step(run, step)
                 stopping = any_process(bool(received))
-                if due(step.step, report.evaluate_every) or step.step == total:
-                    record |= describe_evaluation(run, validate(run))  # all processes take part
-                note_best(run, record)
-                if main:
+                if run.done % report.evaluate_every == 0 or run.done == total:
+                    record |= validate(run)  # all processes take part
+                if run.recorder is not None:
                     note_changes(run, step)
-                    write_record(run, record)
-                    if due(step.step, report.sample_every or report.evaluate_every):
+                    run.recorder.add(record)
+                    run.display.step(record, total)
+                    if "validation_loss" in record or run.done == total:
+                        run.recorder.draw(always=run.done == total)
+                    if run.done % (report.sample_every or report.evaluate_every) == 0:
                         write_sample(run)
                     # A skipped step is not saved, so that the newest checkpoint is a good one.
                     if stopping or (worth_saving(run) and not step.skipped):
-                        save(run)
+                        save_checkpoint(run)
                 if stopping:
                     break
         except DivergedError as error:
             raise DivergedError(f"{error}; {advice(run)}") from error
         finally:
             run.display.close_bar()
-    signal_number = received[0] if received else None
-    return Outcome(run.folder, run.done, total, run.best_step, run.best_loss, signal_number)
+    run.signal = received[0] if received else None
 
 
 def worth_saving(run: Run) -> bool:
     """Whether this step is the last, the best, or due to be saved."""
     report = run.settings.report
-    every = report.save_every or report.evaluate_every
-    return run.done in (run.settings.training.steps, run.best_step) or due(run.done, every)
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps happens after this one."""
-    return step % every == 0
+    due = run.done % (report.save_every or report.evaluate_every) == 0
+    return due or run.done in (run.settings.training.steps, run.best_step)
 
 
 @contextmanager
@@ -154,7 +125,8 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
     tokens_per_second = step.tokens / step.seconds
     peak = peak_flops(run.trainer.device)
     flops = cost.flops_per_token(run.settings.model, training=True) * tokens_per_second
-    record = {
+    skipped = {"skipped": True} if step.skipped else {}
+    return {
         "step": step.step,
         "loss": step.loss,
         "grad_norm": step.grad_norm,
@@ -163,40 +135,33 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(tokens_per_second, 1),
         "mfu": None if peak is None else flops / (peak * world_size()),
+        **skipped,
     }
-    return record | ({"skipped": True} if step.skipped else {})
 
 
-def validate(run: Run) -> Evaluation | None:
-    """Evaluate on the validation split, in the run's precision; None if nothing is held out."""
+def validate(run: Run) -> dict[str, Any]:
+    """Evaluate on the validation split, and note whether this step is the best so far.
+
+    Computes in the run's precision. Returns what to add to the step's record: nothing if no text is
+    held out.
+    """
     if run.dataset.validation is None:
-        return None
-    return evaluate_tokens(
+        return {}
+    found = evaluate_tokens(
         run.trainer.model,
         run.dataset.validation,
         tokenizer=run.tokenizer,
         first_tokens=run.settings.report.evaluate_tokens,
         precision=autocast(run.trainer.device, run.trainer.dtype),
     )
-
-
-def describe_evaluation(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Return the fields that an evaluation adds to a record."""
-    if evaluation is None:
-        return {}
+    if found.loss < (math.inf if run.best_loss is None else run.best_loss):  # NaN is never best
+        run.best_step, run.best_loss = run.done, found.loss
     return {
-        "validation_loss": evaluation.loss,
-        "validation_tokens": evaluation.tokens,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
+        "validation_loss": found.loss,
+        "validation_tokens": found.tokens,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
     }
-
-
-def note_best(run: Run, record: dict[str, Any]) -> None:
-    """Remember this step as the best if its validation loss is the lowest so far."""
-    loss = record.get("validation_loss", math.nan)
-    if loss < (math.inf if run.best_loss is None else run.best_loss):
-        run.best_step, run.best_loss = run.done, loss
 
 
 def note_changes(run: Run, step: StepReport) -> None:
@@ -204,39 +169,12 @@ def note_changes(run: Run, step: StepReport) -> None:
     if step.skipped:
         run.display.say(f"step {step.step:,}: the gradient is not finite; the update was skipped")
         write_event(run.folder, "skipped", step=step.step, loss=str(step.loss))
-    if step.micro_batch != run.settings.machine.micro_batch:
-        remember_micro_batch(run, step.micro_batch)
-
-
-def remember_micro_batch(run: Run, micro_batch: int) -> None:
-    """Keep the smaller micro-batch in the settings, so that a resumed run starts with it."""
-    before = run.settings.machine.micro_batch
-    machine = replace(run.settings.machine, micro_batch=micro_batch)
-    run.settings = replace(run.settings, machine=machine)
-    run.display.say(f"out of GPU memory: micro-batch reduced from {before} to {micro_batch} rows")
-    write_event(run.folder, "micro_batch", step=run.done, before=before, after=micro_batch)
-
-
-def write_event(folder: Path, event: str, **details: Any) -> None:
-    """Append a line to events.jsonl, which has everything but the steps."""
-    line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
-    with (folder / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def write_record(run: Run, record: dict[str, Any]) -> None:
-    """Record and show a step; redraw the loss curves after an evaluation."""
-    assert run.recorder is not None
-    run.recorder.add(record)
-    if run.watchers is not None:
-        run.watchers.add(record)
-    run.display.step(record, run.settings.training.steps)
-    finished = run.done == run.settings.training.steps
-    if finished or ("validation_loss" in record and time.monotonic() >= run.plot_after):
-        started = time.monotonic()
-        if any(record["loss"] is not None for record in run.recorder.records):
-            draw_curves({run.folder.name: run.recorder.records}, run.path(LOSS_PLOT))
-        run.plot_after = started + PLOT_INTERVAL * (time.monotonic() - started)
+    machine, after = run.settings.machine, step.micro_batch
+    if (before := machine.micro_batch) != after:  # a resumed run starts with the smaller one
+        machine = replace(machine, micro_batch=after)
+        run.settings = replace(run.settings, machine=machine)
+        run.display.say(f"out of GPU memory: micro-batch reduced from {before} to {after} rows")
+        write_event(run.folder, "micro_batch", step=step.step, before=before, after=after)
 
 
 def write_sample(run: Run) -> None:
@@ -253,25 +191,24 @@ def write_sample(run: Run) -> None:
         text = f"({error})"
     model.train()
     quoted = "\n".join(f"> {line}" for line in (prompt + text).splitlines())
-    with run.path(SAMPLES).open("a", encoding="utf-8") as file:
+    with (run.folder / SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"## step {run.done}\n\n{quoted}\n\n")
 
 
 # -- saving
 
 
-def save(run: Run) -> None:
+def save_checkpoint(run: Run) -> None:
     """Write a checkpoint, point `last` and `best` to theirs, and remove older ones."""
     assert run.recorder is not None
     run.recorder.flush()  # so no checkpoint is ahead of the records on disk
-    name = checkpoint_name(run.done)
-    target = run.folder / "checkpoints" / name
+    target = checkpoint_of(run, run.done)
     if target.exists():  # it is damaged, since the run would have resumed from it
         shutil.rmtree(target)
     trainer = run.trainer
     state = {
         "format": "gptsmith-training",
-        "version": STATE_VERSION,
+        "version": 1,
         "step": run.done,
         "seconds": run.seconds,
         # Each step derives its random numbers from these, so no generator's state is needed.
@@ -283,24 +220,25 @@ def save(run: Run) -> None:
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
     saved.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
-    point(run, name)
+    point_to_newest(run)
 
 
-def point(run: Run, newest: str) -> None:
-    """Write the names of the last and the best checkpoint, then remove those not kept."""
-    run.saved = int(newest.removeprefix("step-"))
-    best = newest if run.best_step is None else checkpoint_name(run.best_step)
-    write_text(run.path("last"), f"{newest}\n")
-    if (run.folder / "checkpoints" / best).is_dir():
-        write_text(run.path("best"), f"{best}\n")
-    for old in on_disk.checkpoints(run.folder)[run.settings.report.keep :]:
-        if old.name != best:
+def point_to_newest(run: Run) -> None:
+    """Point `last` to this step's checkpoint and `best` to the best; remove those not kept."""
+    run.saved = run.done
+    newest = checkpoint_of(run, run.done)
+    best = newest if run.best_step is None else checkpoint_of(run, run.best_step)
+    write_text(run.folder / "last", f"{newest.name}\n")
+    if best.is_dir():
+        write_text(run.folder / "best", f"{best.name}\n")
+    for old in checkpoints(run.folder)[run.settings.report.keep :]:
+        if old.name != best.name:
             shutil.rmtree(old)
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the name of a checkpoint's folder."""
-    return f"step-{step:08}"
+def checkpoint_of(run: Run, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run.folder / "checkpoints" / f"step-{step:08}"
 
 
 def advice(run: Run) -> str:
@@ -308,7 +246,7 @@ def advice(run: Run) -> str:
     lower = run.settings.training.learning_rate / 3
     if not run.saved:
         return f"there is no checkpoint yet: start again with --learning-rate {lower:.2g}"
-    good = run.folder / "checkpoints" / checkpoint_name(run.saved)
+    good = checkpoint_of(run, run.saved)
     return (
         f"the last good checkpoint is {good}: start a run from it with "
         f"--from {good} --learning-rate {lower:.2g}"

@@ -7,53 +7,35 @@ killed before its first step can be resumed. Every automatic choice is made here
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import folder as on_disk
 from ..checkpoint import saved
+from ..checkpoint.folder import checkpoints, find_checkpoint
 from ..config import cost
 from ..config.fields import SettingError
-from ..config.model import GPTConfig
 from ..config.recipe import read_toml, to_toml, with_overrides
-from ..config.settings import MachineSettings, RunSettings, TrainingSettings
-from ..data.batches import Batches, Tokens
+from ..config.settings import RunSettings
 from ..data.prepare import prepare
 from ..data.shards import Dataset, is_dataset
 from ..machine import devices
-from ..machine.dtypes import number_bytes
 from ..machine.environment import rank, world_size
 from ..machine.files import DamagedError, write_text
 from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
-from .float8 import prepare_model
-from .loop import Trainer
-from .optimizers import load_state_tensors, make_optimizers
+from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
-from .records import Recorder, Watchers, read_metrics
-from .run import CONFIG, METRICS, SAMPLES, Run, point, write_event
+from .records import METRICS, Recorder, Watchers, read_metrics, write_event
+from .run import CONFIG, SAMPLES, Run, point_to_newest
+from .trainer import batch_rows, make_trainer, micro_batch_rows
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
-CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
-MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
-
-
-@dataclass(frozen=True)
-class Position:
-    """The checkpoint that a run goes on from, and its state; None and {} at the start."""
-
-    checkpoint: Path | None
-    state: Mapping[str, Any]
-
-    @property
-    def done(self) -> int:
-        """Number of steps done."""
-        return int(self.state.get("step", 0))
+AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro_batch": None}
 
 
 def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
@@ -62,40 +44,36 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     display.log_every = settings.report.log_every
     machine = devices.choose_to_learn(settings.machine)
     device = devices.prepare_machine(machine)
-    position = find_position(folder)
+    checkpoint, state = newest_state(folder)
     dataset, tokenizer = open_data(folder, settings, display)
-    model = open_model(settings, dataset, tokenizer, position, device)
+    model = open_model(settings, tokenizer, checkpoint, device)
     rows = batch_rows(settings.training, model.config)
-    machine = with_micro_batch(machine, model.config, rows, device, position)
+    machine = replace(machine, micro_batch=state["micro_batch"] or machine.micro_batch)
+    machine = replace(machine, micro_batch=micro_batch_rows(machine, model.config, rows, device))
     settings = replace(settings, model=model.config, machine=machine)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
     check_evaluation_and_sampling(dataset, tokenizer, settings)
     trial = try_out(trainer, display)
     if machine.compile == "auto":
-        left = settings.training.steps - position.done
+        left = settings.training.steps - state["step"]
         trial = compile_if_it_pays(trainer, display, left, trial)
-    if position.checkpoint is not None:
-        tensors, _ = saved.load_training(position.checkpoint)
-        load_state_tensors(model, trainer.optimizers, tensors)
+    if checkpoint is not None:
+        load_state_tensors(model, trainer.optimizers, saved.load_training(checkpoint)[0])
         if trainer.scaler.is_enabled():
-            trainer.scaler.load_state_dict(position.state["scaler"])
+            trainer.scaler.load_state_dict(state["scaler"])
     machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)
-    settings = replace(settings, machine=machine)
-    best = position.state.get("best", {})
     run = Run(
         folder=folder,
-        settings=settings,
+        settings=replace(settings, machine=machine),
         tokenizer=tokenizer,
         dataset=dataset,
         trainer=trainer,
         display=display,
-        recorder=None,
-        watchers=None,
-        done=position.done,
-        seconds=float(position.state.get("seconds", 0.0)),
-        best_step=best.get("step"),
-        best_loss=best.get("validation_loss"),
-        saved=position.done,
+        done=state["step"],
+        seconds=state["seconds"],
+        best_step=state["best"].get("step"),
+        best_loss=state["best"].get("validation_loss"),
+        saved=state["step"],
     )
     show_plan(run, trial)
     if rank() == 0:
@@ -121,20 +99,19 @@ def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     return new
 
 
-def find_position(folder: Path) -> Position:
-    """Find the newest intact checkpoint of a run, or its start where there is none.
+def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return a run's newest intact checkpoint and its state; None and AT_THE_START without one.
 
     A warning names newer ones that are damaged; the run will write them again.
     """
-    if not on_disk.checkpoints(folder):
-        return Position(None, {})
-    newest = on_disk.checkpoints(folder)[0].name
-    path = on_disk.find_checkpoint(folder, newest, training=True)
+    if not checkpoints(folder):
+        return None, AT_THE_START
+    path = find_checkpoint(folder, checkpoints(folder)[0].name, training=True)
     state = saved.load_training(path)[1]
     complete = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
     if not complete or not isinstance(state.get("best"), dict):
         raise DamagedError(f"{path / saved.STATE} lacks the state of a run: was it edited?")
-    return Position(path, state)
+    return path, {**AT_THE_START, **state}
 
 
 def open_data(
@@ -144,7 +121,7 @@ def open_data(
     source, prepared = settings.data.data, folder / "data"
     if source is None:
         raise ValueError("no data is given: add --data with a source or a prepared folder")
-    if Path(source).is_dir() and is_dataset(Path(source)):
+    if is_dataset(Path(source)):
         dataset, tokenizer = Dataset.open(Path(source)), wanted_tokenizer(settings)
         if tokenizer is None and (Path(source) / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(Path(source))
@@ -193,13 +170,12 @@ def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSett
 
 def open_model(
     settings: RunSettings,
-    dataset: Dataset,
     tokenizer: Tokenizer | None,
-    position: Position,
+    checkpoint: Path | None,
     device: torch.device,
 ) -> GPT:
     """Load the checkpoint's model or the one to fine-tune, or initialize a new one."""
-    source = position.checkpoint or settings.training.start_from
+    source = checkpoint or settings.training.start_from
     if source is not None:
         model = saved.load_model(Path(source), device=device, dropout=settings.model.dropout)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -229,90 +205,18 @@ def check_evaluation_and_sampling(
         tokenizer.encode(settings.report.sample_prompt)
 
 
-def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
-    """Return the rows of the global batch; ValueError where they are not whole or too few."""
-    T, tokens = config.context_length, settings.batch_tokens
-    if tokens % T:
-        near = max(1, round(tokens / T)) * T
-        raise SettingError(
-            "batch_tokens", f"{tokens:,} is not a multiple of context_length {T}: try {near}"
-        )
-    rows = tokens // T
-    if rows < world_size():
-        raise SettingError(
-            "batch_tokens",
-            f"{tokens:,} is {rows} rows of {T} tokens, fewer than the {world_size()} processes: "
-            f"raise it to at least {world_size() * T}",
-        )
-    return rows
-
-
-def with_micro_batch(
-    machine: MachineSettings,
-    config: GPTConfig,
-    rows: int,
-    device: torch.device,
-    position: Position,
-) -> MachineSettings:
-    """Return the settings with a micro-batch: as set or saved, else the largest that should fit."""
-    own_rows = -(-rows // world_size())
-    chosen = position.state.get("micro_batch") or machine.micro_batch
-    if chosen is None:
-        chosen = own_rows
-        if device.type == "cpu":
-            chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
-        room = MEMORY_SHARE * devices.available_memory(device)
-        if device.type == "cpu":
-            room /= world_size()
-        width = number_bytes(machine.dtype)
-        while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=width) > room:
-            chosen = -(-chosen // 2)
-    return replace(machine, micro_batch=min(chosen, own_rows))
-
-
-def make_trainer(
-    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
-) -> Trainer:
-    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
-    machine = settings.machine
-    assert machine.micro_batch is not None
-    prepare_model(model, machine)
-    batches = Batches(
-        tokens,
-        model.config.context_length,
-        rows,
-        seed=settings.training.seed,
-        rank=rank(),
-        world_size=world_size(),
-    )
-    return Trainer(
-        model=model,
-        optimizers=make_optimizers(model, settings.training),
-        batches=batches,
-        settings=settings.training,
-        device=device,
-        dtype=machine.dtype,
-        micro_batch=machine.micro_batch,
-        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
-        compiled="no" if machine.compile == "auto" else machine.compile,
-    )
-
-
 def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     """Open the run's records, and drop those of steps after the one it resumes from."""
-    folder, path = run.folder, run.path(METRICS)
-    kept = [r for r in read_metrics(path) if r["step"] <= run.done] if path.exists() else []
+    folder, path = run.folder, run.folder / METRICS
+    kept = []
     if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= run.done]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        cut_samples(run.path(SAMPLES), run.done)
+        cut_samples(folder / SAMPLES, run.done)
     write_text(folder / CONFIG, to_toml(run.settings))
     if run.done:
-        point(run, f"step-{run.done:08}")
-    report = run.settings.report
-    run.watchers = Watchers(
-        folder, tensorboard=report.tensorboard, wandb=report.wandb, settings=asdict(run.settings)
-    )
-    run.recorder = Recorder(path, kept)
+        point_to_newest(run)
+    run.recorder = Recorder(folder, kept, Watchers(folder, run.settings))
     event = "resumed" if run.done or kept else "started"
     changes = {name: str(value) for name, value in changes.items()}
     write_event(folder, event, step=run.done, changes=changes, processes=world_size())

@@ -23,7 +23,8 @@ from ..machine.environment import rank
 from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
-from .run import CONFIG, METRICS, Outcome, follow
+from .records import METRICS
+from .run import CONFIG, Run, follow
 from .start import open_run
 
 
@@ -49,17 +50,17 @@ def train(
     display = Display(quiet=not show or rank() != 0)
     if resume is None:
         settings, name = run_settings(what, choices)
-        outcome = train_fresh(settings, Path(out or next_run_folder(name)), display)
+        run = train_fresh(settings, Path(out or next_run_folder(name)), display)
     elif what is None and out is None:
-        outcome = continue_run(Path(resume), display, choices)
+        run = continue_run(Path(resume), display, choices)
     else:
         raise ValueError("resume names the run and its settings: leave out `what` and `out`")
-    if outcome.signal is not None:
-        signal.raise_signal(outcome.signal)
-    return outcome.folder
+    if run.signal is not None:
+        signal.raise_signal(run.signal)
+    return run.folder
 
 
-def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcome:
+def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Run:
     """Start a run in a new folder; a run that fails before its first record leaves no folder."""
     join_processes(find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
@@ -76,7 +77,7 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Outcom
         raise
 
 
-def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Resume a run from its newest intact checkpoint, or from the start if it has none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run at {folder}")
@@ -114,17 +115,16 @@ def next_run_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
 
 
-def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> Outcome:
+def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Train a run from its current step to its last."""
     with locked(folder):
         run = open_run(folder, display, changes)
         try:
-            return follow(run)
+            follow(run)
+            return run
         finally:
             if run.recorder is not None:
                 run.recorder.close()
-            if run.watchers is not None:
-                run.watchers.close()
             leave_processes()
 
 

@@ -11,7 +11,7 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
 from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import devices
-from gptsmith.training.float8 import multiply_in_float8
+from gptsmith.training.trainer import multiply_in_float8
 from tests.conftest import TINY
 
 TORCHAO = Path(sys.prefix) / "torchao"  # apart: transformers imports it where it is found

@@ -1,0 +1,101 @@
+"""A trainer from a run's settings: how the batch is divided, and what the loop needs.
+
+Knows nothing of a run's folder.
+"""
+
+import torch
+
+from ..config import cost
+from ..config.fields import SettingError
+from ..config.model import GPTConfig
+from ..config.settings import MachineSettings, RunSettings, TrainingSettings
+from ..data.batches import Batches, Tokens
+from ..machine import devices
+from ..machine.dtypes import number_bytes
+from ..machine.environment import rank, world_size
+from ..model.attention import WAYS
+from ..model.gpt import GPT
+from .loop import Trainer
+from .optimizers import make_optimizers
+
+CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
+MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
+
+
+def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
+    """Return the rows of the global batch; ValueError where they are not whole or too few."""
+    T, tokens = config.context_length, settings.batch_tokens
+    if tokens % T:
+        near = max(1, round(tokens / T)) * T
+        raise SettingError(
+            "batch_tokens", f"{tokens:,} is not a multiple of context_length {T}: try {near}"
+        )
+    rows = tokens // T
+    if rows < world_size():
+        raise SettingError(
+            "batch_tokens",
+            f"{tokens:,} is {rows} rows of {T} tokens, fewer than the {world_size()} processes: "
+            f"raise it to at least {world_size() * T}",
+        )
+    return rows
+
+
+def micro_batch_rows(
+    machine: MachineSettings, config: GPTConfig, rows: int, device: torch.device
+) -> int:
+    """Return the rows of a micro-batch: as set, or the most that should fit; `rows` of a batch."""
+    own_rows = -(-rows // world_size())
+    if machine.micro_batch is not None:
+        return min(machine.micro_batch, own_rows)
+    chosen, room = own_rows, MEMORY_SHARE * devices.available_memory(device)
+    if device.type == "cpu":
+        chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
+        room /= world_size()
+    width = number_bytes(machine.dtype)
+    while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=width) > room:
+        chosen = -(-chosen // 2)
+    return chosen
+
+
+def make_trainer(
+    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
+) -> Trainer:
+    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
+    machine = settings.machine
+    assert machine.micro_batch is not None
+    model.attend_by(WAYS[machine.attention])
+    if machine.dtype == "fp8":
+        multiply_in_float8(model)
+    batches = Batches(
+        tokens,
+        model.config.context_length,
+        rows,
+        seed=settings.training.seed,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return Trainer(
+        model=model,
+        optimizers=make_optimizers(model, settings.training),
+        batches=batches,
+        settings=settings.training,
+        device=device,
+        dtype=machine.dtype,
+        micro_batch=machine.micro_batch,
+        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+        compiled="no" if machine.compile == "auto" else machine.compile,
+    )
+
+
+def multiply_in_float8(model: GPT, *, emulate: bool = False) -> None:
+    """Compute the matrix products of the blocks' linear layers in float8; the weights stay.
+
+    Every product scales its two tensors by their current maxima (tensorwise, dynamic scaling). The
+    head, whose loss is computed in chunks, stays in bf16. `emulate` runs on devices without float8,
+    slowly. ImportError where torchao is not installed.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ImportError("dtype fp8 needs an extra: pip install 'gptsmith[fp8]'") from error
+    convert_to_float8_training(model.h, config=Float8LinearConfig(emulate=emulate))
