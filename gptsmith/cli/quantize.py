@@ -2,10 +2,9 @@
 
 import json
 from argparse import Namespace
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..checkpoint.folder import find_model
 from ..config.fields import REQUIRED, at_least, setting
@@ -46,22 +45,14 @@ def run(options: Namespace) -> None:
     """Write a model in 8 or 4 bits, and measure what that costs."""
     settings, text = chosen(options, QuantizeSettings), chosen(options, PrepareSettings)
     return_freed_memory()
-
-    from ..data.prepare import opened_tokens
     from ..evaluation.quantization import quantize
 
-    with ExitStack() as stack:
-
-        def data(config: Any, tokenizer: Any) -> Any:
-            assert settings.data is not None
-            opened = opened_tokens(settings.data, tokenizer, config.vocab_size, options=text)
-            return stack.enter_context(opened)
-
-        report = quantize(
-            find_model(options.model),
-            Path(options.out),
-            settings.bits,
-            tokens=settings.tokens,
-            data=data if settings.data else None,
-        )
-    print(json.dumps(report.to_json(), indent=2) if settings.json else report)
+    report = quantize(
+        find_model(options.model),
+        Path(options.out),
+        settings.bits,
+        tokens=settings.tokens,
+        data=settings.data,
+        text=text,
+    )
+    print(json.dumps(asdict(report), indent=2) if settings.json else report)

@@ -7,7 +7,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch import Tensor
 from ..checkpoint.saved import load_folder
 from ..config import cost
 from ..config.model import GPTConfig
-from ..config.settings import GREEDY, MachineSettings, RunSettings, TrainingSettings
+from ..config.settings import MachineSettings, RunSettings, TrainingSettings
 from ..generation.compiled import open_decoder
-from ..generation.writing import generate_tokens
+from ..generation.writing import timed_tokens
 from ..machine import devices
 from ..model.attention import WAYS
 from ..model.gpt import GPT
@@ -146,13 +145,8 @@ def bench_generate(
     model = model_to_time(config, machine, device, folder)
     prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
     decoder = open_decoder(model, machine.compile)
-    how: dict[str, Any] = {"sampling": GREEDY, "decoder": decoder}
-    list(generate_tokens(model, prompt, min(WARM_UP_TOKENS, max_tokens), **how))
-    times, steps = [time.perf_counter()], []
-    for step in generate_tokens(model, prompt, max_tokens, **how):
-        devices.synchronize(device)
-        times.append(time.perf_counter())
-        steps.append(step)
+    timed_tokens(model, prompt, min(WARM_UP_TOKENS, max_tokens), decoder=decoder)
+    times, tokens = timed_tokens(model, prompt, max_tokens, decoder=decoder)
     return {
         "device": str(device),
         "dtype": machine.dtype,
@@ -164,7 +158,7 @@ def bench_generate(
         "new_tokens": max_tokens,
         **generation_figures(times, rows, prompt_tokens),
         "peak_memory_megabytes": devices.peak_memory(device) / 1e6,
-        "tokens": torch.stack(steps, dim=1).tolist(),
+        "tokens": tokens.tolist(),
     }
 
 

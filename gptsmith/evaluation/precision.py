@@ -7,19 +7,18 @@ of how weights are packed.
 import hashlib
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoint import folder, saved
-from ..checkpoint.tensors import Stored, packing
 from ..config.settings import Dtype
 from ..machine import devices, environment
-from ..machine.dtypes import bits_of, dtype_of_bits
+from ..machine.dtypes import dtype_of_bits
 from ..machine.files import MANIFEST, read_json, write_text
-from ..model.gpt import GPT
-from .quantization import compare_with, decode_speed, first_token, logits_of, own_text
+from .quantization import compare_with, decode_speed, divergence, first_token, logits_of, own_text
 
 # Largest mean Kullback-Leibler divergence from the float32 model, in nats. It is what the precision
 # adds to the loss, and readers of a loss do not look past the third decimal.
@@ -47,8 +46,8 @@ def fastest(place: Path, device: torch.device) -> Choice:
         return Choice(devices.find_dtype("auto", device), 0.0, 1.0)
     candidates = candidates_on_cpu(place, device)
     remembered = environment.cache_folder() / "dtype" / f"{key(place, candidates)}.json"
-    if (choice := read_choice(remembered)) is not None:
-        return choice
+    with suppress(OSError, ValueError, TypeError):  # not measured yet, or the file is damaged
+        return Choice(**json.loads(remembered.read_text(encoding="utf-8")))
     choice = measured(place, candidates)
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -63,15 +62,11 @@ def candidates_on_cpu(place: Path, device: torch.device) -> list[Dtype]:
 
     Packed weights need the compiled step, since PyTorch would unpack them in every forward pass.
     """
-    packed: list[Dtype] = ["int4", "int8"] if can_pack(place) and environment.compiler() else []
+    config = folder.read_config(place)
+    packable = config.n_embd % 8 == config.mlp_size % 8 == 0 and not config.modern
+    packed: list[Dtype] = ["int4", "int8"] if packable and environment.compiler() else []
     fast = devices.find_dtype("auto", device)
     return packed if fast == "float32" else [*packed, fast]
-
-
-def can_pack(place: Path) -> bool:
-    """Whether a model can be quantized and then run by the compiled step."""
-    config = folder.read_config(place)
-    return config.n_embd % 8 == config.mlp_size % 8 == 0 and not config.modern
 
 
 def measured(place: Path, candidates: list[Dtype]) -> Choice:
@@ -80,29 +75,19 @@ def measured(place: Path, candidates: list[Dtype]) -> Choice:
     Speed depends on the model: where all weights fit the processor's cache, fewer bits gain
     nothing. One model is in memory at a time.
     """
-    stored = saved.open_folder(place)
-    model = saved.build(stored)
-    rows = own_text(model, TOKENS, first=first_token(stored.tokenizer))
+    model, tokenizer = saved.load_folder(place)
+    rows = own_text(model, TOKENS, first=first_token(tokenizer))
     kept = list(logits_of(model, rows))
     usual = decode_speed(model) or 1.0
     del model
     found = []
     for dtype in candidates:
-        model = opened(stored, dtype)
-        kl = compare_with(kept, model, rows).mean_kl
+        model, _ = saved.load_folder(place, **devices.loading(dtype, torch.device("cpu")))
+        kl = divergence([*compare_with(kept, model, rows)]).mean_kl
         if kl < KEEPS_LOSS:
             found.append(Choice(dtype, kl, (decode_speed(model) or usual) / usual))
         del model
     return max([*found, Choice("float32", 0.0, 1.0)], key=lambda choice: choice.times_as_fast)
-
-
-def opened(stored: Stored, dtype: Dtype) -> GPT:
-    """Build a stored model in a precision, on the CPU."""
-    bits, activations = bits_of(dtype), devices.weight_dtype(dtype, torch.device("cpu"))
-    return saved.build(packing(stored, bits) if bits else stored, dtype=activations)
-
-
-# -- the cache
 
 
 def key(place: Path, candidates: list[Dtype]) -> str:
@@ -119,11 +104,3 @@ def key(place: Path, candidates: list[Dtype]) -> str:
         known = [(place.resolve(), name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     depends = (known, candidates, KEEPS_LOSS, TOKENS)
     return hashlib.sha256(repr(depends).encode()).hexdigest()[:20]
-
-
-def read_choice(path: Path) -> Choice | None:
-    """Return the cached choice; None if the file is missing or damaged."""
-    try:
-        return Choice(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None

@@ -9,24 +9,22 @@ Shapes:  R rows    T tokens of a row    V vocabulary
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import folder, saved
+from ..checkpoint import saved
+from ..checkpoint.folder import read_folder
 from ..checkpoint.tensors import packing
-from ..config.model import GPTConfig
-from ..config.settings import GREEDY, SamplingSettings
+from ..config.settings import PrepareSettings, SamplingSettings
 from ..data.batches import Tokens
+from ..data.prepare import opened_tokens
 from ..generation.compiled import open_decoder
-from ..generation.writing import generate_tokens
-from ..machine.devices import synchronize
+from ..generation.writing import generate_tokens, timed_tokens
 from ..machine.files import written_whole
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
@@ -38,59 +36,10 @@ KEPT_NUMBERS = 2**26  # logits of the original kept for the other model: 256 MB
 POSITIONS_AT_ONCE = 64  # their float64 copies take 26 MB each with GPT-2's vocabulary
 TIMED_PROMPT, TIMED_TOKENS = 8, 24
 
-Opener = Callable[[], GPT]
 Row = tuple[Tensor, Tensor]  # tokens and targets, (T,) each
 
 
-# -- divergence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """How much a model's predictions differ from the original's, over the positions of a text."""
-
-    positions: int
-    mean_kl: float  # nats, original || other
-    largest_kl: float
-    same_likeliest: float  # share of the positions
-    original_loss: float  # nats per token
-    loss: float
-
-
-def divergence(original: Tensor, other: Tensor, targets: Tensor) -> Divergence:
-    """Compare the logits of two models, in float64.  (T, V), (T, V), (T,)"""
-    parts = zip(
-        *(array.split(POSITIONS_AT_ONCE) for array in (original, other, targets)), strict=True
-    )
-    return joined([_divergence(*part) for part in parts])
-
-
-def _divergence(original: Tensor, other: Tensor, targets: Tensor) -> Divergence:
-    p, q = (logits.double().log_softmax(-1) for logits in (original, other))
-    kl = (p.exp() * (p - q)).sum(-1)  # (T,)
-    return Divergence(
-        positions=len(targets),
-        mean_kl=float(kl.mean()),
-        largest_kl=float(kl.max()),
-        same_likeliest=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
-        original_loss=float(F.nll_loss(p, targets)),
-        loss=float(F.nll_loss(q, targets)),
-    )
-
-
-def joined(parts: Sequence[Divergence]) -> Divergence:
-    """Combine divergences into one over all their positions."""
-    positions = sum(part.positions for part in parts)
-    means = {
-        name: sum(getattr(part, name) * part.positions for part in parts) / positions
-        for name in ("mean_kl", "same_likeliest", "original_loss", "loss")
-    }
-    return Divergence(
-        positions=positions, largest_kl=max(part.largest_kl for part in parts), **means
-    )
-
-
-# -- tokens
+# -- the text to compare on
 
 
 def first_token(tokenizer: Tokenizer | None) -> int:
@@ -107,9 +56,9 @@ def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[Row]:
     return [(row[:-1], row[1:]) for row in text]
 
 
-def text_rows(stream: Tokens, tokens: int | None, context_length: int) -> list[Row]:
+def text_rows(stream: Tokens, tokens: int, context_length: int) -> list[Row]:
     """Cut the first tokens of a text into windows of the context length; ValueError if too few."""
-    length = len(stream) if tokens is None else min(tokens, len(stream))
+    length = min(tokens, len(stream))
     if length < 2:
         raise ValueError(f"the text has {length} tokens: at least 2 are needed to compare models")
     return [
@@ -122,6 +71,31 @@ def text_rows(stream: Tokens, tokens: int | None, context_length: int) -> list[R
 # -- comparing
 
 
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """How much a model's predictions differ from the original's, over the positions of a text."""
+
+    positions: int
+    mean_kl: float  # nats, original || other
+    largest_kl: float
+    same_likeliest: float  # share of the positions
+    original_loss: float  # nats per token
+    loss: float
+
+
+def divergence(figures: Sequence[Tensor]) -> Divergence:
+    """Summarize what `compare_with` found, several times (4, T), over all positions."""
+    kl, same, original_loss, loss = torch.cat([*figures], dim=1)
+    return Divergence(
+        positions=len(kl),
+        mean_kl=float(kl.mean()),
+        largest_kl=float(kl.max()),
+        same_likeliest=float(same.mean()),
+        original_loss=float(original_loss.mean()),
+        loss=float(loss.mean()),
+    )
+
+
 @torch.inference_mode()
 def logits_of(model: GPT, rows: Iterable[Row]) -> Iterator[Tensor]:
     """Yield the logits of each row, in float32.  -> (T, V), (T, V), ..."""
@@ -129,24 +103,36 @@ def logits_of(model: GPT, rows: Iterable[Row]) -> Iterator[Tensor]:
         yield model(tokens.unsqueeze(0).to(model.device)).logits[0].float().cpu()
 
 
-def compare_with(kept: Sequence[Tensor], model: GPT, rows: Sequence[Row]) -> Divergence:
-    """Compare a model with the original's logits, (T, V) for each row, on the same rows."""
-    compared = zip(kept, logits_of(model, rows), (targets for _, targets in rows), strict=True)
-    return joined([divergence(*row) for row in compared])
+def compare_with(kept: Sequence[Tensor], model: GPT, rows: Sequence[Row]) -> Iterator[Tensor]:
+    """Compare a model with the original's logits, (T, V) for each row.  -> (4, T), (4, T), ...
+
+    Yields for each position the divergence of the original from the model, whether both find the
+    same token likeliest, and their losses, in float64.
+    """
+    for original, other, (_, targets) in zip(kept, logits_of(model, rows), rows, strict=True):
+        parts = (array.split(POSITIONS_AT_ONCE) for array in (original, other, targets))
+        for p, q, following in zip(*parts, strict=True):
+            p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)  # (T, V)
+            kl = (p.exp() * (p - q)).sum(-1)  # (T,)
+            same = (p.argmax(-1) == q.argmax(-1)).double()
+            losses = (F.nll_loss(each, following, reduction="none") for each in (p, q))
+            yield torch.stack([kl, same, *losses])
 
 
-def compare(original: Opener, other: Opener, rows: Sequence[Row], vocab_size: int) -> Divergence:
+def compare(
+    original: Callable[[], GPT], other: Callable[[], GPT], rows: Sequence[Row], vocab_size: int
+) -> Divergence:
     """Compare a model with the original, with one of the two in memory at a time.
 
     Both are opened again for every `KEPT_NUMBERS` of logits.
     """
     longest = max(len(tokens) for tokens, _ in rows)
-    step, divergences = max(1, KEPT_NUMBERS // (longest * vocab_size)), []
+    step, figures = max(1, KEPT_NUMBERS // (longest * vocab_size)), list[Tensor]()
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         kept = list(logits_of(original(), part))
-        divergences.append(compare_with(kept, other(), part))
-    return joined(divergences)
+        figures += compare_with(kept, other(), part)
+    return divergence(figures)
 
 
 def decode_speed(model: GPT) -> float | None:
@@ -158,13 +144,9 @@ def decode_speed(model: GPT) -> float | None:
     prompt, count = min(TIMED_PROMPT, room // 2), min(TIMED_TOKENS, room // 2)
     if count < 2:
         return None
-    decoder = open_decoder(model)
     tokens = torch.zeros(1, prompt, dtype=torch.long, device=model.device)
-    times = []
-    for _ in generate_tokens(model, tokens, count, sampling=GREEDY, decoder=decoder):
-        synchronize(model.device)
-        times.append(time.perf_counter())
-    return (count - 1) / (times[-1] - times[0])
+    times, _ = timed_tokens(model, tokens, count, decoder=open_decoder(model))
+    return (count - 1) / (times[-1] - times[1])
 
 
 # -- quantize and measure
@@ -172,26 +154,27 @@ def decode_speed(model: GPT) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The figures of a quantized model; `str` is for people, `to_json` has all of them."""
+    """The figures of a quantized model; sizes have the keys "before" and "after"."""
 
     source: str
     target: str
     bits: int
-    weight_bytes: tuple[int, int]  # before and after, as below
-    folder_bytes: tuple[int, int]
+    weight_bytes: dict[str, int]
+    folder_bytes: dict[str, int]
     speeds: dict[str, float | None]  # tokens per second of one row, by precision
     text: str  # what the models were compared on, in words
     divergence: Divergence
 
     def __str__(self) -> str:
-        divergence, (before, after) = self.divergence, self.weight_bytes
+        divergence, sizes = self.divergence, "{before:,} bytes before, {after:,} after"
+        smaller = self.weight_bytes["before"] / self.weight_bytes["after"]
         speeds = [
             f"{name} {'unknown' if speed is None else f'{speed:,.1f}'}"
             for name, speed in self.speeds.items()
         ]
         rows = {
-            "weights": f"{before:,} bytes before, {after:,} after: {before / after:.2f} x smaller",
-            "folder": "{:,} bytes before, {:,} after".format(*self.folder_bytes),
+            "weights": f"{sizes.format(**self.weight_bytes)}: {smaller:.2f} x smaller",
+            "folder": sizes.format(**self.folder_bytes),
             "speed": f"{', '.join(speeds)} tokens/s, one row",
             "compared on": self.text,
             "perplexity": f"{math.exp(divergence.original_loss):.4f} before, "
@@ -205,13 +188,6 @@ class Report:
         lines = [f"  {name:<13}{words}" for name, words in rows.items()]
         return "\n".join([f"{self.source}: {self.bits} bits, in {self.target}", *lines])
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain values."""
-        values = asdict(self)
-        for name in ("weight_bytes", "folder_bytes"):
-            values[name] = dict(zip(("before", "after"), values[name], strict=True))
-        return values
-
 
 def quantize(
     source: Path,
@@ -219,55 +195,51 @@ def quantize(
     bits: int,
     *,
     tokens: int,
-    data: Callable[[GPTConfig, Tokenizer | None], Tokens] | None = None,
+    data: str | None = None,
+    text: PrepareSettings | None = None,
 ) -> Report:
     """Write a folder's model to a new folder in 8 or 4 bits, and measure what that costs.
 
-    The models are compared on the first `tokens` tokens of `data`, or of text that the original
-    generates. The folder is written complete or not at all. ValueError where the model is quantized
-    already or cannot be.
+    The models are compared on the first `tokens` tokens of DATA, whose text is read with the
+    settings `text`, or of text that the original generates. The folder is written complete or not
+    at all. ValueError where the model is quantized already or cannot be.
     """
     stored = saved.open_folder(source)
+    config, tokenizer = stored.config, stored.tokenizer
     if stored.bits is not None:
         raise ValueError(
             f"{source} is quantized already, in {stored.bits} bits: give the model that it was "
             "made from"
         )
     packed = packing(stored, bits)
-    rows = None
     if data is not None:
-        stream = data(stored.config, stored.tokenizer)
-        rows = text_rows(stream, tokens, stored.config.context_length)
+        compared_on = f"the first {tokens:,} tokens of the data"
+        with opened_tokens(data, tokenizer, config.vocab_size, options=text) as stream:
+            rows = text_rows(stream, tokens, config.context_length)
     with written_whole(out) as temporary:
         saved.write(packed, temporary)
         original = saved.build(stored)
         speeds = {"float32": decode_speed(original)}
-        text = f"the first {tokens:,} tokens of the data"
-        if rows is None:
-            rows = own_text(original, tokens, first=first_token(stored.tokenizer))
-            text = f"text that the original generates at temperature 1 with seed {SEED}"
+        if data is None:
+            compared_on = f"text that the original generates at temperature 1 with seed {SEED}"
+            rows = own_text(original, tokens, first=first_token(tokenizer))
         del original
         written = saved.open_folder(temporary)
         speeds["bf16"] = decode_speed(saved.build(stored, dtype=torch.bfloat16))
         speeds[f"int{bits}"] = decode_speed(saved.build(written))
-        found = compare(
-            lambda: saved.build(stored),
-            lambda: saved.build(written),
-            rows,
-            stored.config.vocab_size,
+        places = {"before": source, "after": temporary}
+        return Report(
+            source=str(source),
+            target=str(out),
+            bits=bits,
+            weight_bytes={when: read_folder(at).tensor_bytes for when, at in places.items()},
+            folder_bytes={when: bytes_of_folder(at) for when, at in places.items()},
+            speeds=speeds,
+            text=compared_on,
+            divergence=compare(
+                lambda: saved.build(stored), lambda: saved.build(written), rows, config.vocab_size
+            ),
         )
-        folders = bytes_of_folder(source), bytes_of_folder(temporary)
-        before, after = folder.read_folder(source), folder.read_folder(temporary)
-    return Report(
-        source=str(source),
-        target=str(out),
-        bits=bits,
-        weight_bytes=(before.tensor_bytes, after.tensor_bytes),
-        folder_bytes=folders,
-        speeds=speeds,
-        text=text,
-        divergence=found,
-    )
 
 
 def bytes_of_folder(place: Path) -> int:

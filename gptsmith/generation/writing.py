@@ -2,9 +2,10 @@
 
 Knows nothing of files, terminals or HTTP.
 
-Shapes:  B batch    T prompt tokens    V vocabulary
+Shapes:  B batch    T prompt tokens    N new tokens    V vocabulary
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..config.fields import SettingError
 from ..config.settings import GREEDY, SamplingSettings
+from ..machine.devices import synchronize
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
 from .compiled import Decoder
@@ -41,13 +43,11 @@ def generate_tokens(
 
     Row i has its own generator, seeded with `seed + i`, and its output does not depend on the other
     rows. `lengths` gives the number of prompt tokens of each row; the rest of the row is ignored.
-    Past the context limit a row sees its last context_length tokens. All positions then shift with
-    every token, so the cache is of no use, and each token costs a full forward pass.
-
-    A `draft`, for a single row only, guesses tokens: right guesses save forward passes, and the
-    output stays the same, as each token is chosen from the model's own logits. A `decoder` is the
-    model's compiled step; it reads the tokens where they are few. ValueError for prompts or
-    settings that do not fit the model, NotFiniteError for logits that are not finite.
+    Past the context limit a row sees its last context_length tokens, and each token costs a full
+    forward pass, as all positions shift. A `draft`, for a single row only, guesses tokens to save
+    forward passes; the output stays the same. A `decoder` is the model's compiled step, which reads
+    the tokens where they are few. ValueError for prompts or settings that do not fit the model,
+    NotFiniteError for logits that are not finite.
     """
     prompts = checked_rows(tokens, lengths)
     if draft is not None and not (use_cache and len(prompts) == 1):
@@ -72,6 +72,21 @@ def generate_greedy(model: GPT, tokens: Tensor, max_new_tokens: int) -> Tensor:
     return torch.cat([tokens, *(chosen.unsqueeze(1) for chosen in new)], dim=1)
 
 
+def timed_tokens(
+    model: GPT, tokens: Tensor, max_new_tokens: int, *, decoder: Decoder | None = None
+) -> tuple[list[float], Tensor]:
+    """Continue each row greedily; return the times, and the new tokens.  (B, T) -> (B, N)
+
+    The N + 1 times are those of the start and of each token, in seconds by time.perf_counter.
+    """
+    times, new = [time.perf_counter()], []
+    for chosen in generate_tokens(model, tokens, max_new_tokens, decoder=decoder):
+        synchronize(model.device)
+        times.append(time.perf_counter())
+        new.append(chosen)
+    return times, torch.stack(new, dim=1)
+
+
 # -- text
 
 
@@ -93,14 +108,9 @@ def stream(
     It ends before a stop string or <|endoftext|>, or after `max_tokens`. Sampling settings can be
     given by name: `stream(..., temperature=0.8, top_k=50)`.
     """
-    jobs = jobs_of(
-        model,
-        [prompt_ids(tokenizer, prompt)],
-        max_tokens,
-        sampling=replace(sampling, **choices),
-        seed=seed,
-        ends=ends_of(tokenizer),
-        draft=draft,
+    sampling = replace(sampling, **choices)
+    jobs = text_jobs(
+        model, tokenizer, [prompt], max_tokens, sampling=sampling, seed=seed, draft=draft
     )
     return pieces(engine_for(model, jobs, decoder), Text(tokenizer, stop=stop))
 
@@ -133,9 +143,8 @@ def generate(
     Continuation i of the list is what `stream` yields with seed + i.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    ids = [row for text in prompts for row in [prompt_ids(tokenizer, text)] * num_samples]
-    ends = ends_of(tokenizer)
-    jobs = jobs_of(model, ids, max_tokens, sampling=sampling, seed=seed, ends=ends)
+    repeated = [text for text in prompts for _ in range(num_samples)]
+    jobs = text_jobs(model, tokenizer, repeated, max_tokens, sampling=sampling, seed=seed)
     engine = engine_for(model, jobs, decoder)
     texts = {job: Text(tokenizer, stop=stop) for job in jobs}
     written = dict.fromkeys(jobs, "")
@@ -159,19 +168,15 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids or tokenizer.encode("\n", unknown="skip") or [0]
 
 
-def ends_of(tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end a text: <|endoftext|>, or none."""
-    return frozenset() if tokenizer.end_of_text is None else frozenset({tokenizer.end_of_text})
-
-
 # -- jobs, and an engine for them
 
 
 def checked_rows(tokens: Tensor, lengths: Sequence[int] | None) -> list[list[int]]:
     """Return the rows of tokens (B, T) up to their lengths; ValueError if one is empty."""
     if tokens.ndim != 2 or tokens.numel() == 0:
-        got = tuple(tokens.shape)
-        raise ValueError(f"the prompt has shape {got}: (batch, tokens) with a token is needed")
+        raise ValueError(
+            f"the prompt has shape {tuple(tokens.shape)}: (batch, tokens) with a token is needed"
+        )
     B, T = tokens.shape
     ends = [T] * B if lengths is None else [int(length) for length in lengths]
     if len(ends) != B or not 1 <= min(ends) <= max(ends) <= T:
@@ -209,6 +214,16 @@ def jobs_of(
         )
         for number, prompt in enumerate(prompts)
     ]
+
+
+def text_jobs(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, **choices: Any
+) -> list[Job]:
+    """Return a job for each prompt, which ends with <|endoftext|> if the tokenizer has it."""
+    end = tokenizer.end_of_text
+    ends = frozenset() if end is None else frozenset({end})
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    return jobs_of(model, ids, max_tokens, ends=ends, **choices)
 
 
 def engine_for(

@@ -125,8 +125,7 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
     tokens_per_second = step.tokens / step.seconds
     peak = peak_flops(run.trainer.device)
     flops = cost.flops_per_token(run.settings.model, training=True) * tokens_per_second
-    skipped = {"skipped": True} if step.skipped else {}
-    return {
+    record = {
         "step": step.step,
         "loss": step.loss,
         "grad_norm": step.grad_norm,
@@ -135,8 +134,10 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(tokens_per_second, 1),
         "mfu": None if peak is None else flops / (peak * world_size()),
-        **skipped,
     }
+    if step.skipped:
+        record["skipped"] = True
+    return record
 
 
 def validate(run: Run) -> dict[str, Any]:
