@@ -27,7 +27,7 @@ from results import Results, carry_out, parser
 from torch import Tensor
 
 from gptsmith.checkpoint.described import described_config
-from gptsmith.cli.bench import render
+from gptsmith.cli.bench import figures_text
 from gptsmith.cli.flags import add_flags, chosen
 from gptsmith.cli.timing import WARM_UP, fresh_trainer, training_figures
 from gptsmith.config import cost
@@ -434,7 +434,7 @@ def main() -> None:
             whole = summary(trainer, found)
             results.add({"model": title, **whole})
             shown = render_profile(whole.pop("profile"))
-            print(f"train: {title}\n{render(whole)}\n\n{shown}")
+            print(f"train: {title}\n{figures_text(whole)}\n\n{shown}")
 
 
 if __name__ == "__main__":

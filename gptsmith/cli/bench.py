@@ -107,14 +107,20 @@ def run(options: argparse.Namespace) -> None:
     config, title, folder = described_config(options.model)
     machines = chosen_machines(options, wanted.dtypes, folder)
     if options.what == "train":
-        found = measure_training(wanted, config, machines)
+        rows = wanted.row_counts() or [4]
+        if len(machines) > 1 or len(rows) > 1:
+            raise ValueError("bench train measures one dtype and number of rows at a time")
+        from .timing import bench_train
+
+        how = {"rows": rows[0], "steps": wanted.steps}
+        found = bench_train(config, machines[0], optimizer=wanted.optimizer, **how)
     else:
         found = measure_generation(options, wanted, config, machines, folder)
+    head = f"{options.what}: {title}"
     if wanted.json:
         print(json.dumps({"model": title, **found}))
-        return
-    head = f"{options.what}: {title}"
-    print(render_table(head, found) if "table" in found else f"{head}\n{render(found)}")
+    else:
+        print(table_text(head, found) if "table" in found else f"{head}\n{figures_text(found)}")
 
 
 def chosen_machines(
@@ -129,19 +135,7 @@ def chosen_machines(
     return [replace(machine, dtype=parse_value("--dtype", word, Dtype)) for word in words]
 
 
-# -- one measurement, in this process
-
-
-def measure_training(
-    wanted: BenchSettings, config: GPTConfig, machines: Sequence[MachineSettings]
-) -> Figures:
-    """Measure whole optimizer steps of training."""
-    (machine, *more), (rows, *others) = machines, wanted.row_counts() or [4]
-    if more or others:
-        raise ValueError("bench train measures one dtype and number of rows at a time")
-    from .timing import bench_train
-
-    return bench_train(config, machine, rows=rows, steps=wanted.steps, optimizer=wanted.optimizer)
+# -- generation: one measurement, in this process
 
 
 def measure_generation(
@@ -165,23 +159,25 @@ def measure_generation(
         raise ValueError("max_tokens is 1, but decoding starts at the second: 2 or more are needed")
     long = min(LONG_PROMPT, config.context_length) if wanted.prompt_tokens is None else prompt
     shapes = [*((count, prompt, new) for count in rows or [1, 8]), (1, long, 1)]
-    dtypes = [
-        choose(each).dtype for each in machines
-    ]  # an impossible dtype fails before the first measurement
+    # An impossible dtype fails here, before the first measurement.
+    dtypes = [choose(machine).dtype for machine in machines]
     return measure_table(options, dtypes, shapes, wanted.rounds or 1)
 
 
-def render(found: Figures) -> str:
+def figures_text(found: Figures) -> str:
     """Return one measurement as text, without its tokens, which only programs need."""
     width, lines = max(map(len, found)), []
     for name, value in found.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
-        shown = f"{value:,.0f}" if isinstance(value, int | float) and value >= 1000 else shown
-        lines += [f"  {name.replace('_', ' '):<{width}}  {shown}"] if name != "tokens" else []
+        if isinstance(value, int | float) and value >= 1000:
+            value = f"{value:,.0f}"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        if name != "tokens":
+            lines.append(f"  {name.replace('_', ' '):<{width}}  {value}")
     return "\n".join(lines)
 
 
-# -- a table of several measurements, each in a process of its own
+# -- or a table of several measurements, each in a process of its own
 
 
 def measure_table(
@@ -245,7 +241,7 @@ def rows_text(rows: int) -> str:
     return f"{rows} row{'s' if rows > 1 else ''}"
 
 
-def render_table(head: str, found: Figures) -> str:
+def table_text(head: str, found: Figures) -> str:
     """Return the table as text, with a legend."""
     tokens = f"{found['prompt_tokens']} + {found['new_tokens']} tokens"
     head = f"{head}, {found['parameters']:,} parameters, greedy, {tokens}"

@@ -40,7 +40,7 @@ def run(options: Namespace) -> None:
     settings, text = chosen(options, EvaluateSettings), chosen(options, PrepareSettings)
     from ..evaluation.heldout import evaluate
 
-    model, tokenizer = open_model(options, options.model)
+    _, model, tokenizer = open_model(options, options.model)
     found = evaluate(
         model,
         tokenizer,
@@ -50,8 +50,6 @@ def run(options: Namespace) -> None:
         context_length=settings.context_length,
         text=text,
     )
-    if settings.json:
-        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-        print(json.dumps({name: getattr(found, name) for name in names}))
-        return
-    print(found)
+    names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+    figures = {name: getattr(found, name) for name in names}
+    print(json.dumps(figures) if settings.json else found)

@@ -16,12 +16,7 @@ DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
 def open_model(options: Namespace, name: str) -> Any:
-    """Return the model and tokenizer of MODEL, with the flags' device and dtype."""
-    return open_folder(options, name)[1:]
-
-
-def open_folder(options: Namespace, name: str) -> Any:
-    """As `open_model`, but return the verified folder as well, before the model."""
+    """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype."""
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
         verifying = pool.submit(find_model, name)
@@ -46,8 +41,8 @@ def open_folder(options: Namespace, name: str) -> Any:
 
 
 def open_writer(options: Namespace, name: str) -> Any:
-    """As `open_folder`, but return the compiled step as well; ValueError without a tokenizer."""
-    folder, model, tokenizer = open_folder(options, name)
+    """As `open_model`, but return the compiled step as well; ValueError without a tokenizer."""
+    folder, model, tokenizer = open_model(options, name)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
     from ..generation.compiled import open_decoder
@@ -60,7 +55,7 @@ def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
     """Return the precision that a --dtype means for using a model.
 
     Without one it is float32, or the folder's own if it is quantized. "auto" is the fastest that
-    keeps the model's loss.
+    keeps the model's loss; a line says which.
     """
     if word not in (None, "auto"):
         return word
@@ -72,17 +67,13 @@ def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
         return dtype_of_bits(bits)
     if word is None or folder is None:
         return "float32"
-    return told_fastest(folder, devices.find_device(device))
-
-
-def told_fastest(folder: Path, device: Any) -> Any:
-    """Return the fastest precision that keeps the model's loss, and report it on the terminal."""
     from ..evaluation.precision import KEEPS_LOSS, fastest
 
-    dtype, kl, times = fastest(folder, device)
+    found = devices.find_device(device)
+    dtype, kl, times = fastest(folder, found)
     if dtype == "float32":
         tell(f"dtype float32: no faster one stays within {KEEPS_LOSS} nats of it on average")
-    elif device.type == "cpu":
+    elif found.type == "cpu":
         tell(
             f"dtype {dtype}: {kl:.2g} nats from float32 on average, below {KEEPS_LOSS}, and "
             f"{times:.1f} times as fast"

@@ -77,7 +77,7 @@ def run(options: Namespace) -> None:
     prompts = settings.prompt or ("",)
     if settings.single:
         draft = open_draft(options, settings.draft, tokenizer)
-        write(model, tokenizer, prompts[0], draft=draft, **wanted)
+        print_stream(model, tokenizer, prompts[0], draft=draft, **wanted)
         return
     from ..generation.writing import generate
 
@@ -89,11 +89,11 @@ def run(options: Namespace) -> None:
     ]
     if settings.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
-        return
-    print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
+    else:
+        print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
 
 
-def write(model: Any, tokenizer: Any, prompt: str, **wanted: Any) -> None:
+def print_stream(model: Any, tokenizer: Any, prompt: str, **wanted: Any) -> None:
     """Print a prompt and its continuation while it is generated."""
     from ..generation.writing import stream
 
@@ -113,7 +113,7 @@ def open_draft(options: Namespace, name: str | None, tokenizer: Any) -> Any:
 
     if name == "text":
         return FromText()
-    model, other = open_model(options, name)
+    _, model, other = open_model(options, name)
     if other is None or other.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"the draft {name} has another tokenizer than {options.model}: use a model with the "

@@ -2,97 +2,80 @@
 
 With few rows, PyTorch's matrix products use half of the memory bandwidth or less, and its overhead
 per operation exceeds the time of GPT-2's small ones. step.cpp computes the whole forward pass
-instead. It is compiled once per machine, in seconds, kept on disk, and reads the model's own
-weights. Knows nothing of sampling or text.
+instead, and reads the model's own weights. Knows nothing of sampling or text.
 
 Shapes:  R rows, one token each    W rows whose logits are wanted    C channels    V vocabulary
 """
 
 import ctypes
-import hashlib
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.fields import SettingError
-from ..machine import environment
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 from ..model.quantized import PackedLinear
 from .graphs import GraphDecoder
-
-SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
+from .library import open_library
 
 # PyTorch is faster for more rows than these; packed weights it first has to unpack.
 MOST_ROWS, MOST_ROWS_PACKED = 64, 192
 
 
-class Matrix(Structure):
-    """A linear layer's weights. The fields of all structures here must match step.cpp."""
+def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Return fields of one type, as `Structure` wants them."""
+    return [(name, kind) for name in names.split()]
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("numbers", "scales", "bias")),
-        *((name, c_int64) for name in ("rows", "columns", "lanes", "bits")),
-    )
+
+# The fields of these structures must match those of step.cpp, which says what they are.
+
+
+class Matrix(Structure):
+    """A linear layer's weights."""
+
+    _fields_ = fields(c_void_p, "numbers scales bias") + fields(c_int64, "rows columns lanes bits")
 
 
 class Norm(Structure):
     """A norm's weight and bias."""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = fields(c_void_p, "weight bias")
 
 
 class Layer(Structure):
     """The weights of a block."""
 
-    _fields_ = (
-        *((name, Norm) for name in ("ln_1", "ln_2")),
-        *((name, Matrix) for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")),
-    )
+    _fields_ = fields(Norm, "ln_1 ln_2") + fields(Matrix, "c_attn c_proj c_fc mlp_c_proj")
 
 
 class Model(Structure):
     """All weights, and the model's sizes."""
 
-    _fields_ = (
+    _fields_ = [
         ("layers", POINTER(Layer)),
         ("ln_f", Norm),
         ("head", Matrix),
-        *((name, c_int64) for name in ("n_layer", "n_embd", "n_head", "n_inner")),
+        *fields(c_int64, "n_layer n_embd n_head n_inner"),
         ("norm_eps", c_float),
         ("tanh", c_int32),
-    )
+    ]
 
 
 class Cache(Structure):
     """The KV cache."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("texts", "capacity", "bits")),
-    )
+    _fields_ = fields(c_void_p, "keys values") + fields(c_int64, "texts capacity bits")
 
 
 class Rows(Structure):
     """The tokens of a step, as embeddings, and where the logits are written."""
 
-    _fields_ = (
-        *((name, c_int64) for name in ("count", "wanted")),
-        ("text", POINTER(c_int64)),
-        ("place", c_void_p),
-        ("logits_of", POINTER(c_int64)),
-        ("x", c_void_p),
-        ("logits", c_void_p),
-    )
+    _fields_ = fields(c_int64, "count wanted") + fields(c_void_p, "text place logits_of x logits")
 
 
 class CompiledDecoder:
@@ -179,15 +162,17 @@ class CompiledDecoder:
             raise ValueError(f"{max(texts) + 1} rows do not fit a cache of {held}")
         if max(places) >= cache.capacity:
             raise ValueError(f"{max(places) + 1} tokens do not fit a cache of {cache.capacity}")
-        positions = torch.tensor(places)  # (R,)
-        x = (model.wte(torch.tensor(tokens)) + model.wpe(positions)).float().contiguous()  # (R, C)
+        ids, rows_of, positions, logits_of = (
+            torch.tensor(numbers, dtype=torch.long) for numbers in (tokens, texts, places, wanted)
+        )  # (R,), (R,), (R,), (W,)
+        x = (model.wte(ids) + model.wpe(positions)).float().contiguous()  # (R, C)
         logits = torch.empty(len(wanted), model.config.vocab_size)
         rows = Rows(
             count=len(tokens),
             wanted=len(wanted),
-            text=numbers(texts),
+            text=rows_of.data_ptr(),
             place=positions.data_ptr(),
-            logits_of=numbers(wanted),
+            logits_of=logits_of.data_ptr(),
             x=x.data_ptr(),
             logits=logits.data_ptr(),
         )
@@ -221,15 +206,7 @@ def unpack(
     return weight
 
 
-def numbers(values: Sequence[int]) -> ctypes.Array[c_int64]:
-    """Return integers as a C array."""
-    return (c_int64 * len(values))(*values)
-
-
 Decoder = CompiledDecoder | GraphDecoder
-
-
-# -- compiling
 
 
 def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
@@ -257,45 +234,3 @@ def check_model(model: GPT) -> None:
         raise SettingError(
             "compile", "is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
         )
-
-
-def open_library() -> ctypes.CDLL:
-    """Load the library for this processor; compile step.cpp first if it is not on disk yet."""
-    made_from = repr((SOURCE.read_bytes(), FLAGS, environment.processor()))
-    name = f"step-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
-    path = environment.cache_folder() / "decode" / name
-    if path.is_file() and not is_whole(path):
-        warnings.warn(f"{path} is damaged and will be compiled again", stacklevel=2)
-        path.unlink()
-    if not path.is_file():
-        compile_library(path)
-    return ctypes.CDLL(str(path))
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a library ends with the digest of its content; loading a damaged one would crash."""
-    content = path.read_bytes()
-    return content[-32:] == hashlib.sha256(content[:-32]).digest()
-
-
-def compile_library(path: Path) -> None:
-    """Compile step.cpp to `path`, complete or not at all; ValueError if that is not possible."""
-    compiler = environment.compiler()
-    if compiler is None:
-        raise ValueError("step.cpp cannot be compiled: there is no g++ or clang++; install one")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            library = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(library), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
-                raise ValueError(
-                    f"{compiler} could not compile step.cpp: {reason}; leave compile out"
-                )
-            with library.open("ab") as file:  # after the content, which the loader ignores
-                file.write(hashlib.sha256(library.read_bytes()).digest())
-            library.replace(path)
-    except OSError as error:
-        raise ValueError(f"step.cpp could not be compiled: {error}; leave compile out") from error

@@ -1,13 +1,16 @@
-// One step of GPT-2 on a CPU: a few rows, each a token at its place in one of a cache's texts.
+// One forward pass of GPT-2 on a CPU. Each of a few rows is one token, at a position of one of the
+// texts in the KV cache.
 //
-// Every weight is read once for up to eight rows, and used as it comes: float32, bfloat16, or
-// several small integers to a word. A row's numbers are added in the same order whatever rows stand
-// beside it and however many threads there are, so what it gets does not depend on them.
+// Each weight is read from memory once for up to eight rows, in the format in which it is stored:
+// float32, bfloat16, or several small integers in a word. The numbers of a row are always summed in
+// the same order, so its logits do not depend, to the bit, on the other rows or on the number of
+// threads.
 //
-// Written in the vector types of GCC and Clang, which fit any processor; compiled.py compiles it.
+// Uses the vector extensions of GCC and Clang, which work on every processor. compiled.py describes
+// the model to it; library.py compiles it.
 //
-// Shapes:  R rows       C channels          H heads     D channels per head    S tokens so far
-//          V vocabulary  M rows of a matrix  K columns   T texts in the cache
+// Shapes:  R rows        C channels          H heads        D channels per head    S tokens so far
+//          V vocabulary  M rows of a matrix  K its columns  T texts in the cache
 
 #include <omp.h>
 #include <sched.h>
@@ -25,8 +28,8 @@
 extern "C" {
 
 struct Matrix {
-    const void* numbers;     // (M, K), or words (M, K / fields / lanes, lanes): see quantized.py
-    const uint16_t* scales;  // (M, lanes) in bfloat16, of packed numbers
+    const void* numbers;     // (M, K), or packed (M, K / fields / lanes, lanes): see quantized.py
+    const uint16_t* scales;  // (M, lanes), bfloat16; only for packed numbers
     const float* bias;       // (M,), or null
     int64_t rows, columns, lanes, bits;
 };
@@ -46,7 +49,7 @@ struct Model {
     Matrix head;
     int64_t n_layer, n_embd, n_head, n_inner;
     float norm_eps;
-    int32_t tanh;  // whether GELU is the approximation by tanh
+    int32_t tanh;  // whether GELU is computed by the tanh approximation, or exactly by erf
 };
 
 struct Cache {
@@ -55,10 +58,10 @@ struct Cache {
 };
 
 struct Rows {
-    int64_t count, wanted;
-    const int64_t *text, *place;  // (R,)
-    const int64_t* logits_of;     // (wanted,), which rows
-    float* x;                     // (R, C): their embeddings, then the residual stream
+    int64_t count, wanted;        // R, and the number of rows whose logits are computed
+    const int64_t *text, *place;  // (R,): each token's text, and its position in that text
+    const int64_t* logits_of;     // (wanted,): the rows whose logits are computed
+    float* x;                     // (R, C): the embeddings, then the residual stream
     float* logits;                // (wanted, V)
 };
 
@@ -69,17 +72,17 @@ namespace {
 // -- vectors
 
 constexpr int LANES = 16;
-constexpr int TILE = 8;              // rows that one reading of a weight serves
-constexpr int64_t USUAL_HEAD = 64;   // numbers in a head of every published GPT-2
-constexpr int64_t MANY = 8;          // rows, from which on each is attended to by one thread
-constexpr int64_t AHEAD = 16 << 10;  // bytes: weights are asked for before they are read
+constexpr int TILE = 8;              // rows that are multiplied each time a weight is read
+constexpr int64_t USUAL_HEAD = 64;   // channels per head in every published GPT-2
+constexpr int64_t MANY = 8;          // with this many rows, one thread computes all heads of a row
+constexpr int64_t AHEAD = 16 << 10;  // bytes: how far ahead weights are prefetched
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
 typedef uint32_t Naturals __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t Pairs __attribute__((vector_size(64)));
 
-// The first `count` numbers, and zeros.
+// Load `count` numbers into a vector, and fill the rest with zeros.
 template <class Vector, class Number>
 inline Vector load(const Number* from, int64_t count = sizeof(Vector) / sizeof(Number)) {
     Vector vector{};
@@ -108,12 +111,12 @@ inline float sum(Floats v) {
     return v[0];
 }
 
-// The sums of up to 16 vectors, each added in the order of `sum`.
+// Return the sums of up to 16 vectors, each computed in the same order as by `sum`.
 template <int COUNT>
 inline Floats sums(const Floats (&given)[COUNT]) {
     Floats v[16] = {};
     for (int i = 0; i < COUNT; i++) v[i] = given[i];
-    for (int i = 0; i < 8; i++)  // two vectors of 16 become one of two halves, and so on
+    for (int i = 0; i < 8; i++)  // fold two vectors of 16 partial sums into one of 2 x 8, and so on
         v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18,
                                        19, 20, 21, 22, 23) +
                __builtin_shufflevector(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24,
@@ -138,32 +141,36 @@ inline Floats from_bfloat16(Halves numbers) {
     return (Floats)(__builtin_convertvector(numbers, Naturals) << 16);
 }
 
-// To the nearest, and to the even of two.
+// Round to nearest, ties to even.
 inline Halves to_bfloat16(Floats numbers) {
     Naturals bits = (Naturals)numbers;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
 }
 
-// e to the power of each: a power of two, and a series for what is left, at most ln(2) / 2.
+// Compute e^x as 2^n * e^r with n = round(x / ln 2). A short Taylor series is enough for e^r, since
+// |r| <= ln(2) / 2.
 inline Floats exp(Floats x) {
     x = x < -87.f ? Floats{} - 87.f : x;
     x = x > 88.f ? Floats{} + 88.f : x;
-    Floats whole = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: what follows is rounded away
+    Floats whole = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
     Words power = (Words)whole << 23;
     whole -= 12582912.f;
-    Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts
+    // ln(2) is subtracted in two parts, so that the product with the first one is exact.
+    Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     Floats series = rest * (1.f / 5040) + 1.f / 720;
     for (float term : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
         series = series * rest + term;
     return (Floats)((Words)series + power);
 }
 
-// -- number formats: what a vector of a matrix holds, and how each field of it meets its inputs
+// -- number formats of a matrix: how a vector is loaded, and multiplied by its inputs
+//
+// A vector of packed words has several fields, which are multiplied one after another.
 
 struct Float32 {
     typedef float Stored, Input;
     typedef Floats Held, Field, Sum;
-    static constexpr int FIELDS = 1, WIDE = 16;  // numbers in a vector, or words
+    static constexpr int FIELDS = 1, WIDE = 16;  // WIDE: numbers in a vector, or packed words
     static constexpr bool PACKED = false;
     template <int>
     static Field field(Held held) { return held; }
@@ -172,7 +179,7 @@ struct Float32 {
 };
 
 #ifdef __AVX512BF16__
-struct Bfloat16 : Float32 {  // one instruction adds the products of pairs, in float32
+struct Bfloat16 : Float32 {  // one instruction multiplies pairs, and adds the products in float32
     typedef uint16_t Stored, Input;
     typedef Pairs Held, Field;
     static constexpr int WIDE = 32;
@@ -192,8 +199,9 @@ struct Bfloat16 : Float32 {
 };
 #endif
 
-// Unsigned numbers of 8 or 4 bits, several to a word. A field is a pair of them, from the two
-// halves of each word, and meets a pair of inputs of 16 bits; sums are exact in 32 bits.
+// Unsigned integers of 8 or 4 bits, several in each word of 32 bits. A field is a pair of them, one
+// from each half of the word. It is multiplied by a pair of 16-bit inputs and added in 32 bits,
+// which is exact.
 template <int BITS>
 struct Packed {
     typedef int32_t Stored;
@@ -217,7 +225,7 @@ struct Packed {
     }
 };
 
-// -- numbers as they are kept elsewhere, in a cache or for a product of PyTorch's
+// -- number formats of the KV cache, and of weights that are unpacked for PyTorch
 
 struct In32 {
     typedef float Stored;
@@ -235,63 +243,66 @@ struct In16 {
 
 // -- threads
 
-// A thread among those of a step. They take turns at pieces of a piece of work, since on a shared
-// machine one may be stopped at any time; and they wait for one another without going to sleep,
-// from which they would wake too late, but give way to other programs.
+// One of the threads that compute a step. A loop's items are handed out in small pieces, since on a
+// shared machine any thread may be interrupted at any time. At the end of a loop the threads spin,
+// as waking up from sleep would take too long, but they yield the core to other programs.
 class Thread {
    public:
     struct Shared {
-        std::atomic<int64_t> next[2] = {};  // item of this piece of work, and of the one to come
-        std::atomic<int64_t> arrived{0};
+        std::atomic<int64_t> next[2] = {};  // next item of this loop, and of the following one
+        std::atomic<int64_t> arrived{0};    // how often threads have reached the end of a loop
     };
 
     explicit Thread(Shared& with) : shared(with), threads(omp_get_num_threads()) {}
 
+    // Call `one(i)` for every i below `items`, in any thread; return when all calls are done.
     template <class Do>
     void share(int64_t items, Do one) {
-        auto& next = shared.next[works % 2];
+        auto& next = shared.next[loops % 2];
         int64_t piece = std::max<int64_t>(1, items / (threads * PIECES));
         for (int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < items;)
             for (int64_t i = first; i < std::min(first + piece, items); i++) one(i);
-        if (omp_get_thread_num() == 0) shared.next[(works + 1) % 2] = 0;  // nobody is there yet
-        works++;
+        // No thread can be in the following loop yet, since this one has not arrived.
+        if (omp_get_thread_num() == 0) shared.next[(loops + 1) % 2] = 0;
+        loops++;
         shared.arrived.fetch_add(1, std::memory_order_acq_rel);
-        for (int turns = 0; shared.arrived.load(std::memory_order_acquire) < works * threads;)
-            if (++turns > 100) sched_yield();
+        for (int spins = 0; shared.arrived.load(std::memory_order_acquire) < loops * threads;)
+            if (++spins > 100) sched_yield();
     }
 
    private:
-    static constexpr int64_t PIECES = 8;  // of each thread
+    static constexpr int64_t PIECES = 8;  // of a loop for each thread, on average
     Shared& shared;
-    int64_t threads, works = 0;
+    int64_t threads, loops = 0;
 };
 
 // -- products
 
-// What a matrix is multiplied by, in the order in which its numbers meet it, so that a product
-// reads it from one end to the other; zeros stand for what a vector or a tile has too few of.
+// The inputs of a product. They are copied into the order in which the product reads them, and
+// padded with zeros to whole vectors and tiles.
 struct Inputs {
-    std::vector<float> rows;     // (R, K), as they are
-    std::vector<float> ordered;  // for each tile, (vectors of a row of the matrix, rows, 64 bytes)
-    std::vector<float> offsets;  // for each tile, (lanes / 16, rows, 16): what OFFSET comes to
-    std::vector<float> scales;   // (R,), of inputs of 16 bits
+    std::vector<float> rows;     // (R, K), before copying
+    std::vector<float> ordered;  // for each tile, (vectors in a row of the matrix, rows, 64 bytes)
+    std::vector<float> offsets;  // for each tile, (lanes / 16, rows, 16): first terms of the sums,
+                                 // as packed numbers are stored with OFFSET added
+    std::vector<float> scales;   // (R,): 1, or the scale of inputs that were rounded to 16 bits
 };
 
-// How many rows are multiplied at once where so many, of R in all, are left.
+// Return how many rows to multiply at once if `left` of R are left.
 inline int64_t tile_of(int64_t left, int64_t R) {
     return R == 1 ? 1 : left > 4 ? TILE : left > 2 ? 4 : 2;
 }
 
 inline int64_t divided(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-// Vectors of inputs that a row of the matrix meets.
+// Return how many vectors of inputs a row of the matrix is multiplied by.
 template <class F>
 inline int64_t vectors(const Matrix& w) {
     if (!F::PACKED) return divided(w.columns, F::WIDE);
     return divided(w.lanes, LANES) * (w.columns / w.lanes / 2);
 }
 
-// A row's inputs, every `stride`th vector from `to`.
+// Copy the inputs of one row, to every `stride`th vector from `to` on.
 template <class F>
 void order_row(const Matrix& w, const float* from, float* to, int64_t stride) {
     for (int64_t k = 0; k < w.columns; k += F::WIDE, to += stride * LANES)
@@ -300,17 +311,18 @@ void order_row(const Matrix& w, const float* from, float* to, int64_t stride) {
                    load<Floats>(from + k + half, w.columns - k - half));
 }
 
-// The same in 16 bits, of which the largest is 32767; pairs, and what their offsets come to.
+// As `order_row` for packed numbers: round the inputs to 16 bits, scaled so that the largest is
+// 32767, and store them in pairs, and the offsets. Returns the scale.
 template <class F>
 float order_packed(const Matrix& w, const float* from, float* to, float* offsets, int64_t stride) {
-    constexpr int64_t PAIRS = F::FIELDS;  // in a word
+    constexpr int64_t PAIRS = F::FIELDS;  // of numbers in a word
     Floats most{}, nothing{};
     for (int64_t k = 0; k < w.columns; k += LANES) {
         Floats x = load<Floats>(from + k, w.columns - k), size = x < 0.f ? -x : x;
         most = size > most ? size : most;
         nothing += x * 0.f;
     }
-    if (sum(nothing) != 0) return NAN;  // whole numbers cannot say that one is infinite, or is none
+    if (sum(nothing) != 0) return NAN;  // an input is infinite or NaN, which has no integer
     float largest = 0;
     for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]);
     float factor = largest > 0 ? 32767 / largest : 0;
@@ -331,6 +343,7 @@ float order_packed(const Matrix& w, const float* from, float* to, float* offsets
     return largest / 32767;
 }
 
+// Copy all inputs into the order in which the product reads them.
 template <class F>
 void order(const Matrix& w, int64_t R, Inputs& in) {
     int64_t padded = (R - 1) / TILE * TILE + tile_of((R - 1) % TILE + 1, R);
@@ -351,9 +364,9 @@ void order(const Matrix& w, int64_t R, Inputs& in) {
     }
 }
 
-// A vector of each of MS rows of a matrix meets its inputs, field by field.
+// Multiply one vector of each of MS rows of a matrix by the inputs of RS rows, field by field.
 template <class F, int MS, int RS, int FIELD = 0>
-inline void meet(typename F::Sum (&sums)[MS][RS], const typename F::Held (&held)[MS],
+inline void multiply(typename F::Sum (&sums)[MS][RS], const typename F::Held (&held)[MS],
                  const float* x) {
     if constexpr (FIELD < F::FIELDS) {
         typename F::Field fields[MS];
@@ -362,11 +375,12 @@ inline void meet(typename F::Sum (&sums)[MS][RS], const typename F::Held (&held)
             for (int m = 0; m < MS; m++)
                 sums[m][r] = F::add(sums[m][r], fields[m],
                                     (const typename F::Input*)(x + r * LANES));
-        meet<F, MS, RS, FIELD + 1>(sums, held, x + RS * LANES);
+        multiply<F, MS, RS, FIELD + 1>(sums, held, x + RS * LANES);
     }
 }
 
-// MS rows of a matrix, from row m, times RS inputs, from row r.
+// Multiply MS rows of a matrix, from row m on, by RS rows of inputs, from row r on. Each of the
+// totals is a vector of partial sums.
 template <class F, int MS, int RS>
 void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats (&total)[MS][RS]) {
     typedef typename F::Held Held;
@@ -377,28 +391,28 @@ void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats 
     const typename F::Stored* rows[MS];
     const uint16_t* scales[MS];
     for (int i = 0; i < MS; i++) {
-        int64_t row = std::min(m + i, w.rows - 1);  // the last again, where there are too few
+        int64_t row = std::min(m + i, w.rows - 1);  // repeat the last row if there are too few
         rows[i] = (const typename F::Stored*)w.numbers + row * parts * lanes;
         scales[i] = w.scales + row * lanes;
     }
-    auto meet_part = [&](typename F::Sum(&sums)[MS][RS], int64_t at, int64_t count)
+    auto multiply_part = [&](typename F::Sum(&sums)[MS][RS], int64_t at, int64_t count)
                          __attribute__((always_inline)) {
         Held held[MS];
         for (int i = 0; i < MS; i++) {
             __builtin_prefetch((const char*)(rows[i] + at) + AHEAD, 0, 2);
             held[i] = load<Held>(rows[i] + at, count);
         }
-        meet<F, MS, RS>(sums, held, x);
+        multiply<F, MS, RS>(sums, held, x);
         x += F::FIELDS * RS * LANES;
     };
     auto columns = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
         if constexpr (!F::PACKED) {
-            meet_part(total, c, count);
+            multiply_part(total, c, count);
         } else {
             Words sums[MS][RS];
             for (int r = 0; r < RS; r++, offsets += LANES)
                 for (int i = 0; i < MS; i++) sums[i][r] = (Words)load<Floats>(offsets);
-            for (int64_t n = 0; n < parts; n++) meet_part(sums, n * lanes + c, count);
+            for (int64_t n = 0; n < parts; n++) multiply_part(sums, n * lanes + c, count);
             for (int i = 0; i < MS; i++) {
                 Floats scale = from_bfloat16(load<Halves>(scales[i] + c, count));
                 for (int r = 0; r < RS; r++)
@@ -411,6 +425,7 @@ void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, Floats 
     if (c < lanes) columns(c, lanes - c);
 }
 
+// As `product_of`, then add up the partial sums, scale, add the bias, and write or add to `out`.
 template <class F, int MS, int RS>
 void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, bool add,
             float* out) {
@@ -419,7 +434,7 @@ void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, 
     Floats summed = sums<MS * RS>(*(Floats(*)[MS * RS])total);
     for (int i = 0; i < MS && m + i < w.rows; i++)
         for (int j = 0; j < RS && r + j < R; j++) {
-            // Said to be one rounding, or compilers may differ from tile to tile.
+            // An explicit fma, since the compiler might fuse it for one tile size and not another.
             float bias = w.bias ? w.bias[m + i] : 0.f;
             float value = std::fma(summed[i * RS + j], in.scales[r + j], bias);
             float& place = out[(r + j) * w.rows + m + i];
@@ -427,10 +442,11 @@ void finish(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t R, 
         }
 }
 
-// inputs (R, K) times a matrix -> (R, M), or added to it; the threads share the rows of the matrix.
+// Multiply inputs (R, K) by a matrix -> (R, M), written to `out` or added to it. The threads share
+// the rows of the matrix.
 template <class F>
 void product_in(Thread& thread, const Matrix& w, Inputs& in, int64_t R, bool add, float* out) {
-    constexpr int FEW = 2;  // as many sums as registers hold
+    constexpr int FEW = 2;  // rows of the matrix at once; the sums of more do not fit the registers
     order<F>(w, R, in);
     int64_t at_once = R == 1 ? 4 : FEW;
     thread.share((w.rows + at_once - 1) / at_once, [&](int64_t item) {
@@ -454,9 +470,9 @@ void product(Thread& thread, const Matrix& w, Inputs& in, int64_t R, bool add, f
     }
 }
 
-// -- what happens between products
+// -- between products: LayerNorm, GELU and attention
 
-// (C,) -> (C,): to mean 0 and variance 1, times the weight.
+// LayerNorm: normalize to mean 0 and variance 1, then apply weight and bias.  (C,) -> (C,)
 void normalize(const float* x, const Norm& w, int64_t C, float eps, float* out) {
     Floats total{}, squares{};
     for (int64_t c = 0; c < C; c += LANES) total += load<Floats>(x + c, C - c);
@@ -472,9 +488,9 @@ void normalize(const float* x, const Norm& w, int64_t C, float eps, float* out) 
 }
 
 Floats gelu(Floats x, bool tanh) {
-    if (tanh)  // in its other form: x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3)
+    if (tanh)  // 0.5 (1 + tanh(y)) is sigmoid(2 y), here with y = sqrt(2 / pi) (x + 0.044715 x^3)
         return x / (exp(x * (x * x * 0.044715f + 1.f) * -1.59576912f) + 1.f);
-    // Abramowitz and Stegun, 7.1.26: within 1.5e-7 of erf.
+    // erf by formula 7.1.26 of Abramowitz and Stegun, whose error is at most 1.5e-7.
     Floats z = (x < 0.f ? -x : x) * 0.70710678f, t = 1.f / (z * 0.3275911f + 1.f);
     Floats series = t * 1.061405429f;
     for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
@@ -483,7 +499,7 @@ Floats gelu(Floats x, bool tanh) {
     return x * .5f * (x < 0.f ? beyond : 2.f - beyond);
 }
 
-// (S,) -> (S,): positive, with a sum of 1.
+// Compute the softmax in place.  (S,) -> (S,)
 void softmax(float* x, int64_t S) {
     float most = *std::max_element(x, x + S);
     Floats totals{};
@@ -496,13 +512,13 @@ void softmax(float* x, int64_t S) {
     for (int64_t s = 0; s < S; s += LANES) store(x + s, load<Floats>(x + s, S - s) / total, S - s);
 }
 
-// Some heads of one row: their queries meet the keys so far, a few keys at a time, for all heads'
-// parts of a key lie together. The head size is given as SIZE where that is the usual one, so that
-// its vectors stay in registers.  (heads, D), (S, C), (S, C) -> (heads, D)
+// Compute attention for some heads of one row, 16 keys at a time and all heads of each key, since
+// these are adjacent in memory. SIZE is D if that is known when this is compiled, so that the
+// vectors of a head stay in registers, or else 0.  (heads, D), (S, C), (S, C) -> (heads, D)
 template <class In, int64_t SIZE>
 void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
             int64_t S, int64_t C, int64_t size, int64_t heads, std::vector<float>& p, float* out) {
-    constexpr int CHUNK = 4;  // vectors of a head that are in registers at once
+    constexpr int CHUNK = 4;  // vectors of a head that are kept in registers
     const int64_t D = SIZE ? SIZE : size, room = divided(S, LANES) * LANES;
     p.resize(heads * room);
     float scale = 1 / std::sqrt((float)D);
@@ -538,7 +554,7 @@ void attend(const float* q, const typename In::Stored* keys, const typename In::
             }
 }
 
-// Each row's key and value go to its place in the cache; then each gathers.  (R, 3 C) -> (R, C)
+// Write each row's key and value into the cache, then compute its attention.  (R, 3 C) -> (R, C)
 template <class In>
 void attention(Thread& thread, const Model& model, const Cache& cache, const Rows& rows,
                int64_t layer, const float* qkv, std::vector<float>& p, float* out) {
@@ -554,7 +570,7 @@ void attention(Thread& thread, const Model& model, const Cache& cache, const Row
             In::put(values + at(r, rows.place[r]) + c, load<Floats>(row + 2 * C, C - c), C - c);
         }
     });
-    // The heads of a row are read together, unless there is more than one thread for each row.
+    // With few rows, the heads of a row are divided into parts, so that every thread has work.
     int64_t parts = rows.count < MANY ? std::min<int64_t>(H, 4) : 1, heads = divided(H, parts);
     auto attend_some = D == USUAL_HEAD ? attend<In, USUAL_HEAD> : attend<In, 0>;
     thread.share(rows.count * parts, [&](int64_t item) {
@@ -566,8 +582,9 @@ void attention(Thread& thread, const Model& model, const Cache& cache, const Row
 
 }  // namespace
 
-// All threads do what is cheap, each for itself; they share products and attention, and wait for
-// one another after each.
+// Compute the forward pass. The threads share products and attention, and wait for one another
+// after each; every thread computes what is cheap (norms and GELU) for itself, which needs no
+// waiting.
 extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows* the_rows,
                      int threads) {
     const Model& model = *the_model;
@@ -612,7 +629,7 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
     }
 }
 
-// A packed matrix as numbers, rounded once.  -> (M, K)
+// Unpack a matrix into float32 or bfloat16, with a single rounding.  -> (M, K)
 template <int BITS, class Out>
 void unpack_to(const Matrix& w, typename Out::Stored* to, int threads) {
     constexpr int64_t FIELDS = 32 / BITS;

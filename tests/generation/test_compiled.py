@@ -19,7 +19,7 @@ from gptsmith import GPT, GPTConfig, SamplingSettings
 from gptsmith.cli.main import main
 from gptsmith.config.model import MODERN
 from gptsmith.config.settings import GREEDY
-from gptsmith.generation import compiled
+from gptsmith.generation import compiled, library
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
 from gptsmith.generation.drafts import FromText
 from gptsmith.generation.writing import generate_tokens
@@ -209,8 +209,8 @@ def test_a_processor_without_bfloat16_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled for the least that any processor of this family has; with -O3 it takes longer."""
-    flags = [f for f in compiled.FLAGS if not f.startswith(("-march", "-O"))]
-    monkeypatch.setattr(compiled, "FLAGS", ["-O1", *flags])
+    flags = [f for f in library.FLAGS if not f.startswith(("-march", "-O"))]
+    monkeypatch.setattr(library, "FLAGS", ["-O1", *flags])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = some_text(3)
     for dtype in (torch.float32, torch.bfloat16):
@@ -275,7 +275,7 @@ def test_a_model_that_is_let_go_is_freed_at_once(bits: int | None) -> None:
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     script = (
-        "from gptsmith.generation import compiled; compiled.FLAGS[0] = '-O0';"
+        "from gptsmith.generation import library; library.FLAGS[0] = '-O0';"
         "from tests.generation.test_compiled import opened, read, some_text;"
         "model, decoder = opened('gpt2'); text = some_text(1, 5);"
         "assert (read(decoder, text, [5]) - model(text).logits).abs().max() < 1e-3"
