@@ -34,7 +34,7 @@ value: the median over the rounds, and the range
 peak memory: largest resident size of the process, including Python, libraries and files"""
 
 Figures = dict[str, Any]
-Shape = tuple[int, int, int]  # rows, prompt tokens, new tokens
+BatchShape = tuple[int, int, int]  # rows, prompt tokens, new tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +181,13 @@ def figures_text(found: Figures) -> str:
 
 
 def measure_table(
-    options: argparse.Namespace, dtypes: Sequence[str], shapes: Sequence[Shape], rounds: int
+    options: argparse.Namespace, dtypes: Sequence[str], shapes: Sequence[BatchShape], rounds: int
 ) -> Figures:
     """Measure every dtype with every shape; return the table and the single measurements."""
     from .timing import alone
 
     machine = given(options, MachineSettings)
-    found: dict[tuple[str, Shape], list[Figures]] = {}
+    found: dict[tuple[str, BatchShape], list[Figures]] = {}
     measurements = []
     for round, dtype, shape in product(range(1, rounds + 1), dtypes, shapes):
         rows, prompt, new = shape
@@ -207,7 +207,7 @@ def measure_table(
     return {**first, "rounds": rounds, "table": table, "measurements": measurements}
 
 
-def measures(shapes: Sequence[Shape]) -> list[tuple[str, Shape, str]]:
+def measures(shapes: Sequence[BatchShape]) -> list[tuple[str, BatchShape, str]]:
     """Return title, shape and figure of each line; the last shape is that of the long prompt."""
     *decodes, prefill = shapes
     first, one = decodes[0], rows_text(decodes[0][0])

@@ -14,7 +14,7 @@ from ..machine.environment import return_freed_memory
 from .flags import Parser, add_flags, chosen
 from .opening import MODEL_HELP
 
-NumberFormat = Annotated[str, partial(dtype_named, known=DTYPES)]
+DtypeName = Annotated[str, partial(dtype_named, known=DTYPES)]
 DTYPE_HELP = "number format of the weights (default: as stored)"
 SHARD_HELP = "maximum size of a weights file in a Hugging Face folder, as 5GB (default: one file)"
 
@@ -27,7 +27,7 @@ class ExportSettings:
     approximate: bool = setting(
         False, "if the format cannot express the model exactly, write the nearest one that it can"
     )
-    dtype: NumberFormat | None = setting(
+    dtype: DtypeName | None = setting(
         None, f"{DTYPE_HELP}; q8_0 is for gguf", metavar="|".join(DTYPES)
     )
     shard_size: Bytes | None = setting(None, SHARD_HELP)

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help, whose usage line shows the required arguments and flags."""
-        words = [usage(action) for action in self._actions if not action.option_strings]
+        words = [usage_word(action) for action in self._actions if not action.option_strings]
         flags = [
             f"{action.option_strings[0]} {action.metavar}"
             for action in self._actions
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             raise
 
 
-def usage(action: argparse.Action) -> str:
+def usage_word(action: argparse.Action) -> str:
     """Return a positional argument as the usage line shows it, as in "SOURCE [SOURCE ...]"."""
     shown = action.metavar or "|".join(action.choices or ())
     return {"?": "[{0}]", "+": "{0} [{0} ...]"}.get(str(action.nargs), "{0}").format(shown)

@@ -36,7 +36,7 @@ KEPT_NUMBERS = 2**26  # logits of the original kept for the other model: 256 MB
 POSITIONS_AT_ONCE = 64  # their float64 copies take 26 MB each with GPT-2's vocabulary
 TIMED_PROMPT, TIMED_TOKENS = 8, 24
 
-Row = tuple[Tensor, Tensor]  # tokens and targets, (T,) each
+TextRow = tuple[Tensor, Tensor]  # tokens and targets, (T,) each
 
 
 # -- the text to compare on
@@ -47,7 +47,7 @@ def first_token(tokenizer: Tokenizer | None) -> int:
     return 0 if tokenizer is None else tokenizer.end_of_text or 0
 
 
-def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[Row]:
+def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[TextRow]:
     """Generate text at temperature 1, in rows that begin with the token `first`."""
     T = min(model.config.context_length, math.ceil(tokens / GENERATED_ROWS))
     start = torch.full((math.ceil(tokens / T), 1), first, device=model.device)  # (R, 1)
@@ -56,7 +56,7 @@ def own_text(model: GPT, tokens: int, *, first: int = 0) -> list[Row]:
     return [(row[:-1], row[1:]) for row in text]
 
 
-def text_rows(stream: Tokens, tokens: int, context_length: int) -> list[Row]:
+def text_rows(stream: Tokens, tokens: int, context_length: int) -> list[TextRow]:
     """Cut the first tokens of a text into windows of the context length; ValueError if too few."""
     length = min(tokens, len(stream))
     if length < 2:
@@ -97,13 +97,13 @@ def divergence(figures: Sequence[Tensor]) -> Divergence:
 
 
 @torch.inference_mode()
-def logits_of(model: GPT, rows: Iterable[Row]) -> Iterator[Tensor]:
+def logits_of(model: GPT, rows: Iterable[TextRow]) -> Iterator[Tensor]:
     """Yield the logits of each row, in float32.  -> (T, V), (T, V), ..."""
     for tokens, _ in rows:
         yield model(tokens.unsqueeze(0).to(model.device)).logits[0].float().cpu()
 
 
-def compare_with(kept: Sequence[Tensor], model: GPT, rows: Sequence[Row]) -> Iterator[Tensor]:
+def compare_with(kept: Sequence[Tensor], model: GPT, rows: Sequence[TextRow]) -> Iterator[Tensor]:
     """Compare a model with the original's logits, (T, V) for each row.  -> (4, T), (4, T), ...
 
     Yields for each position the divergence of the original from the model, whether both find the
@@ -120,7 +120,7 @@ def compare_with(kept: Sequence[Tensor], model: GPT, rows: Sequence[Row]) -> Ite
 
 
 def compare(
-    original: Callable[[], GPT], other: Callable[[], GPT], rows: Sequence[Row], vocab_size: int
+    original: Callable[[], GPT], other: Callable[[], GPT], rows: Sequence[TextRow], vocab_size: int
 ) -> Divergence:
     """Compare a model with the original, with one of the two in memory at a time.
 

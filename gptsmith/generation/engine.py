@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .job import Finish, Job, News, Scored, Writer
-from .sampling import NOT_FINITE, choose, scored
+from .sampling import NOT_FINITE, choose_tokens, scored
 from .slots import Slots, Span
 
 MOST_GUESSED = 8  # tokens of a draft per step
@@ -204,7 +204,7 @@ class Engine:
         while writing:
             rows = [row + place for _, row in writing]
             here = logits if rows == [*range(len(logits))] else logits[rows]
-            tokens = choose([reading.turn.writer for reading, _ in writing], here)
+            tokens = choose_tokens([reading.turn.writer for reading, _ in writing], here)
             known = [0 if token is None else token for token in tokens]
             told = scored(known, here, [reading.turn.job.alternatives for reading, _ in writing])
             going_on = []

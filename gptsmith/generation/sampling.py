@@ -17,7 +17,7 @@ from ..config.settings import SamplingSettings
 from .job import Scored, Writer
 
 NEVER = float("-inf")
-BLOCK = 256  # tokens whose probabilities are summed first, see `drawn`
+BLOCK_SIZE = 256  # tokens whose probabilities are summed first, see `drawn`
 FEW = 256  # tokens; top_p mostly needs fewer than these likeliest ones
 LARGE = 1e30  # float32 can represent it and its inverse
 ROUNDING = 1e-4  # more than the rounding error of a sum of probabilities
@@ -135,11 +135,11 @@ def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
     vocabulary would take longer than all other operations here.
     """
     B, V = probabilities.shape
-    blocks = F.pad(probabilities, (0, -V % BLOCK)).view(B, -1, BLOCK)
-    sums = blocks.sum(dim=-1)  # (B, V / BLOCK)
+    blocks = F.pad(probabilities, (0, -V % BLOCK_SIZE)).view(B, -1, BLOCK_SIZE)
+    sums = blocks.sum(dim=-1)  # (B, V / BLOCK_SIZE)
     block, height = pick(sums, draws * sums.double().sum(dim=-1, keepdim=True))
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(B, 1, BLOCK)).squeeze(1)  # (B, BLOCK)
-    return (block * BLOCK + pick(inside, height)[0]).squeeze(-1)
+    inside = blocks.take_along_dim(block.unsqueeze(-1), dim=1).squeeze(1)  # (B, BLOCK_SIZE)
+    return (block * BLOCK_SIZE + pick(inside, height)[0]).squeeze(-1)
 
 
 def pick(shares: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def pick(shares: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
 # -- several texts, each with its own settings
 
 
-def choose(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
+def choose_tokens(writers: Sequence[Writer], logits: Tensor) -> list[int | None]:
     """Choose the next token of each text, without appending it.  N texts, (N, V) -> N tokens
 
     None where a text's logits are not finite.

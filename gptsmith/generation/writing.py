@@ -56,7 +56,7 @@ def generate_tokens(
     if max_new_tokens == 0:
         return
     device = model.device
-    for news in steps(engine_for(model, jobs, decoder, use_cache=use_cache)):
+    for news in news_of(engine_for(model, jobs, decoder, use_cache=use_cache)):
         new = [item.token.id for item in news if item.token is not None]
         # A step gives one token to every row, or several to the only row of a draft.
         for start in range(0, len(new), len(jobs)):
@@ -117,7 +117,7 @@ def stream(
 
 def pieces(engine: Engine, text: Text) -> Iterator[str]:
     """Yield the text of an engine's only job as it grows."""
-    for news in steps(engine):
+    for news in news_of(engine):
         for item in news:
             piece = text.push(item)
             if piece.text:
@@ -148,7 +148,7 @@ def generate(
     engine = engine_for(model, jobs, decoder)
     texts = {job: Text(tokenizer, stop=stop) for job in jobs}
     written = dict.fromkeys(jobs, "")
-    for news in steps(engine):
+    for news in news_of(engine):
         for item in news:
             piece = texts[item.job].push(item)
             written[item.job] += piece.text
@@ -240,7 +240,7 @@ def engine_for(
     return engine
 
 
-def steps(engine: Engine) -> Iterator[list[News]]:
+def news_of(engine: Engine) -> Iterator[list[News]]:
     """Yield the news of each step until all jobs have finished; NotFiniteError if one fails."""
     while not engine.idle:
         news = engine.step(0.0)  # no job has a deadline

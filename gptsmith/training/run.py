@@ -31,7 +31,7 @@ from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .records import Recorder, write_event
 
-CONFIG = "config.toml"
+SETTINGS = "config.toml"
 SAMPLES = "samples.md"
 
 

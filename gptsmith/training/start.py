@@ -31,7 +31,7 @@ from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import METRICS, Recorder, Watchers, read_metrics, write_event
-from .run import CONFIG, SAMPLES, Run, point_to_newest
+from .run import SAMPLES, SETTINGS, Run, point_to_newest
 from .trainer import batch_rows, make_trainer, micro_batch_rows
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
@@ -40,13 +40,13 @@ AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro
 
 def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Open a run from its folder, and make every automatic choice."""
-    settings = changed(read_toml(folder / CONFIG), changes)
+    settings = changed(read_toml(folder / SETTINGS), changes)
     display.log_every = settings.report.log_every
     machine = devices.choose_to_learn(settings.machine)
     device = devices.prepare_machine(machine)
     checkpoint, state = newest_state(folder)
     dataset, tokenizer = open_data(folder, settings, display)
-    model = open_model(settings, tokenizer, checkpoint, device)
+    model = make_model(settings, tokenizer, checkpoint, device)
     rows = batch_rows(settings.training, model.config)
     machine = replace(machine, micro_batch=state["micro_batch"] or machine.micro_batch)
     machine = replace(machine, micro_batch=micro_batch_rows(machine, model.config, rows, device))
@@ -168,7 +168,7 @@ def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSett
         )
 
 
-def open_model(
+def make_model(
     settings: RunSettings,
     tokenizer: Tokenizer | None,
     checkpoint: Path | None,
@@ -213,7 +213,7 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= run.done]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         cut_samples(folder / SAMPLES, run.done)
-    write_text(folder / CONFIG, to_toml(run.settings))
+    write_text(folder / SETTINGS, to_toml(run.settings))
     if run.done:
         point_to_newest(run)
     run.recorder = Recorder(folder, kept, Watchers(folder, run.settings))
