@@ -24,13 +24,13 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Plot the loss curves of runs into one PNG."""
     settings = chosen(options, PlotSettings)
-    from ..training.records import draw_curves, read_metrics
+    from ..training.records import METRICS, draw_curves, read_metrics
 
     curves = {}
     for name in options.runs:
-        path = Path(name) / "metrics.jsonl"
+        path = Path(name) / METRICS
         if not path.is_file():
-            raise FileNotFoundError(f"{name} has no metrics.jsonl: it is not the folder of a run")
+            raise FileNotFoundError(f"{name} has no {METRICS}: it is not the folder of a run")
         label = Path(name).name if Path(name).name not in curves else name
         curves[label] = read_metrics(path)
     draw_curves(curves, settings.out)

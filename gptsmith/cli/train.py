@@ -80,6 +80,8 @@ def run(options: Namespace) -> int:
 
 def conclude(trained: Any, display: Any) -> None:
     """Report how a run ended, where its files are, and what to type next."""
+    from ..training.records import last_sample
+
     folder, steps = trained.folder, trained.settings.training.steps
     if trained.signal is not None:
         display.say(f"Stopped and saved after {trained.done:,} of {steps:,} steps.")
@@ -109,13 +111,3 @@ def conclude(trained: Any, display: Any) -> None:
             "longer": f"gptsmith train {folder / 'config.toml'} --steps {2 * steps}",
         },
     )
-
-
-def last_sample(folder: Path) -> str:
-    """Return the newest text in a run's samples.md, unquoted; empty if there is none."""
-    path = folder / "samples.md"
-    if not path.is_file():
-        return ""
-    newest = path.read_text(encoding="utf-8").rpartition("\n## step ")[2].partition("\n")[2]
-    lines = [line.removeprefix(">").removeprefix(" ") for line in newest.strip().splitlines()]
-    return "\n".join("  " + line for line in lines)

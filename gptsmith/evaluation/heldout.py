@@ -108,7 +108,9 @@ def evaluate_tokens(
     if length < 2:
         raise ValueError(f"a text of {length} tokens cannot be evaluated: at least 2 are needed")
     T = context_length or model.config.context_length
-    lengths = None if tokenizer is None else byte_lengths(tokenizer, model.config.vocab_size)
+    lengths = np.zeros(model.config.vocab_size, np.int64)  # bytes of each id, (V,)
+    if tokenizer is not None:
+        lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
     was_training = model.training
     model.eval()
     nats, counted, size = 0.0, 0.0, 0.0
@@ -116,17 +118,11 @@ def evaluate_tokens(
         for tokens, targets in my_share(windows(stream, length, T)):
             nats += loss_sum(model, tokens, targets, precision or nullcontext())
             counted += targets.size
-            size += 0 if lengths is None else int(lengths[targets].sum())
+            size += int(lengths[targets].sum())
     finally:
         model.train(was_training)
     nats, counted, size = sum_of_numbers((nats, counted, size), model.device)
-    return Evaluation(nats / counted, int(counted), None if lengths is None else int(size))
-
-
-def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Return the bytes of text of each id, (V,); 0 for ids that the tokenizer does not have."""
-    lengths = tokenizer.byte_lengths()
-    return np.pad(lengths, (0, vocab_size - len(lengths)))
+    return Evaluation(nats / counted, int(counted), None if tokenizer is None else int(size))
 
 
 def windows(stream: Tokens, length: int, T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -29,7 +29,6 @@ from .schedules import learning_rate
 # scaler may first have to halve its scale many times, from 65,536.
 MOST_SKIPPED = {"float32": 5, "bf16": 5, "fp8": 5, "fp16": 25}
 
-
 Compiled = Literal["no", "yes", "max-autotune"]
 
 
@@ -67,18 +66,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
-        self.ready: tuple[int, Tensor, Tensor] | None = None  # a step's batch, loaded ahead
+        self.ready: dict[int, tuple[Tensor, Tensor]] = {}  # the next step's batch, loaded ahead
 
     def compile(self, mode: Compiled) -> None:
         """Turn torch.compile on or off for the loss."""
         self.compiled, self.loss = mode, self.model.loss
         if mode != "no":
             self.loss = torch.compile(self.loss, mode=None if mode == "yes" else mode)
-
-    def forget_gradients(self) -> None:
-        """Free the gradients."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
 
     def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Accumulate the gradient of the global batch's mean loss; return that loss.
@@ -87,7 +81,7 @@ class Trainer:
         micro-batches and processes: each micro-batch's mean loss is weighted by its share of the
         global batch's counted tokens.
         """
-        self.forget_gradients()
+        self.model.zero_grad()
         counted = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
         total = torch.zeros((), device=self.device)
         for micro_tokens, micro_targets in zip(
@@ -118,14 +112,12 @@ class Trainer:
                     ) from None
                 self.micro_batch = math.ceil(self.micro_batch / 2)
             # Not in the handler, where the error's traceback keeps the pass's tensors alive.
-            self.forget_gradients()
+            self.model.zero_grad()
             torch.cuda.empty_cache()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return this process's tokens and targets of a step, from 0.  -> (R, T), (R, T)"""
-        if self.ready is not None and self.ready[0] == step:
-            return self.ready[1:]
-        return self.load(step)
+        return self.ready.pop(step, None) or self.load(step)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """Read a batch and start copying it to the device.  -> (R, T), (R, T)"""
@@ -152,7 +144,7 @@ class Trainer:
             self.model.parameters(), self.settings.grad_clip or math.inf
         )
         if done + 1 < self.settings.steps:  # load the next batch while the GPU is still busy
-            self.ready = (done + 1, *self.load(done + 1))
+            self.ready[done + 1] = self.load(done + 1)
         numbers = torch.stack((loss, norm)).tolist()  # the step's only wait for the GPU
         skipped = not all(map(math.isfinite, numbers))
         if not skipped:

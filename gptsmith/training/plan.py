@@ -94,7 +94,7 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
     update = seconds_of(partial(dry_update, trainer), trainer.device)
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
-    trainer.forget_gradients()
+    trainer.model.zero_grad()
     seconds = micro_batch * -(-rows // trainer.micro_batch), update
     # The mean over the processes, so that all make the same choices.
     totals = sum_of_numbers(seconds, trainer.device)

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl and events.jsonl, loss.png, and other loggers.
+"""The records of a run: metrics.jsonl, events.jsonl, samples.md, loss.png, and other loggers.
 
 Knows nothing of models.
 """
@@ -6,6 +6,7 @@ Knows nothing of models.
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import RunSettings
+from ..machine.files import write_text
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+SAMPLES = "samples.md"
 LOSS_PLOT = "loss.png"
 PLOT_INTERVAL = 50  # times the time that a plot took, at least, from one to the next
 
@@ -56,6 +59,34 @@ def write_event(folder: Path, event: str, **details: Any) -> None:
     line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
     with (folder / EVENTS).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def write_sample(folder: Path, step: int, text: str) -> None:
+    """Append a sample of generated text."""
+    quoted = "\n".join(f"> {line}" for line in text.splitlines())
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(f"## step {step}\n\n{quoted}\n\n")
+
+
+def cut_samples(folder: Path, done: int) -> None:
+    """Drop the samples of steps after the one that the run resumes from."""
+    path = folder / SAMPLES
+    if path.is_file():
+        samples = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
+        heads = [re.match(r"## step (\d+)$", sample, re.MULTILINE) for sample in samples]
+        pairs = zip(samples, heads, strict=True)
+        kept = [sample for sample, head in pairs if not head or int(head[1]) <= done]
+        write_text(path, "".join(kept))
+
+
+def last_sample(folder: Path) -> str:
+    """Return the lines of the newest sample, indented; empty if there is none."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        return ""
+    newest = path.read_text(encoding="utf-8").rpartition("\n## step ")[2].partition("\n")[2]
+    lines = [line.removeprefix(">").removeprefix(" ") for line in newest.strip().splitlines()]
+    return "\n".join("  " + line for line in lines)
 
 
 def smoothed(losses: Sequence[float], memory: float) -> list[float]:
@@ -155,9 +186,9 @@ class Recorder:
     def draw(self, *, always: bool) -> None:
         """Draw the loss curves, unless that would take a large share of the run's time."""
         started = time.monotonic()
-        if always or started >= self.draw_after:
-            if any(record["loss"] is not None for record in self.records):
-                draw_curves({self.folder.name: self.records}, self.folder / LOSS_PLOT)
+        drawable = any(record["loss"] is not None for record in self.records)
+        if drawable and (always or started >= self.draw_after):
+            draw_curves({self.folder.name: self.records}, self.folder / LOSS_PLOT)
             self.draw_after = started + PLOT_INTERVAL * (time.monotonic() - started)
 
     def flush(self) -> None:
@@ -196,9 +227,11 @@ class Watchers:
                 raise ImportError(
                     "--wandb needs an extra: pip install 'gptsmith[wandb]'"
                 ) from error
-            project, config = settings.report.wandb, asdict(settings)
             self.wandb_run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config=config
+                project=settings.report.wandb,
+                name=folder.name,
+                dir=str(folder),
+                config=asdict(settings),
             )
 
     def add(self, record: Record) -> None:

@@ -29,10 +29,9 @@ from ..machine.terminal import Display
 from ..tokenizers import Tokenizer
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
-from .records import Recorder, write_event
+from .records import Recorder, write_event, write_sample
 
 SETTINGS = "config.toml"
-SAMPLES = "samples.md"
 
 
 @dataclass
@@ -73,7 +72,7 @@ def follow(run: Run) -> None:
                     if "validation_loss" in record or run.done == total:
                         run.recorder.draw(always=run.done == total)
                     if run.done % (report.sample_every or report.evaluate_every) == 0:
-                        write_sample(run)
+                        sample(run)
                     # A skipped step is not saved, so that the newest checkpoint is a good one.
                     if stopping or (worth_saving(run) and not step.skipped):
                         save_checkpoint(run)
@@ -141,10 +140,9 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """Evaluate on the validation split, and note whether this step is the best so far.
+    """Evaluate on the validation split in the run's precision; note if this step is the best.
 
-    Computes in the run's precision. Returns what to add to the step's record: nothing if no text is
-    held out.
+    Returns the fields to add to the step's record: none if no text is held out.
     """
     if run.dataset.validation is None:
         return {}
@@ -178,8 +176,8 @@ def note_changes(run: Run, step: StepReport) -> None:
         write_event(run.folder, "micro_batch", step=step.step, before=before, after=after)
 
 
-def write_sample(run: Run) -> None:
-    """Append a sample of generated text to samples.md."""
+def sample(run: Run) -> None:
+    """Generate a text, and append it to samples.md."""
     settings, model = run.settings.report, run.trainer.model
     if run.tokenizer is None or settings.sample_tokens == 0:
         return
@@ -191,9 +189,7 @@ def write_sample(run: Run) -> None:
     except NotFiniteError as error:
         text = f"({error})"
     model.train()
-    quoted = "\n".join(f"> {line}" for line in (prompt + text).splitlines())
-    with (run.folder / SAMPLES).open("a", encoding="utf-8") as file:
-        file.write(f"## step {run.done}\n\n{quoted}\n\n")
+    write_sample(run.folder, run.done, prompt + text)
 
 
 # -- saving

@@ -5,7 +5,6 @@ killed before its first step can be resumed. Every automatic choice is made here
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,8 @@ from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
-from .records import METRICS, Recorder, Watchers, read_metrics, write_event
-from .run import SAMPLES, SETTINGS, Run, point_to_newest
+from .records import METRICS, Recorder, Watchers, cut_samples, read_metrics, write_event
+from .run import SETTINGS, Run, point_to_newest
 from .trainer import batch_rows, make_trainer, micro_batch_rows
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
@@ -212,7 +211,7 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     if path.exists():
         kept = [record for record in read_metrics(path) if record["step"] <= run.done]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        cut_samples(folder / SAMPLES, run.done)
+        cut_samples(folder, run.done)
     write_text(folder / SETTINGS, to_toml(run.settings))
     if run.done:
         point_to_newest(run)
@@ -220,13 +219,3 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
     event = "resumed" if run.done or kept else "started"
     changes = {name: str(value) for name, value in changes.items()}
     write_event(folder, event, step=run.done, changes=changes, processes=world_size())
-
-
-def cut_samples(path: Path, done: int) -> None:
-    """Drop the samples of steps after the one that the run resumes from."""
-    if path.is_file():
-        samples = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
-        heads = [re.match(r"## step (\d+)$", sample, re.MULTILINE) for sample in samples]
-        pairs = zip(samples, heads, strict=True)
-        kept = [sample for sample, head in pairs if not head or int(head[1]) <= done]
-        write_text(path, "".join(kept))
