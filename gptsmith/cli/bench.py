@@ -117,10 +117,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         found = measure_generation(options, wanted, config, machines, folder)
     head = f"{options.what}: {title}"
-    if wanted.json:
-        print(json.dumps({"model": title, **found}))
-    else:
-        print(table_text(head, found) if "table" in found else f"{head}\n{figures_text(found)}")
+    text = table_text(head, found) if "table" in found else f"{head}\n{figures_text(found)}"
+    print(json.dumps({"model": title, **found}) if wanted.json else text)
 
 
 def chosen_machines(
@@ -246,7 +244,6 @@ def table_text(head: str, found: Figures) -> str:
     tokens = f"{found['prompt_tokens']} + {found['new_tokens']} tokens"
     head = f"{head}, {found['parameters']:,} parameters, greedy, {tokens}"
     where = f"on {found['device']}, {found['threads']} threads, rounds: {found['rounds']}\n"
-    lines = [("dtype", "measure", "system", "value")]
-    for line in found["table"]:
-        lines.append((line["dtype"], line["measure"], line["system"], spread(**line["value"])))
+    rows = [(x["dtype"], x["measure"], x["system"], spread(**x["value"])) for x in found["table"]]
+    lines = [("dtype", "measure", "system", "value"), *rows]
     return "\n".join([head, where, *columns(lines, "<<<<"), LEGEND])

@@ -70,13 +70,12 @@ def write_sample(folder: Path, step: int, text: str) -> None:
 
 def cut_samples(folder: Path, done: int) -> None:
     """Drop the samples of steps after the one that the run resumes from."""
-    path = folder / SAMPLES
+    path, kept = folder / SAMPLES, ""
     if path.is_file():
-        samples = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
-        heads = [re.match(r"## step (\d+)$", sample, re.MULTILINE) for sample in samples]
-        pairs = zip(samples, heads, strict=True)
-        kept = [sample for sample, head in pairs if not head or int(head[1]) <= done]
-        write_text(path, "".join(kept))
+        for sample in re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8")):
+            head = re.match(r"## step (\d+)\n", sample)
+            kept += sample if head is None or int(head[1]) <= done else ""
+        write_text(path, kept)
 
 
 def last_sample(folder: Path) -> str:
