@@ -26,13 +26,12 @@ class AdamW:
     def __init__(self, parameters: list[Tensor], settings: TrainingSettings) -> None:
         decayed = [p for p in parameters if p.ndim >= 2]
         plain = [p for p in parameters if p.ndim < 2]
+        rate = {"lr": settings.learning_rate, "times": 1.0}
         self.settings = settings
         self.param_groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": settings.weight_decay, **rate},
+            {"params": plain, "weight_decay": 0.0, **rate},
         ]
-        for group in self.param_groups:
-            group |= {"lr": settings.learning_rate, "times": 1.0}
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()

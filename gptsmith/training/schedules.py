@@ -13,12 +13,14 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
     It rises linearly over the warmup, from above 0 so that the first step counts. Then `cosine`
     decays to the minimum along half a cosine wave, `wsd` stays constant and decays linearly over
-    the last `decay_fraction` of the steps, and `constant` stays.
+    the last `decay_fraction` of the steps, and `constant` stays. Unless the minimum is set, it is a
+    tenth of the peak, or 0 with wsd.
     """
-    peak = settings.learning_rate
+    peak, lowest = settings.learning_rate, settings.min_learning_rate
+    if lowest is None:
+        lowest = 0.0 if settings.schedule == "wsd" else peak / 10
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
-    lowest = lowest_learning_rate(settings)
     if settings.schedule == "constant":
         return peak
     if settings.schedule == "cosine":
@@ -28,10 +30,3 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     decay = max(1.0, settings.steps * settings.decay_fraction)
     left = (settings.steps - step) / decay
     return lowest + (peak - lowest) * min(1.0, max(0.0, left))
-
-
-def lowest_learning_rate(settings: TrainingSettings) -> float:
-    """Return the final learning rate: as set, else a tenth of the peak, or 0 with wsd."""
-    if settings.min_learning_rate is not None:
-        return settings.min_learning_rate
-    return 0.0 if settings.schedule == "wsd" else settings.learning_rate / 10

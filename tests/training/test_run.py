@@ -234,23 +234,6 @@ def test_a_damaged_checkpoint_is_passed_over(capsys: pytest.CaptureFixture[str])
     assert [record["step"] for record in records(run)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--learning-rate", "0.1"], "--learning-rate 0.1 contradicts the run, which has 0.002"),
-        (["--steps", "99"], "steps 99 contradicts the run, which has 8"),
-        (["--n-layer", "2"], "--n-layer 2 contradicts the run, which has 1"),
-        (["--seed", "1"], "seed 1 contradicts the run"),
-    ],
-)
-def test_a_resume_that_contradicts_the_run_is_refused(
-    change: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train()
-    assert main(["train", "--resume", str(run), *change]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_change_of_machine_in_mid_run_is_recorded() -> None:
     run = train()
     assert main(["train", "--resume", str(run), "--micro-batch", "2", "--keep", "5"]) == 0
