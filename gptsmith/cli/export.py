@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..config.fields import REQUIRED, Bytes, setting
 from ..convert.formats import DTYPES, WRITABLE
@@ -55,9 +55,4 @@ def run(options: Namespace) -> None:
         dtype=settings.dtype,
         shard_bytes=settings.shard_size,
     )
-    show(report, settings.json)
-
-
-def show(report: Any, as_json: bool) -> None:
-    """Print the report of a conversion."""
-    print(json.dumps(report.to_json(), indent=2) if as_json else report)
+    print(json.dumps(report.to_json(), indent=2) if settings.json else report)

@@ -1,5 +1,6 @@
 """The verb that converts a model from another format: import."""
 
+import json
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from ..config.fields import Bytes, setting
 from ..convert.formats import FORMATS, READABLE
 from ..machine.dtypes import dtype_named
 from ..machine.environment import return_freed_memory
-from .export import DTYPE_HELP, SHARD_HELP, show
+from .export import DTYPE_HELP, SHARD_HELP
 from .flags import Parser, add_flags, chosen
 
 OWN_DTYPES = FORMATS["huggingface"].dtypes
@@ -62,4 +63,4 @@ def run(options: Namespace) -> None:
         dtype=settings.dtype,
         shard_bytes=settings.shard_size,
     )
-    show(report, settings.json)
+    print(json.dumps(report.to_json(), indent=2) if settings.json else report)

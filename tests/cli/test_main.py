@@ -178,12 +178,6 @@ def test_training_writes_plain_lines_to_stderr(finished: Path) -> None:
         assert (finished / "run" / name).stat().st_size > 0, name
 
 
-def test_a_trained_run_repeats_from_its_own_config(finished: Path, does: Any) -> None:
-    does("train", finished / "run/config.toml", "--out", "again")
-    weights = "checkpoints/step-00000004/model.safetensors"
-    assert Path("again", weights).read_bytes() == (finished / "run" / weights).read_bytes()
-
-
 def test_without_out_runs_are_numbered(does: Callable[..., str]) -> None:
     does("train", "text.txt", *TINY)
     does("train", "text.txt", *TINY)
