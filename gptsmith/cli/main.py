@@ -80,10 +80,9 @@ def open_closed() -> None:
 
     Otherwise a new socket could get their file descriptors: the lowest free number is used.
     """
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def dispatch(words: list[str]) -> int:
