@@ -18,7 +18,7 @@ from .compiled import CompiledDecoder, Decoder
 from .graphs import GraphDecoder
 
 # How much costlier several passes may be than one that is mostly padding (measured, as pass_cost).
-PADDING = 1.5
+MOST_PADDING = 1.5
 SHORTEST_SHARED = 16  # tokens; copying fewer is not worth it
 
 
@@ -124,7 +124,7 @@ class Slots:
         T = max((len(span.tokens) for span in spans), default=0)
         apart = sum(len(span.tokens) for span in spans) + passes * self.pass_cost
         fits = max(map(len, self.texts)) + T <= self.capacity
-        return fits and len(self) * T <= PADDING * apart
+        return fits and len(self) * T <= MOST_PADDING * apart
 
     # -- forward passes
 

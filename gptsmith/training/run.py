@@ -31,7 +31,7 @@ from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .records import Recorder, write_event, write_sample
 
-SETTINGS = "config.toml"
+CONFIG_TOML = "config.toml"
 
 
 @dataclass

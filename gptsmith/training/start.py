@@ -30,7 +30,7 @@ from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import METRICS, Recorder, Watchers, cut_samples, read_metrics, write_event
-from .run import SETTINGS, Run, point_to_newest
+from .run import CONFIG_TOML, Run, point_to_newest
 from .trainer import batch_rows, make_trainer, micro_batch_rows
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
@@ -39,7 +39,7 @@ AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro
 
 def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     """Open a run from its folder, and make every automatic choice."""
-    settings = changed(read_toml(folder / SETTINGS), changes)
+    settings = changed(read_toml(folder / CONFIG_TOML), changes)
     display.log_every = settings.report.log_every
     machine = devices.choose_to_learn(settings.machine)
     device = devices.prepare_machine(machine)
@@ -212,7 +212,7 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= run.done]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         cut_samples(folder, run.done)
-    write_text(folder / SETTINGS, to_toml(run.settings))
+    write_text(folder / CONFIG_TOML, to_toml(run.settings))
     if run.done:
         point_to_newest(run)
     run.recorder = Recorder(folder, kept, Watchers(folder, run.settings))

@@ -24,7 +24,7 @@ from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
 from .records import METRICS
-from .run import SETTINGS, Run, follow
+from .run import CONFIG_TOML, Run, follow
 from .start import open_run
 
 
@@ -81,9 +81,9 @@ def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> 
     """Resume a run from its newest intact checkpoint, or from the start if it has none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run at {folder}")
-    if not (folder / SETTINGS).is_file():
-        raise FileNotFoundError(f"{folder} has no {SETTINGS}, so it is not the folder of a run")
-    join_processes(find_device(read_toml(folder / SETTINGS).machine.device))
+    if not (folder / CONFIG_TOML).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_TOML}, so it is not the folder of a run")
+    join_processes(find_device(read_toml(folder / CONFIG_TOML).machine.device))
     return train_folder(folder, display, changes)
 
 
@@ -102,7 +102,7 @@ def create(settings: RunSettings, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
     folder.mkdir(parents=True)
-    write_text(folder / SETTINGS, to_toml(settings))
+    write_text(folder / CONFIG_TOML, to_toml(settings))
 
 
 def next_run_folder(name: str) -> Path:
