@@ -143,7 +143,8 @@ def generate(
     Continuation i of the list is what `stream` yields with seed + i.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    repeated = [text for text in prompts for _ in range(num_samples)]
+    # Multiplied as a list, an impossible number fails before it fills the memory.
+    repeated = [text for each in prompts for text in [each] * num_samples]
     jobs = text_jobs(model, tokenizer, repeated, max_tokens, sampling=sampling, seed=seed)
     engine = engine_for(model, jobs, decoder)
     texts = {job: Text(tokenizer, stop=stop) for job in jobs}
