@@ -1,12 +1,13 @@
 """The verb that learns a byte-level BPE from text: tokenizer."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.fields import REQUIRED, setting
 from ..config.settings import PrepareSettings
-from ..machine.terminal import tell
+from ..machine.terminal import Display, size, tell
 from .flags import Parser, add_flags, chosen
 from .opening import SOURCE_HELP
 
@@ -40,8 +41,21 @@ def run(options: Namespace) -> None:
     sources = [source for source in find_sources(options.sources) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(options.sources)}: it is empty")
-    texts = (passage.text for passage in Reader(sources, text).passages())
-    learned = learn_bpe(texts, settings.vocab_size)
+    display, total = Display(), sum(source.size for source in sources)
+
+    def texts() -> Iterator[str]:
+        reader = Reader(sources, text)
+        display.open_bar("reading", total)
+        for passage in reader.passages():
+            yield passage.text
+            display.move_bar(reader.read, f"{size(reader.read)} of {size(total)}")
+        display.close_bar()
+        display.say(f"Learning {settings.vocab_size:,} tokens from {size(total)}")
+
+    try:
+        learned = learn_bpe(texts(), settings.vocab_size)
+    finally:
+        display.close_bar()
     with written_whole(settings.out) as folder:
         learned.save(folder)
     tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {settings.out}")

@@ -81,9 +81,9 @@ def place_to_cut(text: str, start: int, tokenizer: Tokenizer) -> int:
     enough = start + STRETCH
     if len(text) <= enough:
         return 0
-    if tokenizer.kind in ("char", "byte"):
+    if tokenizer.kind in ("char", "byte") and not tokenizer.added:
         return enough
-    if splits_like(tokenizer.spec) != "gpt2":
+    if splits_like(tokenizer.spec) not in ("gpt2", "bytes") or not tokenizer.cuts_at_spaces:
         return 0
     if found := SAFE.search(text, enough):
         return found.end()

@@ -4,10 +4,12 @@ Downloads nothing: GPT-2's two vocabulary files are found on this machine and ve
 """
 
 import json
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import tokenizers
@@ -26,6 +28,9 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 # tiktoken's cache names a file by the SHA-1 of the address that it came from.
 TIKTOKEN_VOCABULARY = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 TIKTOKEN_MERGES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
+
+LONGEST_WORD = 1000  # characters, for learning
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
@@ -68,7 +73,11 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE of `vocab_size` tokens, including <|endoftext|>, that splits text as
-    GPT-2 does."""
+    GPT-2 does.
+
+    Runs of more than a thousand characters without a space are cut for it, because the time to
+    learn grows with the square of a word's length.
+    """
     least = len(BYTES) + 1
     if vocab_size < least:
         problem = f"is {vocab_size}: at least {least} (256 bytes and <|endoftext|>) is needed"
@@ -80,7 +89,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner.train_from_iterator(texts, trainer)
+    interruptible(lambda: learner.train_from_iterator(short_words(texts), trainer))
     learned = json.loads(learner.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     tokenizer = byte_level(models.BPE(vocab=learned["vocab"], merges=merges))
@@ -90,6 +99,37 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             stacklevel=2,
         )
     return tokenizer
+
+
+def interruptible(work: Callable[[], None]) -> None:
+    """Do work in a thread: Ctrl-C is heard by Python code only, and a library may compute for long.
+
+    After an interrupt, the thread goes on until the work is done or the process ends.
+    """
+    failures: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = Thread(target=do, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failures:
+        raise failures[0]
+
+
+def short_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts in passages without words, or white space, of more than LONGEST_WORD."""
+    for text in texts:
+        start = 0
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def open_tokenizer(name: str) -> Tokenizer:

@@ -30,10 +30,21 @@ def kind_of(spec: Mapping[str, Any]) -> str:
         raise ValueError(
             f"the tokenizer has {got}: only byte-level BPE, byte and char are supported"
         )
+    added = [token["content"] for token in spec["added_tokens"] if not token["special"]]
     if splitter is None and not model["merges"]:
+        if added:
+            raise ValueError(
+                f"the char tokenizer has an added token, {added[0]!r}: only single characters and "
+                "special tokens are supported"
+            )
         return "char"
     if splits_like(spec) == "bytes" and not model["merges"]:
         return "byte"
+    for token in added:  # found in text as it is, but as a token of BPE it stands for other bytes
+        if token in model["vocab"] and not token.isascii():
+            raise ValueError(
+                f"the tokenizer's added token {token!r} is a token of its BPE too, with other text"
+            )
     specials = {token["content"] for token in spec["added_tokens"]}
     odd = [t for t in model["vocab"] if t not in specials and not all(c in BYTES for c in t)]
     if odd or splits_like(spec) is None:
@@ -65,18 +76,19 @@ def splits_like(spec: Mapping[str, Any]) -> str | None:
 def mergeable_by_rank(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
     """Return whether tiktoken, which merges in the order of token ids, gives this BPE's ids.
 
-    It does if ids grow in the order of the merges, every merge gives a new token, and text is split
-    as GPT-2 does.
+    It does if ids grow in the order of the merges, every merge gives a new token, text is split as
+    GPT-2 does, and no text has a token that was added for it.
     """
     model = spec["model"]
     plain = not (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"))
     results = [vocab.get("".join(pair), -1) for pair in model["merges"]]
-    specials = {token["id"] for token in spec["added_tokens"]}
+    added = spec["added_tokens"]
     singles = [vocab.get(symbol, -1) for symbol in BYTES]
     return (
         plain
+        and all(token["special"] for token in added)
         and splits_like(spec) == "gpt2"
         and min(singles) >= 0
         and all(a < b for a, b in zip([max(singles), *results], results, strict=False))
-        and len(specials) + 256 + len(results) == len(vocab)
+        and len(added) + 256 + len(results) == len(vocab)
     )

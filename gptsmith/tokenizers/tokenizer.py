@@ -6,6 +6,8 @@ Knows nothing of where a vocabulary comes from (`build.py`), or of models and te
 import codecs
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True  # text that looks like <|endoftext|> stays text
+        switch_off_what_varies(backend)
         self.backend = backend
         self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
@@ -46,12 +49,25 @@ class Tokenizer:
         return {t["id"]: t["content"] for t in self.spec["added_tokens"] if t["special"]}
 
     @cached_property
+    def added(self) -> list[dict[str, Any]]:
+        """The tokens that were added for a text of their own, which is found before splitting."""
+        return [token for token in self.spec["added_tokens"] if not token["special"]]
+
+    @cached_property
+    def cuts_at_spaces(self) -> bool:
+        """Whether a text may be cut before white space, as far as added tokens are concerned."""
+        return not any(
+            token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"])
+            for token in self.added
+        )
+
+    @cached_property
     def pieces(self) -> dict[int, bytes]:
         """The bytes that each id stands for."""
-        if self.kind == "char":
-            return {id: token.encode() for token, id in self.vocab.items()}
+        own = self.vocab if self.kind == "char" else self.specials.values()
+        own = {*own, *(token["content"] for token in self.added)}  # written as they are
         return {
-            id: token.encode() if id in self.specials else bytes(BYTES[c] for c in token)
+            id: token.encode() if token in own else bytes(BYTES[c] for c in token)
             for token, id in self.vocab.items()
         }
 
@@ -67,6 +83,8 @@ class Tokenizer:
             "splits": "characters" if self.kind == "char" else splits_like(self.spec),
             "specials": {str(id): self.specials[id] for id in sorted(self.specials)},
         }
+        if self.added:
+            does["added"] = self.added
         return hashlib.sha256(json.dumps(does, ensure_ascii=True).encode()).hexdigest()
 
     # -- text to ids
@@ -87,7 +105,7 @@ class Tokenizer:
         refuse_surrogates(text)
         if self.kind == "char":
             ids = self._encode_characters(text, unknown)
-        elif self.kind == "byte":
+        elif self.kind == "byte" and not self.added:
             ids = self._byte_table[np.frombuffer(text.encode(), np.uint8)]
         elif self._tiktoken is not None:
             ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
@@ -214,6 +232,23 @@ class TextDecoder:
     def flush(self) -> str:
         """Return the rest at the end of the ids: U+FFFD for an incomplete character, or ""."""
         return self.utf8.decode(b"", final=True)
+
+
+def switch_off_what_varies(backend: tokenizers.Tokenizer) -> None:
+    """Make the ids of a text depend on the text alone.
+
+    transformers saves the truncation and the padding of its last call; BPE dropout is random.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    model = backend.model
+    if isinstance(model, tokenizers.models.BPE) and model.dropout:
+        warnings.warn(
+            f"the tokenizer has a BPE dropout of {model.dropout:.3g}, which gives a text other ids "
+            "each time: it is switched off",
+            stacklevel=4,
+        )
+        model.dropout = None
 
 
 def refuse_surrogates(text: str) -> None:
