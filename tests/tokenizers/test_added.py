@@ -22,7 +22,7 @@ from gptsmith.tokenizers import (
     char_tokenizer,
     gpt2_tokenizer,
     learn_bpe,
-    tokenizer_in,
+    load_tokenizer,
 )
 
 BASES = {
@@ -89,12 +89,12 @@ def test_every_path_gives_transformers_ids(
 def test_a_saved_folder_keeps_them_and_tells_them_apart(tmp_path: Path) -> None:
     judge = theirs(BASES["gpt2"], ["newword", "new york", "ilÖveyou"])
     judge.save_pretrained(tmp_path)
-    tokenizer = tokenizer_in(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("a newword b") == [64, 220, 50257, 275]
     assert tokenizer.decode([50258, 50259]) == "new yorkilÖveyou"
     assert tokenizer.fingerprint != BASES["gpt2"].fingerprint
     tokenizer.save(tmp_path)
-    assert tokenizer_in(tmp_path).fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     other = theirs(BASES["gpt2"], [tokenizers.AddedToken("newword", lstrip=True)])
     same = theirs(BASES["gpt2"], ["newword"])
     prints = {Tokenizer(each.backend_tokenizer).fingerprint for each in (other, same)}
@@ -114,7 +114,7 @@ def test_truncation_and_padding_of_an_earlier_call_are_switched_off(tmp_path: Pa
     text = "The quick brown fox jumps over the lazy dog. " * 50
     judge(text, truncation=True, max_length=16, padding="max_length")
     judge.save_pretrained(tmp_path)
-    tokenizer = tokenizer_in(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     expected = BASES["gpt2"].encode(text)
     assert tokenizer.encode(text) == tokenizer.encode_array(text).tolist() == expected
     assert tokenizer.encode("The quick") == [464, 2068]
