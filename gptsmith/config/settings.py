@@ -40,7 +40,12 @@ class DataSettings:
 class PrepareSettings:
     """How text becomes tokens."""
 
-    field: str = setting("text", "key in .jsonl rows, or column in .parquet, that holds the text")
+    field: str = setting(
+        "text", "key in .jsonl rows, or column in .parquet and .csv, that holds the text"
+    )
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "what happens to a row without text: an error, or it is skipped and counted"
+    )
     encoding: str = setting("utf-8", "character encoding of text files")
     unknown: Literal["error", "skip"] = setting(
         "error", "what a char tokenizer does with a character it does not know"

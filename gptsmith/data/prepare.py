@@ -7,6 +7,7 @@ Knows nothing of how text is found (`sources.py`) and encoded (`encode.py`), or 
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -80,6 +81,8 @@ def preparing(
     sources = [source for source in find_sources(names) if source.size]
     if not sources:
         raise ValueError(f"there is no text in {', '.join(names)}: it is empty")
+    if options.field != "text" and not any(source.has_rows for source in sources):
+        warnings.warn("--field has no effect: no source has rows", stacklevel=2)
     size = sum(source.size for source in sources)
     total = 2 * size if tokenizer == "char" else size
     if tokenizer == "char":
@@ -139,7 +142,10 @@ def made_before(
     if not info:
         return None
     asked = described(sources, [source.sha256() for source in sources], tokenizer, options)
-    differing = [key for key, value in asked.items() if info.get(key) != value]
+    # What an older version did not know of had its default.
+    there = info | {"settings": asdict(PrepareSettings()) | (info.get("settings") or {})}
+    there["settings"].pop("workers")
+    differing = [key for key, value in asked.items() if there.get(key) != value]
     if differing:
         raise ValueError(
             f"{out} was prepared with other {' and '.join(differing)}: "
@@ -182,6 +188,11 @@ def write_dataset(
             train.write(train_ids)
             validation.write(validation_ids)
             yield reader.read, train.tokens + validation.tokens
+    if reader.bad_rows:
+        warnings.warn(
+            f"{reader.bad_rows:,} bad rows were skipped; the first: {reader.first_bad}",
+            stacklevel=2,
+        )
     names = ", ".join(source.name for source in sources[:3])
     if not train.tokens:
         raise ValueError(f"{names} has too little text to train on: use more")

@@ -23,6 +23,7 @@ from .shakespeare import plays
 BUILT_IN = {"shakespeare": plays}
 STANDARD_INPUT = "-"
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+TABLES = {".csv": "csv", ".tsv": "tsv", ".json": "json"}  # rows where they are named themselves
 TEXT = "txt text md markdown rst tex org adoc"
 CODE = (
     "asm bash bat c cc clj cljs cmake cpp cs css cu cuh cxx d dart el elm erl ex exs f f90 f95 fs "
@@ -30,6 +31,8 @@ CODE = (
     "mli mm nim nix pas php pl pm proto ps1 py pyi pyx r rb rkt rs s scala scm scss sh sql sv "
     "swift tcl toml ts tsx v vhd vhdl vim vue yaml yml zig zsh"
 )
+# Files by which a folder is known as a dataset, a run, or a model: what was made from text.
+MADE = ({"dataset.json"}, {"config.toml", "metrics.jsonl"}, {"config.json", "model.safetensors"})
 KNOWN_SUFFIXES = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set(ROWS)
 
 
@@ -39,7 +42,7 @@ class Source:
 
     name: str  # as the user gave it
     size: int  # bytes
-    kind: Literal["text", "jsonl", "parquet"] = "text"
+    kind: Literal["text", "jsonl", "parquet", "json", "csv", "tsv"] = "text"
     path: Path | None = None
     content: bytes | None = field(default=None, repr=False)  # UTF-8; for a text without a file
 
@@ -93,17 +96,29 @@ def sources_of(name: str) -> list[Source]:
 
 def file_source(path: Path, name: str) -> Source:
     """Return a file as a source, whose kind follows from its suffix; by default it is text."""
-    kind: Any = ROWS.get(path.suffix.lower(), "text")
+    kind: Any = (ROWS | TABLES).get(path.suffix.lower(), "text")
     if not path.is_file():  # a pipe, such as <(zcat text.gz), can be read only once
         with path.open("rb") as file:
             return spooled(file, name, kind)
+    if kind == "json" and not is_json_list(path):
+        kind = "text"
     return Source(name, path.stat().st_size, kind, path)
 
 
+def is_json_list(path: Path) -> bool:
+    """Return whether a JSON file is a list, not an object or a value."""
+    with path.open("rb") as file:
+        return file.read(CHUNK_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
 def sources_in(folder: Path) -> list[Source]:
-    """Return all text files in a folder and below, sorted; a warning counts the others."""
+    """Return all text files in a folder and below, sorted; a warning counts the others.
+
+    Datasets, runs and models in it are passed over, or a second run would learn the first.
+    """
     found: list[Path] = []
     others: list[Path] = []
+    made: list[Path] = []
     seen: set[Path] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         here = Path(place)
@@ -111,6 +126,10 @@ def sources_in(folder: Path) -> list[Source]:
             folders.clear()
             continue
         seen.add(here.resolve())
+        if any(names <= {*files} for names in MADE):
+            made.append(here)
+            folders.clear()
+            continue
         folders.sort()  # so that of two links to a folder, always the same one is followed
         others += [here / each for each in folders if each.startswith(".")]
         folders[:] = [each for each in folders if not each.startswith(".")]
@@ -118,6 +137,16 @@ def sources_in(folder: Path) -> list[Source]:
             known = path.suffix.lower() in KNOWN_SUFFIXES
             hidden = path.name.startswith(".")
             (found if known and not hidden and path.is_file() else others).append(path)
+    if made == [folder]:
+        raise ValueError(
+            f"{folder} is a dataset, a run or a model, not text: name a file or a folder of text"
+        )
+    if made:
+        warnings.warn(
+            f"{folder}: skipped {len(made)} folders that are datasets, runs or models, such as "
+            f"{min(made).relative_to(folder)}",
+            stacklevel=2,
+        )
     if not found:
         raise ValueError(
             f"{folder} has no text files, such as .txt, .md, .jsonl, .parquet or source code: name "

@@ -55,6 +55,7 @@ class Reader:
         self.read = 0  # bytes of all sources
         self.sums: list[str] = []  # SHA-256 of each source
         self.bytes, self.documents = [0, 0], [0, 0]  # of the train and the validation text
+        self.bad_rows, self.first_bad = 0, ""  # rows that were skipped, and the first's problem
 
     def passages(self) -> Iterator[Passage]:
         """Yield the text of all sources, in order, a megabyte or a row at a time."""
@@ -69,6 +70,9 @@ class Reader:
             for chunk in read_documents(
                 source, field=field, encoding=encoding, stop=tail, digest=digest
             ):
+                if chunk.problem:
+                    self.skip(chunk.problem)
+                    continue
                 held_out = (
                     is_held_out(documents, fraction) if tail is None else self.read - before >= tail
                 )
@@ -83,3 +87,10 @@ class Reader:
                     documents, splits = documents + 1, set()
             self.read = before + source.size
             self.sums.append(digest.hexdigest())
+
+    def skip(self, problem: str) -> None:
+        """Count a bad row; ValueError where bad rows are errors."""
+        if self.options.bad_rows == "error":
+            raise ValueError(f"{problem}; or skip such rows with --bad-rows skip")
+        self.bad_rows += 1
+        self.first_bad = self.first_bad or problem

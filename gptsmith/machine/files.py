@@ -86,8 +86,8 @@ def _renamed_once_written(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value` as readable JSON, in ASCII: names of files may be no valid Unicode."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -64,8 +64,8 @@ class Tokenizer:
     @cached_property
     def pieces(self) -> dict[int, bytes]:
         """The bytes that each id stands for."""
-        own = self.vocab if self.kind == "char" else self.specials.values()
-        own = {*own, *(token["content"] for token in self.added)}  # written as they are
+        plain = self.vocab if self.kind == "char" else self.specials.values()
+        own = {*plain, *(token["content"] for token in self.added)}  # written as they are
         return {
             id: token.encode() if token in own else bytes(BYTES[c] for c in token)
             for token, id in self.vocab.items()

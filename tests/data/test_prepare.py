@@ -24,7 +24,7 @@ import tiktoken
 from gptsmith.config.settings import PrepareSettings
 from gptsmith.data import encode
 from gptsmith.data import prepare as prepare_module
-from gptsmith.data.documents import checked_encoding
+from gptsmith.data.decoding import checked_encoding
 from gptsmith.data.encode import SAFE
 from gptsmith.data.prepare import Progress, prepare
 from gptsmith.data.shards import Dataset, TokenStream
@@ -167,6 +167,7 @@ def test_dataset_json_says_what_it_was_made_of(tmp_path):
     ]
     assert info["settings"] == {
         "field": "text",
+        "bad_rows": "error",
         "encoding": "utf-8",
         "unknown": "error",
         "validation_fraction": 0.1,
@@ -269,6 +270,43 @@ def test_same_bytes_with_any_number_of_workers(tmp_path, monkeypatch, tokenizer)
     for workers in (2, 7):
         made(folder, tokenizer, tmp_path / str(workers), workers=workers, shard_tokens=777)
         assert files(tmp_path / str(workers)) == files(tmp_path / "1")
+
+
+def test_bad_rows_are_skipped_and_counted_where_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"text": f"row {n}"}) for n in range(20)]
+    path.write_text("\n".join([*good[:5], '{"text": null}', "{", *good[5:], "[]"]))
+    with pytest.raises(ValueError, match=r"line 6 has null in 'text'.*--bad-rows skip"):
+        made(path, "byte", tmp_path / "out")
+    said = "3 bad rows were skipped; the first: .*rows.jsonl, line 6 has null in 'text'"
+    with pytest.warns(UserWarning, match=said):
+        found = made(path, "byte", tmp_path / "out", bad_rows="skip")
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    expected = made(tmp_path / "good.jsonl", "byte", tmp_path / "good")
+    assert ids(found.train) == ids(expected.train)
+    assert ids(found.validation) == ids(expected.validation)
+
+
+def test_a_field_without_rows_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    with pytest.warns(UserWarning, match="--field has no effect: no source has rows"):
+        made(tmp_path / "a.txt", "byte", tmp_path / "out", field="body")
+
+
+def test_a_dataset_of_before_a_setting_is_the_same(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    made(tmp_path / "a.txt", "byte", tmp_path / "out")
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    del info["settings"]["bad_rows"]
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(info))
+    made(tmp_path / "a.txt", "byte", tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf_8_is_kept_reversibly(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("some words " * 20)
+    dataset = made(path, "byte", tmp_path / "out")
+    assert os.fsencode(dataset.info["sources"][0]["path"]) == os.fsencode(path)
 
 
 # -- all or nothing

@@ -1,7 +1,11 @@
 """Text from everywhere: against Python's own decoding, and against every kind of bad input."""
 
+import bz2
+import csv
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -16,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptsmith.data import documents, shakespeare
+from gptsmith.data import decoding, shakespeare
 from gptsmith.data.documents import read_documents, text_bytes
 from gptsmith.data.shakespeare import plain_text, plays
 from gptsmith.data.sources import Source, find_sources
@@ -27,6 +31,8 @@ def read(path: Path | str, **options) -> list[str]:
     found, text = [], ""
     for source in find_sources([str(path)]):
         for piece in read_documents(source, **options):
+            if piece.problem:
+                raise ValueError(piece.problem)
             text += piece.text
             if piece.ends:
                 found.append(text)
@@ -132,7 +138,7 @@ def test_pieces_are_the_text_and_stop_where_told(text, encoding, at_once, share,
     stop = int(len(data) * share)
     stop = stop if stop > mark else 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "CHUNK_BYTES", at_once)
+        patch.setattr(decoding, "CHUNK_BYTES", at_once)
         patch.setattr(Source, "open", lambda self: io.BytesIO(data))
         found = list(
             read_documents(Source("name", len(data), path=Path()), encoding=encoding, stop=stop)
@@ -192,7 +198,7 @@ def test_unknown_encoding(tmp_path, name, hint):
 
 
 def test_rows_of_jsonl_are_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 7)  # so that lines cross what is read at once
+    monkeypatch.setattr(decoding, "CHUNK_BYTES", 7)  # so that lines cross what is read at once
     texts = ["one", "zwei\u2028\x85\nlines", "", "三" * 50, "last"]
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"body": text, "n": 1}, ensure_ascii=False) for text in texts]
@@ -253,6 +259,95 @@ def test_parquet_without_its_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'gptsmith[parquet]'")):
         read(path)
+
+
+def test_rows_of_tables_are_documents(tmp_path):
+    texts = ["one", 'zwei, "quoted"\nlines', "三" * 200_000, "last"]
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        path = tmp_path / f"rows{suffix}"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([("id", "body"), *enumerate(texts)])
+        assert read(path, field="body") == texts
+        with pytest.raises(ValueError, match=r"line 2 has no 'text' \(there are: id, body\)"):
+            read(path)
+    path = tmp_path / "rows.csv"
+    path.write_text("text,n\ngood,1\nbad\n")
+    with pytest.raises(ValueError, match="line 3 has 1 fields, but the header 2"):
+        read(path)
+    path.write_text('text,n\n"never closed,1\n')
+    with pytest.raises(ValueError, match="line 2: unexpected end of data"):
+        read(path)
+
+
+def test_a_json_list_is_rows_and_another_json_text(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(
+        "\ufeff\n" + json.dumps([{"text": "one"}, {"text": ""}, {"text": "two"}], indent=1)
+    )
+    assert read(path) == ["one", "two"]
+    path.write_text('[{"text": "one"}, "two"]')
+    with pytest.raises(ValueError, match="row 2 is not a JSON object"):
+        read(path)
+    path.write_text('[{"text": ')
+    with pytest.raises(ValueError, match=r"rows\.json is not JSON"):
+        read(path)
+    path.write_text('{"text": "one"}')
+    assert read(path) == ['{"text": "one"}']
+
+
+# -- what is not text
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(b"text"), "is compressed with gzip: decompress it first, as by gunzip"),
+        (bz2.compress(b"text"), "is compressed with bzip2"),
+        (lzma.compress(b"text"), "is compressed with xz"),
+        (b"\x28\xb5\x2f\xfd\x20\x00", "is compressed with zstd"),
+        (b"%PDF-1.7\n", "is a PDF: convert it to text first, as by pdftotext"),
+        (b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .epub are too"),
+        (b"PAR1\x15\x04", "is a Parquet file: name it .parquet"),
+        ("mark".encode("utf-16"), "is utf-16, not {}: add --encoding utf-16"),
+        ("mark".encode("utf-32"), "is utf-32, not {}: add --encoding utf-32"),
+        (("no mark " * 9).encode("utf-16-le"), "is utf-16-le, not {}: add --encoding utf-16-le"),
+        (("no mark " * 9).encode("utf-16-be"), "is utf-16-be, not {}: add --encoding utf-16-be"),
+    ],
+)
+def test_what_is_not_text_is_named(tmp_path, data, said):
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    for encoding in ("utf-8", "iso8859-1"):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{path} {said.format(encoding)}")
+        ) as caught:
+            read(path, encoding=encoding)
+    if "--encoding " in str(caught.value):  # the advice is good
+        (text,) = read(path, encoding=str(caught.value).rpartition(" ")[2])
+        assert "mark" in text
+        assert "\ufeff" not in text
+
+
+def test_html_is_said_to_be_html(tmp_path):
+    path = tmp_path / "page.txt"
+    path.write_text("\n<!DOCTYPE html><p>text")
+    with pytest.warns(UserWarning, match="page.txt looks like HTML, whose tags are text too"):
+        assert read(path) == ["\n<!DOCTYPE html><p>text"]
+
+
+def test_what_we_made_from_text_is_not_text(tmp_path):
+    files = ("a.txt", "runs/a-1/config.toml", "runs/a-1/metrics.jsonl", "runs/a-1/samples.md")
+    files += ("data/a-gpt2/dataset.json", "model/config.json", "model/model.safetensors")
+    for name in (*files, "model/readme.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    said = "skipped 3 folders that are datasets, runs or models, such as data/a-gpt2"
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert names(find_sources([str(tmp_path)])) == ["a.txt"]
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match=r"a-1 is a dataset, a run or a model, not text"):
+        find_sources([str(tmp_path / "runs" / "a-1")])
 
 
 # -- the plays
