@@ -33,7 +33,7 @@ from .shards import (
     prepared_info,
 )
 from .sources import Source, find_sources
-from .split import Reader, split_rule
+from .split import Reader, has_documents, split_rule
 from .tokenfile import ShardWriter
 
 REPORT_SECONDS = 0.1  # between two reports of progress
@@ -87,7 +87,7 @@ def preparing(
     total = 2 * size if tokenizer == "char" else size
     if tokenizer == "char":
         characters: set[str] = set()
-        learning = Reader(sources, options)
+        learning = Reader(sources, options, "\n")
         for passage in learning.passages():
             characters.update(passage.text)
             yield learning.read, total, 0
@@ -115,7 +115,7 @@ def described(
 
     `sums` are the SHA-256 of the sources.
     """
-    rule, sentence = split_rule(sources, options.validation_fraction)
+    rule, sentence = split_rule(sources, options)
     settings = {name: value for name, value in asdict(options).items() if name != "workers"}
     return {
         "format": DATASET_FORMAT,
@@ -175,7 +175,7 @@ def write_dataset(
     folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
 ) -> Iterator[tuple[int, int]]:
     """Write shards, tokenizer and dataset.json to a folder; yield bytes read and tokens so far."""
-    reader = Reader(sources, options)
+    reader = Reader(sources, options, separator_for(tokenizer, sources))
     workers = checked_threads("workers", options.workers)
     encoded = encode_all(reader.passages(), tokenizer, unknown=options.unknown, workers=workers)
     sizes = tokenizer.vocab_size, options.shard_tokens
@@ -198,7 +198,7 @@ def write_dataset(
         raise ValueError(f"{names} has too little text to train on: use more")
     if options.validation_fraction and not validation.tokens:
         raise ValueError(
-            f"{names} has too few documents to hold out {options.validation_fraction:.4g} of them: "
+            f"{names} has too little text to hold out {options.validation_fraction:.4g} of it: "
             "use a larger --validation-fraction, or 0"
         )
     info = described(sources, reader.sums, tokenizer, options)
@@ -209,6 +209,19 @@ def write_dataset(
         info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
     tokenizer.save(folder)
     write_json(folder / INFO, info)
+
+
+def separator_for(tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
+    """Return the text that ends each document where the tokenizer has no token for it."""
+    if tokenizer.end_of_text is not None or not has_documents(sources):
+        return ""
+    if tokenizer.kind == "char" and "\n" in tokenizer.vocab:
+        return "\n"
+    warnings.warn(
+        "the tokenizer has no token for the end of a document: nothing separates the documents",
+        stacklevel=2,
+    )
+    return ""
 
 
 # -- for an evaluation

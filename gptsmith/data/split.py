@@ -5,11 +5,11 @@ Knows nothing of tokens or shards.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..config.settings import PrepareSettings
-from .documents import read_documents
+from .documents import Chunk, read_documents
 from .sources import Source
 
 
@@ -23,15 +23,15 @@ class Passage(NamedTuple):
     offset: int = 0  # characters of the document before it, once `stretches` has counted them
 
 
-def split_rule(sources: Sequence[Source], fraction: float) -> tuple[str, str]:
+def split_rule(sources: Sequence[Source], options: PrepareSettings) -> tuple[str, str]:
     """Return the rule that chooses the validation text, and a sentence that explains it.
 
-    Whole documents are held out if there are rows or enough files; else the tail of each document.
+    Whole documents are held out if there are enough of them; else the tail of each document.
     """
+    fraction = options.validation_fraction
     if fraction == 0:
         return "none", "nothing is held out"
-    held_out = math.floor(len(sources) * fraction + 0.5)
-    if any(source.has_rows for source in sources) or 0 < held_out < len(sources):
+    if has_both_splits(sources, options):
         return "documents", (
             f"document i, counted from 0 in the order of the sources, is held out where "
             f"floor((i + 1) * {fraction} + 0.5) > floor(i * {fraction} + 0.5)"
@@ -42,6 +42,31 @@ def split_rule(sources: Sequence[Source], fraction: float) -> tuple[str, str]:
     )
 
 
+def has_both_splits(sources: Sequence[Source], options: PrepareSettings) -> bool:
+    """Return whether holding out whole documents leaves some to train on, and some held out.
+
+    Only as many documents are read as it takes.
+    """
+    splits: set[bool] = set()
+    documents = 0
+    for source in sources:
+        ends: Iterable[bool] = [True]  # a plain text is one document
+        if source.has_rows:
+            chunks = read_documents(source, field=options.field, encoding=options.encoding)
+            ends = (chunk.ends for chunk in chunks)
+        for _ in filter(None, ends):
+            splits.add(is_held_out(documents, options.validation_fraction))
+            documents += 1
+            if len(splits) == 2:
+                return True
+    return False
+
+
+def has_documents(sources: Sequence[Source]) -> bool:
+    """Return whether the text is several documents, not one."""
+    return len(sources) > 1 or any(source.has_rows for source in sources)
+
+
 def is_held_out(number: int, fraction: float) -> bool:
     """Return whether document `number`, from 0, is held out; these are evenly spaced."""
     return math.floor((number + 1) * fraction + 0.5) > math.floor(number * fraction + 0.5)
@@ -50,8 +75,12 @@ def is_held_out(number: int, fraction: float) -> bool:
 class Reader:
     """Reads all text of the sources, and keeps account of what was read."""
 
-    def __init__(self, sources: Sequence[Source], options: PrepareSettings) -> None:
+    def __init__(
+        self, sources: Sequence[Source], options: PrepareSettings, separator: str = ""
+    ) -> None:
+        """Each of several documents ends with `separator`, where no token of its own does that."""
         self.sources, self.options = sources, options
+        self.separator = separator if has_documents(sources) else ""
         self.read = 0  # bytes of all sources
         self.sums: list[str] = []  # SHA-256 of each source
         self.bytes, self.documents = [0, 0], [0, 0]  # of the train and the validation text
@@ -60,33 +89,52 @@ class Reader:
     def passages(self) -> Iterator[Passage]:
         """Yield the text of all sources, in order, a megabyte or a row at a time."""
         fraction = self.options.validation_fraction
-        field, encoding = self.options.field, self.options.encoding
-        rule, _ = split_rule(self.sources, fraction)
+        rule, _ = split_rule(self.sources, self.options)
         documents = 0  # so far
         for source in self.sources:
             first, before, digest = documents, self.read, hashlib.sha256()
-            tail = int(source.size * (1 - fraction)) if rule == "tail" else None
             splits: set[bool] = set()  # that have text of this document
-            for chunk in read_documents(
-                source, field=field, encoding=encoding, stop=tail, digest=digest
-            ):
+            last = ""  # text of this document
+            for chunk, in_tail in self.chunks(source, rule == "tail", digest):
                 if chunk.problem:
                     self.skip(chunk.problem)
                     continue
-                held_out = (
-                    is_held_out(documents, fraction) if tail is None else self.read - before >= tail
-                )
+                held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
                 self.read = before + chunk.read
-                self.bytes[held_out] += len(chunk.text.encode())
-                if held_out not in splits:
-                    splits.add(held_out)
-                    self.documents[held_out] += 1
+                text, last = chunk.text, chunk.text or last
+                if chunk.ends and not last.endswith(self.separator):
+                    text += self.separator
+                self.bytes[held_out] += len(text.encode())
+                self.documents[held_out] += held_out not in splits
+                splits.add(held_out)
                 number = f", document {documents - first + 1}" if source.has_rows else ""
-                yield Passage(chunk.text, held_out, chunk.ends, source.name + number)
+                yield Passage(text, held_out, chunk.ends, source.name + number)
                 if chunk.ends:
-                    documents, splits = documents + 1, set()
+                    documents, splits, last = documents + 1, set(), ""
             self.read = before + source.size
             self.sums.append(digest.hexdigest())
+
+    def chunks(
+        self, source: Source, tails: bool, digest: "hashlib._Hash"
+    ) -> Iterator[tuple[Chunk, bool]]:
+        """Yield the chunks of a source, and with `tails` whether each is in its document's tail."""
+        field, encoding = self.options.field, self.options.encoding
+        share = 1 - self.options.validation_fraction
+        stop = int(source.size * share) if tails and not source.has_rows else None
+        read = 0
+        for chunk in read_documents(
+            source, field=field, encoding=encoding, stop=stop, digest=digest
+        ):
+            if tails and source.has_rows and chunk.ends:
+                data = chunk.text.encode()
+                start = int(len(data) * share)
+                while data[start : start + 1] and data[start] & 0xC0 == 0x80:
+                    start += 1  # to the first byte of a character
+                yield chunk._replace(text=data[:start].decode(), ends=False), False
+                yield chunk._replace(text=data[start:].decode()), True
+            else:
+                yield chunk, stop is not None and read >= stop
+            read = chunk.read
 
     def skip(self, problem: str) -> None:
         """Count a bad row; ValueError where bad rows are errors."""

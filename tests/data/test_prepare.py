@@ -31,7 +31,13 @@ from gptsmith.data.shards import Dataset, TokenStream
 from gptsmith.data.sources import find_sources
 from gptsmith.data.split import Reader, is_held_out
 from gptsmith.data.tokenfile import ShardWriter
-from gptsmith.tokenizers import Tokenizer, byte_tokenizer, gpt2_tokenizer, load_tokenizer
+from gptsmith.tokenizers import (
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+)
 
 
 def made(sources, tokenizer: Tokenizer | str, out: Path, **options) -> Dataset:
@@ -101,6 +107,40 @@ def test_tail_begins_with_a_whole_character(tmp_path):
     counts = {key: dataset.info["train"][key] for key in ("tokens", "bytes", "documents")}
     assert counts == {"tokens": 27, "bytes": 27, "documents": 1}
     assert dataset.info["validation"]["documents"] == 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_few_rows_the_tails_are_held_out(tmp_path, count):
+    """As of few files: each from the first character that begins in its last tenth."""
+    documents = ["日" * 20 + "x" * (number + 1) for number in range(count)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    dataset = made(path, byte_tokenizer(), tmp_path / "out")
+    train, validation = [], []
+    for text in documents:
+        size = len(text.encode())
+        cut = next(n for n in range(len(text)) if len(text[:n].encode()) >= int(size * 0.9))
+        train += text[:cut].encode()
+        validation += [*text[cut:].encode(), 256]
+    assert ids(dataset.train) == train
+    assert ids(dataset.validation) == validation
+    assert dataset.info["split"]["rule"] == "tail"
+    assert dataset.info["train"]["documents"] == dataset.info["validation"]["documents"] == count
+
+
+def test_a_newline_ends_documents_where_no_token_does(tmp_path):
+    names = ["emma", "olivia", "ava\n", "isabella", "sophia", "mia"]
+    path = tmp_path / "names.jsonl"
+    path.write_text("".join(json.dumps({"text": name}) + "\n" for name in names))
+    dataset = made(path, "char", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(ids(dataset.train)) == "emma\nolivia\nava\nisabella\nmia\n"
+    assert tokenizer.decode(ids(dataset.validation)) == "sophia\n"
+    counts = [dataset.info[split]["bytes"] for split in ("train", "validation")]
+    assert counts == [len(dataset.train), len(dataset.validation)]
+    without = char_tokenizer(["".join(names).replace("\n", "")])
+    with pytest.warns(UserWarning, match="no token for the end of a document"):
+        made(path, without, tmp_path / "glued", unknown="skip")
 
 
 @pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])
@@ -386,9 +426,16 @@ def test_bad_text_leaves_nothing(tmp_path, content, message):
 def test_too_few_rows_to_hold_out(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' * 3)
-    with pytest.raises(ValueError, match=r"too few documents to hold out 0\.1"):
-        made(path, "byte", tmp_path / "out")
-    assert len(made(path, "byte", tmp_path / "out", validation_fraction=0.3).validation) == 4
+    assert ids(made(path, "byte", tmp_path / "out").validation) == [ord("e"), 256] * 3
+    whole = made(path, "byte", tmp_path / "whole", validation_fraction=0.3).validation
+    assert ids(whole) == [*b"one", 256]
+
+
+def test_nothing_known_to_hold_out(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 9 + "b")
+    with pytest.raises(ValueError, match=r"has too little text to hold out 0\.1 of it"):
+        made(path, char_tokenizer("a"), tmp_path / "out", unknown="skip")
 
 
 @pytest.mark.slow
