@@ -226,3 +226,8 @@ def find_model(name: str | Path) -> Path:
         return find_checkpoint(folder, "best", training=False)
     verify(folder, training=False)
     return folder
+
+
+def best_of(name: str) -> str:
+    """Return the best checkpoint of a run by its name, or any other word as it is."""
+    return str(find_model(name)) if is_run(Path(name)) else name

@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status: 0, 2 after a mistake, 128 + N after signal N."""
     arguments = list(sys.argv[1:] if words is None else words)
     with_traceback = "--traceback" in arguments
-    open_closed()
+    set_up_streams()
     share_cores()
     arguments = [word for word in arguments if word != "--traceback"]
     try:
@@ -75,14 +75,19 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
 
 
-def open_closed() -> None:
-    """Open standard output and error if the process was started without them.
+def set_up_streams() -> None:
+    """Open standard output and error if they are closed, and make both UTF-8.
 
-    Otherwise a new socket could get their file descriptors: the lowest free number is used.
+    Of a closed one, a new socket could get the file descriptor: the lowest free number is used.
+    Any other encoding lacks characters that a model may write. Names of files that are not UTF-8
+    become the same bytes again.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors=errors))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def dispatch(words: list[str]) -> int:

@@ -34,15 +34,16 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Turn text into token shards for training."""
     target, settings = chosen(options, TargetSettings), chosen(options, PrepareSettings)
+    from ..checkpoint.folder import best_of
     from ..data.prepare import prepare
     from ..data.shards import Dataset
 
     name = f"{short_name(options.sources[0])}-{short_name(target.tokenizer)}"
     out = target.out or Path("data") / name
-    display = Display()
+    tokenizer, display = best_of(target.tokenizer), Display()
     seconds = 0.0
     try:
-        for progress in prepare(options.sources, target.tokenizer, out, options=settings):
+        for progress in prepare(options.sources, tokenizer, out, options=settings):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
             seconds = progress.seconds
     finally:

@@ -88,7 +88,7 @@ def run(options: Namespace) -> None:
         for i, text in enumerate(texts)
     ]
     if settings.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps(rows, indent=2))
     else:
         print("\n---\n".join(row["prompt"] + row["text"] for row in rows))
 

@@ -187,7 +187,7 @@ def recipes() -> dict[str, Path]:
 def read_toml(path: Path) -> RunSettings:
     """Settings from a recipe or a run's config.toml; unknown tables and keys are errors."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     settings = RunSettings()

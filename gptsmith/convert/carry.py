@@ -24,7 +24,6 @@ from ..machine.files import file_written_whole, written_whole
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
 from .formats import WRITABLE, FormatPath, check_dtype, check_name, find_source, nearest
-from .nanogpt import read_characters
 from .proof import ConversionReport, largest_difference, logits, rounding_of, some_tokens
 
 MEMORY_TO_SPARE = 500 * 10**6  # bytes of the 1 GB that a conversion may take beyond the weights
@@ -102,11 +101,7 @@ def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
 
 def named_tokenizer(name: str) -> Tokenizer | None:
     """Return the tokenizer that a name means: none, gpt2, byte, a folder, or a `meta.pkl`."""
-    if name == "none":
-        return None
-    if Path(name).is_file():
-        return read_characters(Path(name))
-    return open_tokenizer(name)
+    return None if name == "none" else open_tokenizer(name)
 
 
 def padded_sizes(vocab_size: int) -> set[int]:

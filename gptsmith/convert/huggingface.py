@@ -25,7 +25,7 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 def recognise(path: Path) -> bool:
     """Return whether a folder's config.json names a transformers model, of any architecture."""
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and ("model_type" in config or "architectures" in config)

@@ -15,10 +15,11 @@ from ..checkpoint.names import MASKS, OURS, PREFIX, full_name
 from ..checkpoint.tensors import Stored, stored_state, to_theirs
 from ..config.cost import components
 from ..config.model import GPTConfig
-from ..tokenizers import Tokenizer, character_level
-from .pickles import is_torch_file, load_plain_pickle, load_torch_file, save_torch_file, tensors_of
+from ..tokenizers import Tokenizer, open_tokenizer
+from ..tokenizers.pickled import CHARACTERS
+from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
-CHECKPOINT, CHARACTERS = "ckpt.pt", "meta.pkl"
+CHECKPOINT = "ckpt.pt"
 SIZES = {  # theirs: ours
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -79,20 +80,7 @@ def characters_beside(file: Path, settings: Any) -> Tokenizer | None:
     if isinstance(dataset, str) and dataset == Path(dataset).name:
         places.append(file.resolve().parent.parent / "data" / dataset / CHARACTERS)
     found = [place for place in places if place.is_file()]
-    return read_characters(found[0]) if found else None
-
-
-def read_characters(path: Path) -> Tokenizer:
-    """Return the char tokenizer in a `meta.pkl`, with nanoGPT's ids."""
-    meta = load_plain_pickle(path)
-    ids = meta.get("stoi") if isinstance(meta, dict) else None
-    if not isinstance(ids, dict) or sorted(map(str, ids.values())) != sorted(
-        map(str, range(len(ids)))
-    ):
-        raise ValueError(f"{path} has no 'stoi' that maps characters to consecutive ids from 0")
-    if odd := [key for key in ids if not isinstance(key, str) or len(key) != 1]:
-        raise ValueError(f"{path}: {odd[0]!r} in 'stoi' is not a character")
-    return character_level(ids)
+    return open_tokenizer(str(found[0])) if found else None
 
 
 def nearest(config: GPTConfig) -> GPTConfig:

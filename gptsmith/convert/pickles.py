@@ -1,4 +1,4 @@
-"""Open files that PyTorch or Python pickled, without running any code in them.
+"""Open files that PyTorch pickled, without running any code in them.
 
 Knows nothing of formats: it returns the plain containers and tensors in a file.
 """
@@ -16,7 +16,6 @@ from ..machine.files import DamagedError
 
 # The start of torch.save's files before they were zip archives: a pickled magic number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-MOST_BYTES = 1 << 24  # of a pickle without tensors: a vocabulary is thousands of times smaller
 
 
 def is_torch_file(path: Path) -> bool:
@@ -86,23 +85,3 @@ def tensors_of(state: Any, place: Path) -> dict[str, Tensor]:
             kind = type(tensor).__name__
             raise ValueError(f"{place}: {name!r} is a {kind}, where a plain tensor is needed")
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-
-
-class _NoGlobals(pickle.Unpickler):
-    """Unpickles numbers, strings and containers; refuses every class and function."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it needs {module}.{name}")
-
-
-def load_plain_pickle(path: Path) -> Any:
-    """Load the plain values in a pickle; ValueError if it needs any class or function."""
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: too many for a vocabulary")
-    try:
-        with path.open("rb") as file:
-            return _NoGlobals(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise any exception
-        raise ValueError(f"{path} is not a plain pickle: {error}") from error

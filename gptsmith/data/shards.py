@@ -76,7 +76,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of shards: made by `prepare`, published for llm.c, or nanoGPT's two files."""
+    """A folder of shards: made by `prepare`, published for llm.c or as .npy, or nanoGPT's files."""
 
     folder: Path
     train: TokenStream
@@ -95,7 +95,7 @@ class Dataset:
             paths, others = shard_paths(folder, "train"), shard_paths(folder, "val")
             if not paths:
                 raise FileNotFoundError(
-                    f"{folder} has no {INFO} and no train shards (*train*.bin): "
+                    f"{folder} has no {INFO} and no train shards (*train*.bin or .npy): "
                     "make them from text with gptsmith prepare"
                 )
             return cls(folder, TokenStream(paths), TokenStream(others) if others else None)
@@ -174,7 +174,8 @@ def prepared_info(folder: Path) -> dict[str, Any]:
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """Return the shards of a split, "train" or "val", by their names: fineweb_train_000001.bin."""
     word = re.compile(rf"(?<![a-z]){split}")  # at the start of a word: not in retrieval_000001.bin
-    return sorted(path for path in folder.glob("*.bin") if word.search(path.stem))
+    endings = (".bin", ".npy")
+    return sorted(p for p in folder.glob("*") if p.suffix in endings and word.search(p.stem))
 
 
 def open_split(folder: Path, split: dict[str, Any]) -> TokenStream:

@@ -32,7 +32,12 @@ CODE = (
     "swift tcl toml ts tsx v vhd vhdl vim vue yaml yml zig zsh"
 )
 # Files by which a folder is known as a dataset, a run, or a model: what was made from text.
-MADE = ({"dataset.json"}, {"config.toml", "metrics.jsonl"}, {"config.json", "model.safetensors"})
+MADE = (
+    {"dataset.json"},
+    {"config.toml", ".lock"},  # a run that is going on, perhaps the one that reads this text
+    {"config.toml", "metrics.jsonl"},
+    {"config.json", "model.safetensors"},
+)
 KNOWN_SUFFIXES = {f".{word}" for words in (TEXT, CODE) for word in words.split()} | set(ROWS)
 
 
@@ -143,8 +148,8 @@ def sources_in(folder: Path) -> list[Source]:
         )
     if made:
         warnings.warn(
-            f"{folder}: skipped {len(made)} folders that are datasets, runs or models, such as "
-            f"{min(made).relative_to(folder)}",
+            f"{folder}: skipped {len(made)} of its folders, such as "
+            f"{min(made).relative_to(folder)}: datasets, runs and models are not text",
             stacklevel=2,
         )
     if not found:

@@ -1,4 +1,4 @@
-"""Read and write one file of tokens.
+"""Read one file of tokens, and write one.
 
 Knows nothing of text or batches. The header is that of llm.c and modded-nanogpt, so their published
 shards can be read: 256 little-endian int32, of which three are used (magic number, version, number
@@ -35,11 +35,13 @@ class Layout(NamedTuple):
 def layout(path: Path) -> Layout:
     """Read a shard's header and check it against the file's size; DamagedError if they differ.
 
-    nanoGPT's files have no header, so only their names identify them.
+    nanoGPT's files have no header, so only their names identify them; .npy files have NumPy's.
     """
     size = path.stat().st_size
     if size == 0:
         raise DamagedError(f"{path} is empty: a shard has a header and tokens")
+    if path.suffix == ".npy":
+        return numpy_layout(path, size)
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
     magic, version, count = header[:3].tolist()
@@ -67,6 +69,30 @@ def layout(path: Path) -> Layout:
         f"{path} begins with magic number {magic} version {version} in {size:,} bytes: "
         f"a token shard begins with {known}, in a header of {HEADER_BYTES:,} bytes"
     )
+
+
+def numpy_layout(path: Path, size: int) -> Layout:
+    """Read the header that `numpy.save` writes; DamagedError if it is not of a row of integers."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read(file)
+        except (ValueError, KeyError) as error:
+            raise DamagedError(f"{path} is not a NumPy file: {error}") from error
+        offset = file.tell()
+    if len(shape) != 1 or dtype.kind not in "ui" or dtype.str.startswith(">"):
+        raise DamagedError(f"{path} has {dtype} of shape {shape}: a row of integers is needed")
+    wanted = offset + shape[0] * dtype.itemsize
+    if size != wanted or not shape[0]:
+        raise DamagedError(
+            f"{path} has {size:,} bytes, but its header says {shape[0]:,} tokens: {wanted:,} bytes"
+        )
+    # Read without a sign, a negative number is beyond any vocabulary.
+    return Layout(np.dtype(f"<u{dtype.itemsize}"), offset, shape[0])
 
 
 class ShardWriter:

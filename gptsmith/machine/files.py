@@ -135,7 +135,7 @@ def chunks(path: Path, start: int, count: int) -> Iterator[bytes]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; DamagedError if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

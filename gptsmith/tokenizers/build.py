@@ -19,6 +19,7 @@ from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
 from ..machine.files import sha256
 from .kinds import BYTES, SYMBOLS
+from .pickled import CHARACTERS, read_characters
 from .tokenizer import END_OF_TEXT, Tokenizer, refuse_surrogates
 
 # A package with OpenAI's two files, unchanged (MIT); its code is never imported.
@@ -133,13 +134,15 @@ def short_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that a name means: "gpt2", "byte", or a folder."""
+    """Return the tokenizer that a name means: "gpt2", "byte", a folder, or a `meta.pkl`."""
     if name == "gpt2":
         return gpt2_tokenizer()
     if name == "byte":
         return byte_tokenizer()
     if name == "char":
         raise ValueError("a char tokenizer is learned from text: name the folder that contains it")
+    if Path(name).is_file():
+        return character_level(read_characters(Path(name)))
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no tokenizer '{name}': gpt2, char, byte or a folder is needed")
     return load_tokenizer(Path(name))
@@ -149,7 +152,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a folder: char, byte, or a byte-level BPE.
 
     Its file is tokenizer.json, or it has GPT-2's two: encoder.json and vocab.bpe, or vocab.json and
-    merges.txt.
+    merges.txt; or nanoGPT's meta.pkl.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -157,15 +160,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             vocabulary, merges = (folder / name for name in names)
             if vocabulary.is_file() and merges.is_file():
                 return from_files(vocabulary, merges)
+        if (folder / CHARACTERS).is_file():
+            return character_level(read_characters(folder / CHARACTERS))
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     try:
         return Tokenizer(backend)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a file that `load_tokenizer` reads."""
+    names = ("tokenizer.json", "encoder.json", "vocab.json", CHARACTERS)
+    return any((folder / name).is_file() for name in names)
 
 
 def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
@@ -183,8 +194,8 @@ def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
 def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
     """Build a byte-level BPE from GPT-2's two files: tokens with ids, and the list of merges."""
     try:
-        vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        vocab = json.loads(vocabulary.read_text(encoding="utf-8-sig"))
+        lines = merges.read_text(encoding="utf-8-sig").split("\n")
         first = 1 if lines[0].startswith("#version") else 0
         pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
         return byte_level(models.BPE(vocab=vocab, merges=pairs))

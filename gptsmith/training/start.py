@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import saved
-from ..checkpoint.folder import checkpoints, find_checkpoint
+from ..checkpoint.folder import best_of, checkpoints, find_checkpoint
 from ..config import cost
 from ..config.fields import SettingError
 from ..config.recipe import read_toml, to_toml, with_overrides
@@ -26,7 +26,7 @@ from ..machine.files import DamagedError, write_text
 from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
-from ..tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenizer
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import METRICS, Recorder, Watchers, cut_samples, read_metrics, write_event
@@ -122,7 +122,7 @@ def open_data(
         raise ValueError("no data is given: add --data with a source or a prepared folder")
     if is_dataset(Path(source)):
         dataset, tokenizer = Dataset.open(Path(source)), wanted_tokenizer(settings)
-        if tokenizer is None and (Path(source) / "tokenizer.json").is_file():
+        if tokenizer is None and has_tokenizer(Path(source)):
             tokenizer = load_tokenizer(Path(source))
         check_match(dataset, tokenizer, settings)
         return dataset, tokenizer
@@ -140,11 +140,11 @@ def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
     """Return the tokenizer that the settings or the model to fine-tune name; None if neither."""
     kind, start_from = settings.data.tokenizer, settings.training.start_from
     own = None
-    if start_from is not None and (Path(start_from) / "tokenizer.json").is_file():
+    if start_from is not None and has_tokenizer(Path(start_from)):
         own = load_tokenizer(Path(start_from))
     if kind is None or (kind == "char" and own is None):
         return own
-    tokenizer = open_tokenizer(kind)
+    tokenizer = open_tokenizer(best_of(kind))
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"--tokenizer {kind} is not that of {start_from}: leave it out to use the model's"

@@ -28,10 +28,11 @@ from gptsmith.checkpoint.tensors import Stored
 from gptsmith.cli.main import main
 from gptsmith.convert import export_model, import_model
 from gptsmith.convert.formats import FORMATS, READABLE, WRITABLE, module_of
-from gptsmith.convert.pickles import load_plain_pickle, load_torch_file
+from gptsmith.convert.pickles import load_torch_file
 from gptsmith.convert.proof import logits
 from gptsmith.machine.files import DamagedError
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer, gpt2_tokenizer
+from gptsmith.tokenizers.pickled import load_plain_pickle
 from tests.checkpoint.test_saved import their_gpt2
 from tests.conftest import TINY, scrambled
 

@@ -51,6 +51,30 @@ def test_published_shards_are_read_as_they_are(tmp_path, magic, version, dtype, 
     assert found.tolist() == tokens
 
 
+def test_numpy_files_are_read_where_they_are_rows_of_integers(tmp_path):
+    path = tmp_path / "edufineweb_train_000001.npy"
+    for dtype in ("<u2", "<u4", "<i4", "<i8"):
+        np.save(path, np.array([3, 1, 50256], dtype))
+        assert read_shard(path).tolist() == [3, 1, 50256]
+    assert is_dataset(tmp_path)
+    np.save(path, np.array([3, -1], "<i4"))
+    with pytest.raises(ValueError, match="has a token 4,294,967,295, but the vocabulary ends"):
+        Dataset.open(tmp_path).check_ids(50257)
+    np.save(path, np.zeros((2, 2), "<u2"))
+    assert "uint16 of shape (2, 2): a row of integers is needed" in damaged(path)
+    np.save(path, np.array([1.5]))
+    assert "a row of integers is needed" in damaged(path)
+    np.save(path, np.array([{}]), allow_pickle=True)
+    assert "a row of integers is needed" in damaged(path)
+    np.save(path, np.arange(9, dtype="<u2"))
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "its header says 9 tokens" in damaged(path)
+    path.write_bytes(b"\x93NUMPY\x01\x00\xff\xff{")
+    assert "is not a NumPy file" in damaged(path)
+    path.write_bytes(b"not numpy")
+    assert "is not a NumPy file" in damaged(path)
+
+
 def test_nanogpt_files_are_read_by_name_only(tmp_path):
     tokens = np.array([3, 1, 50256, 4], "<u2")
     for name in ("train.bin", "val.bin"):

@@ -342,7 +342,7 @@ def test_what_we_made_from_text_is_not_text(tmp_path):
     for name in (*files, "model/readme.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    said = "skipped 3 folders that are datasets, runs or models, such as data/a-gpt2"
+    said = "skipped 3 of its folders, such as data/a-gpt2: datasets, runs and models are not text"
     with pytest.warns(UserWarning, match=said) as caught:
         assert names(find_sources([str(tmp_path)])) == ["a.txt"]
     assert len(caught) == 1
