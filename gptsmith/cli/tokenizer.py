@@ -49,8 +49,7 @@ def run(options: Namespace) -> None:
         for passage in reader.passages():
             yield passage.text
             display.move_bar(reader.read, f"{size(reader.read)} of {size(total)}")
-        display.close_bar()
-        display.say(f"Learning {settings.vocab_size:,} tokens from {size(total)}")
+        display.open_bar(f"learning {settings.vocab_size:,} tokens", None)
 
     try:
         learned = learn_bpe(texts(), settings.vocab_size)

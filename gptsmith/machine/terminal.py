@@ -55,8 +55,8 @@ class Display:
         for name, value in rows.items():
             self.console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(value))
 
-    def open_bar(self, what: str, total: int, done: int = 0) -> None:
-        """Open a bar of `total` units, after closing any other; only on a terminal."""
+    def open_bar(self, what: str, total: int | None, done: int = 0) -> None:
+        """Open a bar of `total` units, if known, after closing any other; only on a terminal."""
         self.close_bar()
         if self.console.quiet or not self.console.is_terminal:
             return
