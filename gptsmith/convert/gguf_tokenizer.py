@@ -30,7 +30,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     if tokenizer.kind != "bpe":
         return
     model = tokenizer.spec["model"]
-    switches = ("ignore_merges", "dropout", "byte_fallback", "unk_token")
+    switches = ("ignore_merges", "byte_fallback", "unk_token")
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     odd = [name for name in (*switches, *affixes) if model.get(name)]
     odd += [token["content"] for token in tokenizer.spec["added_tokens"] if not token["special"]]

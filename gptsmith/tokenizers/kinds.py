@@ -80,7 +80,7 @@ def mergeable_by_rank(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> bool
     GPT-2 does, and no text has a token that was added for it.
     """
     model = spec["model"]
-    plain = not (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"))
+    plain = not (model.get("ignore_merges") or model.get("byte_fallback"))
     results = [vocab.get("".join(pair), -1) for pair in model["merges"]]
     added = spec["added_tokens"]
     singles = [vocab.get(symbol, -1) for symbol in BYTES]

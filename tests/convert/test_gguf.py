@@ -311,7 +311,6 @@ def odd(change: Callable[[dict[str, Any]], None]) -> Tokenizer:
         (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "another pre-tokenizer"),
         (lambda s: s["pre_tokenizer"].update(use_regex=False), "another pre-tokenizer"),
         (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
-        (lambda s: s["model"].update(dropout=0.1), "dropout"),
         (lambda s: s["added_tokens"][0].update(special=False), r"<\|endoftext\|>"),
     ],
 )

@@ -314,6 +314,7 @@ def test_a_json_list_is_rows_and_another_json_text(tmp_path):
         (("no mark " * 9).encode("utf-16-le"), "is utf-16-le, not {}: add --encoding utf-16-le"),
         (("no mark " * 9).encode("utf-16-be"), "is utf-16-be, not {}: add --encoding utf-16-be"),
     ],
+    ids="gzip bz2 xz zstd pdf zip parquet utf-16 utf-32 utf-16-le utf-16-be".split(),
 )
 def test_what_is_not_text_is_named(tmp_path, data, said):
     path = tmp_path / "a.txt"
