@@ -38,18 +38,24 @@ def run(options: Namespace) -> None:
     check_extra()
     from ..serving.app import make_app
     from ..serving.guard import Guard
-    from ..serving.http import UvicornServer, listen, url
+    from ..serving.http import UvicornServer, listen, listen_at, url
 
     key = api_key() if settings.api_key is None else settings.api_key
-    with listen(settings.host, settings.port) as bound, logging_in_thread():
+    path = settings.unix_socket
+    with (
+        listen(settings.host, settings.port) if path is None else listen_at(path) as bound,
+        logging_in_thread(),
+    ):
         served = open_served(options, settings)
         guarded = Guard(
             make_app(served, with_key=key is not None),
             api_key=key,
             most_bytes=settings.max_request_bytes,
+            origins=settings.allow_origin,
             seen=recorder(served.metrics, log_requests=settings.log_requests),
         )
-        if key is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
+        host = None if path else ipaddress.ip_address(bound.getsockname()[0])
+        if key is None and host is not None and not host.is_loopback:
             LOG.info(
                 "note: anybody who can reach this machine can use the model: set GPTSMITH_API_KEY"
             )

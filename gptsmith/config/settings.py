@@ -3,7 +3,9 @@
 Knows nothing of how a choice is carried out, or of files; standard library only.
 """
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from .fields import Bytes, SettingError, above, at_least, fraction, setting, within
@@ -230,6 +232,15 @@ class ServingSettings:
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all network interfaces")
     port: int = setting(8000, "port to listen on; 0 takes a free one")
+    unix_socket: Path | None = setting(
+        None, "listen on a Unix domain socket at PATH, for this user only, instead of a port"
+    )
+    allow_origin: tuple[str, ...] = setting(
+        (),
+        "origin of web pages that may use the API from a browser, as in https://example.org; can "
+        "be repeated; *: all (default: none)",
+        metavar="ORIGIN",
+    )
     name: str | None = setting(None, "model name for requests (default: the folder's name)")
     api_key: str | None = setting(
         None,
@@ -252,3 +263,8 @@ class ServingSettings:
         above(self, 0, "timeout")
         if self.name == "":
             raise SettingError("name", "is empty: requests need a name for the model")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise SettingError(
+                    "allow_origin", f"is '{origin}': a scheme and a host are needed, or *"
+                )

@@ -225,7 +225,7 @@ class Engine:
             return News(turn.job, finish="failed", reason=NOT_FINITE)
         turn.writer.take(token)
         finish: Finish | None = None
-        if token in turn.job.ends:
+        if token in turn.job.ends and turn.writer.written > turn.job.min_tokens:
             finish = "stop"
         elif turn.writer.written == self.most(turn.job):
             finish = "length"

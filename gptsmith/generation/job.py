@@ -14,6 +14,8 @@ from torch import Tensor
 from ..config.settings import SamplingSettings
 from .drafts import Draft
 
+FORBIDDEN = -1e30  # added to a logit; infinity would fail where every token ends the text
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
@@ -24,6 +26,7 @@ class Job:
     sampling: SamplingSettings
     seed: int
     ends: frozenset[int] = frozenset()  # tokens that end the text
+    min_tokens: int = 0  # new tokens before which no token that ends the text is chosen
     bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
     presence_penalty: float = 0.0  # subtracted from the logits of tokens generated before
     frequency_penalty: float = 0.0  # subtracted once for each time that a token was generated
@@ -75,9 +78,11 @@ class Writer:
     def of(cls, job: Job, vocab_size: int) -> "Writer":
         """Return the state of a job that has not begun."""
         bias = None
-        if job.bias or job.presence_penalty or job.frequency_penalty:
+        if job.bias or job.presence_penalty or job.frequency_penalty or job.min_tokens:
             bias = torch.zeros(vocab_size)
             bias[list(job.bias)] = torch.tensor([*job.bias.values()], dtype=bias.dtype)
+            if job.min_tokens:
+                bias[list(job.ends)] = FORBIDDEN
         return cls(job, torch.Generator().manual_seed(job.seed), bias, list(job.prompt))
 
     @property
@@ -91,8 +96,11 @@ class Writer:
         return len(self.text) - len(self.job.prompt)
 
     def take(self, token: int) -> None:
-        """Append a token, and apply the presence and frequency penalties to it."""
+        """Append a token, apply the penalties to it, and allow the ends after min_tokens."""
         if self.bias is not None:
             first = token not in self.new
             self.bias[token] -= self.job.frequency_penalty + first * self.job.presence_penalty
         self.text.append(token)
+        if self.bias is not None and self.written == self.job.min_tokens:
+            for end in self.job.ends:
+                self.bias[end] = self.job.bias.get(end, 0.0)

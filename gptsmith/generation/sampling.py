@@ -30,7 +30,7 @@ class NotFiniteError(ValueError):
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k likeliest tokens of each row, and ties with the k-th.  (B, V) -> (B, V)"""
-    smallest = logits.topk(k).values[:, -1:]  # (B, 1)
+    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < smallest, NEVER)
 
 

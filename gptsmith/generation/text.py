@@ -60,14 +60,18 @@ class Text:
         tokenizer: Tokenizer,
         *,
         stop: Sequence[str] = (),
+        min_tokens: int = 0,
         echo: str = "",
         with_tokens: bool = False,
         with_end: bool = False,
     ) -> None:
+        """`echo` is the prompt, if the text begins with it. Stop strings are looked for in what
+        follows the first `min_tokens` new tokens."""
         self.tokenizer = tokenizer
         self.decoder, self.prompt_decoder = tokenizer.decoder(), tokenizer.decoder()
         self.stops = StopStrings(stop)
-        self.echo = echo  # the prompt, if the text begins with it
+        self.unstopped = min_tokens  # next tokens in which no stop string is looked for
+        self.echo = echo
         self.with_tokens, self.with_end = with_tokens, with_end
         self.waiting: list[tuple[Told, int]] = []  # tokens, and the end of each one's text
         self.prompt_length = 0  # characters of the scored prompt tokens
@@ -82,7 +86,9 @@ class Text:
             return Piece()
         text, self.echo = self.echo, ""
         if news.token is not None and news.finish != "stop":
-            text += self.stops.push(self.decoded(news.token))
+            piece = self.decoded(news.token)
+            text += piece if self.unstopped > 0 else self.stops.push(piece)
+            self.unstopped -= 1
         finish = news.finish
         if finish is not None and not self.stops.found:
             rest = self.decoder.flush()
@@ -98,8 +104,7 @@ class Text:
 
     def add_prompt(self, token: Scored) -> None:
         """Return a token of the prompt with the echoed text."""
-        # An empty prompt stands for one token without text.
-        self.wait(token, min(self.prompt_length, self.length), 0)
+        self.wait(token, self.prompt_length, 0)
         self.prompt_length += len(self.prompt_decoder.push(token.id))
 
     def decoded(self, token: Scored) -> str:

@@ -93,6 +93,21 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Tokens(BaseModel):
+    """The tokens of a prompt, as vLLM returns them."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DecodedPrompt(BaseModel):
+    """The text of tokens, as vLLM returns it."""
+
+    prompt: str
+
+
 class Health(BaseModel):
     """The load of the server: running and waiting completions, and the number of slots."""
 
@@ -125,10 +140,18 @@ class Builder:
     with_end: ClassVar[bool]  # whether logprobs include the token that ends a text
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool = False
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
     ) -> None:
-        """`include_usage` is for a stream that ends with its token counts."""
+        """`include_usage` is for a stream that ends with its token counts; with
+        `continuous_usage` too, every event has the counts so far."""
         self.tokenizer, self.logprobs, self.include_usage = tokenizer, logprobs, include_usage
+        self.continuous_usage = include_usage and continuous_usage
         id, now = self.prefix + secrets.token_hex(12), int(time.time())
         self.head: dict[str, Any] = {"id": id, "created": now, "model": model}
         if include_usage:

@@ -15,11 +15,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from .. import __version__
-from .answers import ChatCompletion, Completion, Health, Model, ModelList
+from .answers import (
+    ChatCompletion,
+    Completion,
+    DecodedPrompt,
+    Health,
+    Model,
+    ModelList,
+    Tokens,
+)
 from .errors import ApiError, ErrorResponse, mistake, shown
 from .handler import ServedModel, failed
 from .pages import add_docs, add_page
-from .requests import ChatCompletionRequest, CompletionRequest
+from .requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 FAILURES = {
     400: "The request is invalid",
@@ -82,6 +95,7 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
     # For the description only: the guard has already checked the key.
     keys = [Security(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []
     app.include_router(openai_api(served), dependencies=keys)
+    app.include_router(tokens(served), dependencies=keys)
     app.include_router(state(served))
     add_page(app)
     add_docs(app)
@@ -126,6 +140,22 @@ def openai_api(served: ServedModel) -> APIRouter:
     async def one_model(name: str) -> Model:
         served.check_name(name)
         return model
+
+    return api
+
+
+def tokens(served: ServedModel) -> APIRouter:
+    """Return vLLM's routes for the model's tokenizer."""
+    refusals = failures(400, 401, 404, 413)
+    api = APIRouter(tags=["Tokens"], redirect_slashes=False, responses=refusals)
+
+    @api.post("/tokenize", summary="Return the tokens of a prompt or a conversation")
+    async def tokenize(request: TokenizeRequest) -> Tokens:
+        return await served.tokenize(request)
+
+    @api.post("/detokenize", summary="Return the text of tokens")
+    async def detokenize(request: DetokenizeRequest) -> DecodedPrompt:
+        return await served.detokenize(request)
 
     return api
 

@@ -4,56 +4,86 @@ Knows nothing of the requests themselves. A field of several forms is checked by
 returns one of them: a union of types would report an error for every form.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, model_validator
 
 from ..config.fields import suggestion
-from .errors import refused, shown
+from .errors import ApiError, refused, shown
 
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters in one
 NOTES = ("title", "description", "default")  # of a field in a schema, besides its type
 LONGEST_NAME = 40  # characters of a field's name used for a suggestion; it may be megabytes
 
 
-def nullable(schema: dict[str, Any]) -> None:
-    """Allow null in a schema for every optional field, and for unknown ones: null means absent."""
-    null = {"type": "null"}
-    for name, field in schema["properties"].items():
+def described(schema: dict[str, Any], kind: "type[RequestObject]") -> None:
+    """Add to a schema what types do not say: null, and the values that ask for nothing."""
+    fields, null = schema["properties"], {"type": "null"}
+    for name, field in fields.items():
         if name not in schema.get("required", ()):
             notes = {key: field.pop(key) for key in NOTES if key in field}
-            kinds = [kind for kind in field.get("anyOf", [field]) if kind != null]
-            schema["properties"][name] = {"anyOf": [*kinds, null], **notes}
+            kinds = [each for each in field.get("anyOf", [field]) if each != null]
+            neutral = [{"enum": [*kind.neutral[name]]}] if name in kind.neutral else []
+            fields[name] = {"anyOf": [*kinds, *neutral, null], **notes}
+    for name, values in kind.neutral.items():
+        fields.setdefault(name, {"enum": [*values, None], "description": "not supported"})
     schema["additionalProperties"] = null
 
 
 class RequestObject(BaseModel):
-    """An object in a request: unknown fields are errors, and null is the same as no field."""
+    """An object in a request, in which unknown fields are errors.
+
+    Clients also send fields that ask for nothing. Null is the same as no field, and so are the
+    values in `neutral`, where fields may be listed that have no other values.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        json_schema_extra=nullable,
+        json_schema_extra=described,
         protected_namespaces=(),
     )
-    unsupported: ClassVar[Mapping[str, str]] = {}  # OpenAI's fields that are refused, and why
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    why: ClassVar[str] = "this model only writes text"
 
     @model_validator(mode="before")
     @classmethod
-    def without_nulls(cls, values: Any) -> Any:
-        """Return the fields that are not null; ApiError if one is unknown or unsupported."""
+    def asked(cls, values: Any) -> Any:
+        """Return the fields that ask for something; ApiError if one is unknown or unsupported."""
         if not isinstance(values, dict):
             return values
-        given = {name: value for name, value in values.items() if value is not None}
-        for name in given:
-            if name in cls.unsupported:
-                raise refused(f"{name} is not supported: {cls.unsupported[name]}", name)
+        given = {}
+        for name, value in values.items():
+            neutral = cls.neutral.get(name, ())
+            value = whole(value)
+            if value is None or any(type(value) is type(n) and value == n for n in neutral):
+                continue
             if name not in cls.model_fields:
-                hint = suggestion(name[:LONGEST_NAME], cls.model_fields)
-                raise refused(f"unknown field {shown(name)}{hint}", shown(name).strip("'"))
+                raise cls.refused(name, neutral)
+            given[name] = value
         return given
+
+    @classmethod
+    def refused(cls, name: str, neutral: Sequence[Any]) -> ApiError:
+        """Return the error for a field that the request does not have."""
+        if name in cls.neutral:
+            values = " or ".join(map(json.dumps, neutral))
+            hint = f", or send {values}" if values else ""
+            return refused(f"{name} is not supported: {cls.why}, leave it out{hint}", name)
+        hint = suggestion(name[:LONGEST_NAME], [*cls.model_fields, *cls.neutral])
+        return refused(f"unknown field {shown(name)}{hint}", shown(name).strip("'"))
+
+
+def whole(value: Any, depth: int = 2) -> Any:
+    """Return 16 for 16.0, because JSON has one kind of number; also in lists, and lists in them."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if depth and type(value) is list and not {float, list}.isdisjoint(map(type, value)):
+        return [whole(each, depth - 1) for each in value]
+    return value
 
 
 def checked_prompt(value: Any) -> list[str] | list[list[int]]:
@@ -126,7 +156,9 @@ class TextPart(BaseModel):
     text: str
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Id = Annotated[int, Field(ge=0)]
+Row = Annotated[list[Id], Field(min_length=1)]
+TokenIds = Annotated[list[Id], FailFast()]
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 IdText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Weight = Annotated[float, Field(ge=-100, le=100)]
@@ -137,8 +169,8 @@ Prompt = Annotated[
         checked_prompt,
         json_schema_input_type=str
         | Annotated[list[str], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)],
+        | Row
+        | Annotated[list[Row], Field(min_length=1)],
     ),
 ]
 Stop = Annotated[

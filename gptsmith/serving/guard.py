@@ -1,23 +1,30 @@
-"""A guard around the application: API key, size limit, security headers and access records.
+"""A guard around the application: API key, size limit, origins, headers and access records.
 
 Knows nothing of models or of the application's responses. It is plain ASGI middleware, so that
 streams pass through it event by event.
 """
 
 import hmac
+import re
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import HUNG_UP, ApiError, refused
 
 Headers = list[tuple[bytes, bytes]]
 
-GUARDED = "/v1/"  # paths below it need the key, and their responses are never cached
+# Paths below these need the key, and their responses are never cached. Searched anywhere in a path,
+# because a proxy may leave its own prefix before it.
+GUARDED = re.compile("/(v1|tokenize|detokenize)/")
 MOST_LETTERS = 200  # of each text in an access record
+REQUEST_ID = b"x-request-id"
+SANE_ID = re.compile(rb"[\w.:/+=-]{1,128}")  # a client's own id that is returned as it is
 
 SAFETY: Headers = [
     (b"x-content-type-options", b"nosniff"),
@@ -47,11 +54,17 @@ def line(access: Access) -> str:
     return f"{asked} {access.status} {took} {access.bytes:,} bytes"
 
 
+def new_request_id() -> bytes:
+    """Return the value of `x-request-id` for a request that brings none."""
+    return b"req_" + secrets.token_hex(12).encode()
+
+
 class Guard:
     """ASGI middleware that checks requests before the application sees them.
 
     It refuses bodies of more than `most_bytes`, with or without a Content-Length. If there is an
-    `api_key`, paths below /v1 need it. `seen` gets the record of each request, however it ended.
+    `api_key`, the API's paths need it. Pages of the `origins` may use the API from a browser.
+    `seen` gets the record of each request, however it ended.
     """
 
     def __init__(
@@ -60,12 +73,22 @@ class Guard:
         *,
         api_key: str | None,
         most_bytes: int,
+        origins: Sequence[str] = (),
         seen: Callable[[Access], None],
     ) -> None:
         self.app = app
         self.key = None if api_key is None else _checked_key(api_key)
         self.most_bytes = most_bytes
         self.seen = seen
+        self.checked: ASGIApp = self._check
+        if origins:  # around the check, because a preflight request has no key
+            self.checked = CORSMiddleware(
+                self._check,
+                allow_origins=origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=("*",),
+                expose_headers=(REQUEST_ID.decode(), "retry-after"),
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection. WebSockets are refused: the application has none."""
@@ -78,13 +101,14 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()
-        # Searched anywhere in the path, because a proxy may leave its own prefix before it.
-        guarded = GUARDED in f"{scope['path']}/"
-        exchange = _Exchange(scope, receive, send, self.most_bytes, SAFETY + NOT_KEPT * guarded)
+        method = scope["method"]
+        scope = {**scope, "path": _path(scope), "method": "GET" if method == "HEAD" else method}
+        given = _headers(scope).get(REQUEST_ID, b"")
+        id = given if SANE_ID.fullmatch(given) else new_request_id()
+        headers = [*SAFETY, (REQUEST_ID, id), *NOT_KEPT * _guarded(scope)]
+        exchange = _Exchange(scope, receive, send, self.most_bytes, headers, head=method == "HEAD")
         try:
-            refusal = self._refusal(_headers(scope), guarded)
-            answer = self.app if refusal is None else refusal.response()
-            await answer(scope, exchange.receive, exchange.send)
+            await self.checked(scope, exchange.receive, exchange.send)
         except Exception:
             exchange.failed = True
             # After a refusal the client has its response, and the application only failed because
@@ -95,13 +119,19 @@ class Guard:
             self.seen(
                 Access(
                     client=_plain(scope["client"][0]) if scope.get("client") else "-",
-                    method=_plain(scope["method"]),
+                    method=_plain(method),
                     path=_plain(scope["path"]),
                     status=exchange.outcome(),
                     seconds=time.perf_counter() - begun,
                     bytes=exchange.bytes,
                 )
             )
+
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it by its headers."""
+        refusal = self._refusal(_headers(scope), _guarded(scope))
+        answer = self.app if refusal is None else refusal.response()
+        await answer(scope, receive, send)
 
     def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> ApiError | None:
         """Return why a request is refused by its headers; None if it is not."""
@@ -129,12 +159,20 @@ class _Exchange:
     """One request and its response: counts bytes, enforces the size limit, adds headers."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, most_bytes: int, headers: Headers
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        most_bytes: int,
+        headers: Headers,
+        *,
+        head: bool,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._room = most_bytes
         self._most_bytes = most_bytes
         self._headers = headers
+        self._head = head  # the response has no body
         self._status = 0  # until a response begins
         self._whole = False
         self._hung_up = False
@@ -177,6 +215,8 @@ class _Exchange:
             headers += [(name, value) for name, value in self._headers if name not in given]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not self._hung_up:
+            if self._head:
+                message = {**message, "body": b""}
             self.bytes += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
         await self._send(message)
@@ -185,6 +225,16 @@ class _Exchange:
 def _too_large(most_bytes: int) -> ApiError:
     message = f"the body is larger than {most_bytes:,} bytes: send less at once"
     return ApiError(413, message, code="body_too_large")
+
+
+def _path(scope: Scope) -> str:
+    """Return the path, without the scheme and host that an absolute-form target has before it."""
+    target = re.match("[A-Za-z][A-Za-z0-9+.-]*://[^/]*(.*)", scope["path"], re.DOTALL)
+    return scope["path"] if target is None else target[1] or "/"
+
+
+def _guarded(scope: Scope) -> bool:
+    return GUARDED.search(f"{scope['path']}/") is not None
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

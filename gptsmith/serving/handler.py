@@ -20,16 +20,27 @@ from ..generation.job import Job
 from ..generation.text import Text
 from ..generation.writing import prompt_ids
 from ..tokenizers import Tokenizer
-from .answers import DONE, Builder, ChatCompletionBuilder, CompletionBuilder, Usage, event
+from .answers import (
+    DONE,
+    Builder,
+    ChatCompletionBuilder,
+    CompletionBuilder,
+    DecodedPrompt,
+    Tokens,
+    Usage,
+    event,
+)
 from .chat import ChatTemplate
 from .errors import ApiError, refused, shown, stopping
+from .jobs import check_ids, jobs, too_long
 from .metrics import Metrics
 from .requests import (
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerationRequest,
-    jobs,
-    too_long,
+    Message,
+    TokenizeRequest,
 )
 from .streams import Batch, EventStream, PendingChoice, best, merged, while_connected, whole_texts
 from .worker import QueueFull, Service, Stream
@@ -80,17 +91,30 @@ class ServedModel:
     async def rows(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Return the token ids of prompts. Long ones are encoded in a thread, so that the event
         loop serves others meanwhile."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        longest = max(map(len, texts), default=0)
-        if longest > self.longest_prompt:
-            raise too_long(f"{longest:,} characters", self.service.config.context_length)
+        sizes = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        self.check_length(max(sizes, default=0))
+        encode = self.tokenizer.encode
         return await in_thread(
-            lambda: [
-                prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-                for prompt in prompts
-            ],
-            sum(map(len, texts)),
+            lambda: [encode(each) if isinstance(each, str) else each for each in prompts],
+            sum(sizes),
         )
+
+    async def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation; ApiError if there is no template."""
+        if (template := self.template) is None:
+            raise refused(
+                "this model has no chat template: send the prompt as text to /v1/completions",
+                code="no_chat_template",
+            )
+        plain = [message.model_dump(exclude_none=True) for message in messages]
+        size = sum(len(text) for message in plain for text in message.values())
+        self.check_length(size)
+        return await in_thread(lambda: template.ids(plain), size)
+
+    def check_length(self, characters: int) -> None:
+        """Raise ApiError for more characters than the context can hold."""
+        if characters > self.longest_prompt:
+            raise too_long(f"{characters:,} characters", self.service.config.context_length)
 
     # -- responding
 
@@ -113,18 +137,30 @@ class ServedModel:
         begun = time.monotonic()
         self.check_name(request.model)
         self.check_count(1, request)
-        if (template := self.template) is None:
-            raise refused(
-                "this model has no chat template: send the prompt as text to /v1/completions",
-                code="no_chat_template",
-            )
-        messages = [message.model_dump(exclude_none=True) for message in request.messages]
-        size = sum(len(text) for message in messages for text in message.values())
-        if size > self.longest_prompt:
-            raise too_long(f"{size:,} characters", self.service.config.context_length)
-        ids = await in_thread(lambda: template.ids(messages), size)
-        ids = ids or prompt_ids(self.tokenizer, "")  # a template may render nothing
+        ids = await self.conversation(request.messages)
         return await self.answer(request, http, [ids], begun=begun)
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokens:
+        """Return the tokens of a prompt or a conversation."""
+        self.check_name(request.model or self.name)
+        if request.messages:
+            ids = await self.conversation(request.messages)
+        else:
+            (ids,) = await self.rows([request.prompt or ""])
+        names = [self.tokenizer.backend.id_to_token(id) or "" for id in ids]
+        return Tokens(
+            count=len(ids),
+            max_model_len=self.service.config.context_length,
+            tokens=ids,
+            token_strs=names if request.return_token_strs else None,
+        )
+
+    async def detokenize(self, request: DetokenizeRequest) -> DecodedPrompt:
+        """Return the text of tokens."""
+        self.check_name(request.model or self.name)
+        check_ids("tokens", request.tokens, self.service.config.vocab_size)
+        ids = request.tokens
+        return DecodedPrompt(prompt=await in_thread(lambda: self.tokenizer.decode(ids), len(ids)))
 
     async def answer(
         self,
@@ -148,10 +184,18 @@ class ServedModel:
             self.name,
             self.tokenizer,
             logprobs=with_logprobs,
-            include_usage=request.include_usage,
+            include_usage=request.stream_options.include_usage,
+            continuous_usage=request.stream_options.continuous_usage_stats,
         )
         deadline = begun + self.timeout
-        asked = jobs(request, rows, self.service.config, ends=self.ends, deadline=deadline)
+        asked = jobs(
+            request,
+            rows,
+            self.service.config,
+            beginning=prompt_ids(self.tokenizer, ""),
+            ends=self.ends,
+            deadline=deadline,
+        )
         # Requests that arrive together should be submitted together: after a turn of the event loop
         # the engine finds more of them at once (8 clients: 0.16 steps a request instead of 0.32).
         await asyncio.sleep(0)
@@ -161,6 +205,7 @@ class ServedModel:
                 Text(
                     self.tokenizer,
                     stop=request.stop,
+                    min_tokens=request.min_tokens,
                     echo=echoes[number // request.candidates] if echoes else "",
                     with_tokens=with_logprobs,
                     with_end=kind.with_end,
@@ -217,7 +262,10 @@ async def events(
     def encoded(batch: Batch) -> bytes:
         chunks = []
         for index, piece in batch:
-            chunks.append(event(builder.chunk(index, piece, first=index not in begun)))
+            chunk = builder.chunk(index, piece, first=index not in begun)
+            if builder.continuous_usage:
+                chunk["usage"] = usage()
+            chunks.append(event(chunk))
             begun.add(index)
         return b"".join(chunks)
 

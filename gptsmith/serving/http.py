@@ -6,14 +6,21 @@ Knows nothing of what the application does.
 import asyncio
 import errno
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import refused
+from .guard import REQUEST_ID, new_request_id
 
 KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection
 PATIENCE = 60.0  # seconds for a request to arrive, and for a client to read more of a response
@@ -43,8 +50,48 @@ def taken(host: str, port: int) -> ValueError:
     return ValueError(f"port {port} of {host} is taken: choose another --port, or 0 for a free one")
 
 
+class UnixSocket(socket.socket):
+    """A socket at a path, which is removed when the socket is closed."""
+
+    def close(self) -> None:
+        """Remove the path and close the socket."""
+        if self.fileno() != -1:
+            Path(self.getsockname()).unlink(missing_ok=True)
+        super().close()
+
+
+def listen_at(path: Path) -> socket.socket:
+    """Return a socket at a path, which only its owner can open; ValueError if that is impossible.
+
+    It listens at once: another server that is given the same path can tell it from one that was
+    left behind by a killed server, which it replaces.
+    """
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        if path.is_socket() and not listens(path):
+            path.unlink()
+        bound.bind(str(path))
+        path.chmod(0o600)
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        problem = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            problem = "another server listens there" if path.is_socket() else "it is not a socket"
+        raise ValueError(f"cannot listen at {path}: {problem}; choose another path") from error
+    return UnixSocket(fileno=bound.detach())
+
+
+def listens(path: Path) -> bool:
+    """Return whether somebody listens at a path's socket."""
+    with socket.socket(socket.AF_UNIX) as trial:
+        return trial.connect_ex(str(path)) != errno.ECONNREFUSED
+
+
 def url(bound: socket.socket) -> str:
-    """Return the URL of a socket."""
+    """Return the URL of a socket, or its path."""
+    if bound.family == socket.AF_UNIX:
+        return f"unix:{bound.getsockname()}"
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -68,6 +115,24 @@ class Connection(H11Protocol):
         """Take in a part of a request, or several parts."""
         super().data_received(data)
         self.wait_for_request()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are no HTTP request, and close the connection."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # a response has begun
+            return
+        error = refused("this is not an HTTP/1.1 request: check its first line and its headers")
+        body = error.body.model_dump_json().encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+            (REQUEST_ID, new_request_id()),
+        ]
+        start = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
+        for part in (start, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(part))
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Start waiting for the next request."""
@@ -145,6 +210,21 @@ class UvicornServer(uvicorn.Server):
         """Accept no more connections, finish open requests, and stop."""
         self.ending()
         await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Treat a closed terminal as a signal to stop, unless it is ignored, as under nohup."""
+        before = signal.getsignal(signal.SIGHUP)
+        main = threading.current_thread() is threading.main_thread()
+        with super().capture_signals():
+            if not main or before is signal.SIG_IGN:
+                yield
+                return
+            signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Shut down gracefully at the first signal, and exit at once at the second."""

@@ -23,6 +23,8 @@ ENDPOINTS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
+    "/tokenize",
+    "/detokenize",
     "/health",
     "/metrics",
     "/docs",

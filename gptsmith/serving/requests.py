@@ -1,33 +1,37 @@
-"""Requests in OpenAI's JSON, checked field by field, and the engine's jobs for them.
+"""Requests in OpenAI's JSON, with vLLM's additions, checked field by field.
 
-Knows nothing of routes, tokenizers or responses. The models are also the OpenAPI description.
+Knows nothing of routes, tokenizers, jobs or responses. The models are also the OpenAPI description.
 """
 
-import secrets
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
 
-from ..config.model import GPTConfig
 from ..config.settings import SamplingSettings
-from ..generation.job import Job
-from .errors import ApiError, refused
-from .fields import Content, LogitBias, Prompt, RequestObject, Stop
+from .errors import refused
+from .fields import Content, LogitBias, Prompt, RequestObject, Stop, TokenIds
 
 MOST_CHOICES = 128  # of one prompt, as OpenAI allows
 MOST_ALTERNATIVES = 20
 SEEDS = 2**63  # PyTorch's generators take seeds from -SEEDS to twice that
+UNUSED: Any = Field(None, description="accepted, but not used")
 
 
 class StreamOptions(RequestObject):
     """What a stream reports besides its text."""
 
+    neutral = {"include_obfuscation": (False,)}  # noqa: RUF012
+
     include_usage: bool = Field(False, description="add a last event with the token counts")
+    continuous_usage_stats: bool = Field(
+        False, description="with include_usage, give the counts so far in every event"
+    )
 
 
 class CommonRequest(RequestObject):
     """The fields that both kinds of request have."""
+
+    neutral = {"top_k": (0, -1), "min_p": (0,)}  # noqa: RUF012
 
     model: str = Field(description="name of the model, as listed by /v1/models")
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token")
@@ -50,24 +54,34 @@ class CommonRequest(RequestObject):
     logit_bias: LogitBias = Field({}, description="token ids, and what is added to their logits")
     n: int = Field(1, ge=1, le=MOST_CHOICES, description="completions of each prompt")
     stop: Stop = Field([], description="a completion ends before the first of these strings")
+    stop_token_ids: TokenIds = Field([], description="a completion also ends at these tokens")
+    ignore_eos: bool = Field(False, description="do not end at the model's own end tokens")
+    min_tokens: int = Field(0, ge=0, description="minimum number of new tokens")
     seed: int | None = Field(
         None, ge=-SEEDS, lt=SEEDS, description="same seed, same text; choice j uses seed + j"
     )
     stream: bool = Field(False, description="send the text as it is generated, as events")
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted, but not used")
+    stream_options: StreamOptions = StreamOptions.model_construct()
+    user: str | None = UNUSED
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
         """Return the request; ApiError if its fields contradict each other."""
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if not self.stream and (options.include_usage or options.continuous_usage_stats):
             raise refused("stream_options needs stream true: leave it out", "stream_options")
+        if self.most_tokens is not None and self.min_tokens > self.most_tokens:
+            raise refused(
+                f"min_tokens is {self.min_tokens}: at most max_tokens, {self.most_tokens}, is "
+                "possible",
+                "min_tokens",
+            )
         return self
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def most_tokens(self) -> int | None:
+        """Maximum number of new tokens; None for up to the context limit."""
+        raise NotImplementedError
 
     @property
     def candidates(self) -> int:
@@ -93,7 +107,8 @@ class CommonRequest(RequestObject):
 class CompletionRequest(CommonRequest):
     """Prompts to complete."""
 
-    unsupported = {"suffix": "GPT-2 writes from left to right, leave it out"}  # noqa: RUF012
+    neutral = CommonRequest.neutral | {"suffix": ("",), "logprobs": (False,)}
+    why = "GPT-2 writes from left to right"
 
     prompt: Prompt = Field([""], description="text to continue; if empty, a new text begins")
     max_tokens: int = Field(16, ge=0, description="maximum number of new tokens")
@@ -142,28 +157,40 @@ class CompletionRequest(CommonRequest):
 class Message(RequestObject):
     """A message of a conversation."""
 
-    unsupported = dict.fromkeys(
-        ("tool_calls", "function_call", "tool_call_id", "audio"), "this model only writes text"
-    )
+    neutral = {  # noqa: RUF012
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": ("",),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+    }
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = None
 
 
-class ResponseFormat(RequestObject):
-    """The format of a message: only text."""
-
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(CommonRequest):
     """A conversation to answer."""
 
-    unsupported = dict.fromkeys(
-        ("tools", "tool_choice", "functions", "function_call", "audio", "modalities"),
-        "this model only writes text, leave it out",
-    )
+    neutral = CommonRequest.neutral | {
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(
@@ -174,7 +201,12 @@ class ChatCompletionRequest(CommonRequest):
     top_logprobs: int | None = Field(
         None, ge=0, le=MOST_ALTERNATIVES, description="likeliest alternatives to report per token"
     )
-    response_format: ResponseFormat | None = None
+    metadata: dict[str, str] | None = UNUSED
+    parallel_tool_calls: bool | None = UNUSED
+    prompt_cache_key: str | None = UNUSED
+    prompt_cache_options: dict[str, Any] | None = UNUSED
+    prompt_cache_retention: str | None = UNUSED
+    safety_identifier: str | None = UNUSED
 
     @model_validator(mode="after")
     def possible(self) -> Self:
@@ -196,71 +228,34 @@ class ChatCompletionRequest(CommonRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-GenerationRequest = CompletionRequest | ChatCompletionRequest
+class TokenizeRequest(RequestObject):
+    """A prompt, or a conversation, whose tokens are wanted."""
 
-# -- as jobs
+    neutral = {"add_generation_prompt": (True,), "continue_final_message": (False,)}  # noqa: RUF012
 
-
-def jobs(
-    request: GenerationRequest,
-    prompts: Sequence[list[int]],
-    config: GPTConfig,
-    *,
-    ends: frozenset[int],
-    deadline: float,
-) -> list[Job]:
-    """Return the engine's jobs: `candidates` texts for each prompt, prompt by prompt.
-
-    `ends` are the tokens that end a text; `deadline` is by time.monotonic. Raises ApiError if the
-    request does not fit the model.
-    """
-    check_sizes(request, prompts, config)
-    limit = config.context_length  # ends every text, whatever max_tokens says
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    alternatives = request.alternatives
-    if request.candidates > request.n and alternatives is None:
-        alternatives = 0  # best_of compares log-probabilities
-    return [
-        Job(
-            prompt=ids,
-            max_tokens=limit if request.most_tokens is None else min(request.most_tokens, limit),
-            sampling=request.sampling(),
-            seed=seed + number * request.candidates + candidate,
-            ends=ends,
-            bias=request.logit_bias,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            alternatives=alternatives,
-            score_prompt=request.scores_prompt,
-            deadline=deadline,
-        )
-        for number, ids in enumerate(prompts)
-        for candidate in range(request.candidates)
-    ]
-
-
-def check_sizes(
-    request: GenerationRequest, prompts: Sequence[list[int]], config: GPTConfig
-) -> None:
-    """Raise ApiError if the prompts, top_k or logit_bias do not fit the model."""
-    V, limit = config.vocab_size, config.context_length
-    for ids in prompts:
-        if len(ids) > limit:
-            raise too_long(f"{len(ids):,} tokens", limit)
-        if not 0 <= min(ids) <= max(ids) < V:
-            raise refused(
-                f"the prompt has token ids outside the vocabulary: 0 to {V - 1} are needed"
-            )
-    if request.top_k is not None and request.top_k > V:
-        raise refused(f"top_k is {request.top_k}: the vocabulary has only {V} tokens", "top_k")
-    if max(request.logit_bias, default=0) >= V:
-        got = max(request.logit_bias)
-        raise refused(f"logit_bias has token {got}: 0 to {V - 1} are needed", "logit_bias")
-
-
-def too_long(size: str, limit: int) -> ApiError:
-    """Return the error for a prompt that is longer than the context."""
-    return refused(
-        f"the prompt has {size}, but the model's context_length is {limit:,}: shorten it",
-        code="context_length_exceeded",
+    model: str | None = Field(None, description="name of the model")
+    prompt: str | None = Field(None, description="text to tokenize")
+    messages: Annotated[list[Message], FailFast()] = Field(
+        [], description="conversation to tokenize, as /v1/chat/completions would read it"
     )
+    add_special_tokens: bool | None = Field(
+        None, description="accepted, but GPT-2 adds none to a prompt"
+    )
+    return_token_strs: bool = Field(False, description="also name each token")
+
+    @model_validator(mode="after")
+    def possible(self) -> Self:
+        """Return the request; ApiError unless it has either a prompt or messages."""
+        if (self.prompt is not None) == bool(self.messages):
+            raise refused("either prompt or messages is needed: send one of them")
+        return self
+
+
+class DetokenizeRequest(RequestObject):
+    """Tokens whose text is wanted."""
+
+    model: str | None = Field(None, description="name of the model")
+    tokens: TokenIds
+
+
+GenerationRequest = CompletionRequest | ChatCompletionRequest

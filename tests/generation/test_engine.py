@@ -76,6 +76,8 @@ def alone(model: GPT, job: Job) -> list[int]:
         for token in set(new):
             times = new.count(token)
             logits[0, token] -= job.presence_penalty + times * job.frequency_penalty
+        if len(new) < job.min_tokens:
+            logits[0, [*job.ends]] = -math.inf
         chosen = int(next_token(logits, torch.tensor([text]), job.sampling, [generator]))
         text.append(chosen)
         new.append(chosen)
@@ -298,6 +300,37 @@ def test_a_drafted_job_given_up_leaves_its_slot_to_the_next(way: str) -> None:
     assert {item.job for item in news} == {second}
     assert tokens_of(news) == alone(model, second)
     assert engine.idle
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_no_ending_token_comes_before_min_tokens(sampling: SamplingSettings) -> None:
+    """And once that many are there, its bias is what the job says, or the model's own."""
+    model, engine = engine_of("compiled")
+    likely = dict.fromkeys(range(0, V, 2), 9.0)  # every other token is likely, and ends the text
+    jobs = [
+        job_of(
+            prompt_of(5),
+            40,
+            sampling=sampling,
+            ends=frozenset(likely),
+            bias=likely,
+            min_tokens=least,
+            frequency_penalty=0.5,
+        )
+        for least in (0, 1, 7, 40)
+    ]
+    for job, news in run(engine, jobs).items():
+        new = tokens_of(news)
+        assert new == alone(model, job)
+        assert not job.ends & {*new[: job.min_tokens]}
+        assert news[-1].finish == ("length" if len(new) == 40 else "stop")
+        assert job.min_tokens <= len(new) < job.min_tokens + 9
+
+
+def test_where_every_token_ends_a_text_it_still_has_its_minimum() -> None:
+    _, engine = engine_of("plain")
+    (news,) = run(engine, [job_of([1], 9, ends=frozenset(range(V)), min_tokens=4)]).values()
+    assert (len(tokens_of(news)), news[-1].finish) == (5, "stop")
 
 
 def test_an_ending_token_ends_a_job() -> None:

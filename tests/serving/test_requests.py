@@ -3,7 +3,9 @@
 import codecs
 import json
 import math
+import typing
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,9 @@ from gptsmith.generation.job import Job, News, Scored
 from gptsmith.generation.text import Piece, Text, joined
 from gptsmith.serving.answers import ChatCompletionBuilder, CompletionBuilder, event
 from gptsmith.serving.errors import ApiError, mistake, refused
+from gptsmith.serving.jobs import jobs
 from gptsmith.serving.logprobs import completion_logprobs, token_name
-from gptsmith.serving.requests import ChatCompletionRequest, CompletionRequest, jobs
+from gptsmith.serving.requests import ChatCompletionRequest, CompletionRequest
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY
 
@@ -40,7 +43,7 @@ def refusal(kind: type, body: object) -> tuple[str, str | None]:
 
 
 def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
-    return jobs(request, rows, config, ends=frozenset({3}), deadline=9.0)
+    return jobs(request, rows, config, beginning=[0], ends=frozenset({3}), deadline=9.0)
 
 
 # -- what is refused
@@ -60,7 +63,7 @@ def asked(request, rows=([1, 2],), config=CONFIG) -> list[Job]:
         ({"temperature": math.nan}, "temperature is NaN: a finite number is needed", "temperature"),
         ({"temperature": True}, "temperature is true: a number is needed", "temperature"),
         ({"max_tokens": True}, "max_tokens is true: a whole number is needed", "max_tokens"),
-        ({"max_tokens": 2.0}, "max_tokens is 2.0: a whole number is needed", "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5: a whole number is needed", "max_tokens"),
         ({"max_tokens": -1}, "max_tokens is -1: at least 0 is needed", "max_tokens"),
         ({"top_p": 0}, "top_p is 0: above 0.0 is needed", "top_p"),
         ({"n": 129}, "n is 129: at most 128 is needed", "n"),
@@ -143,11 +146,43 @@ def test_a_completion_that_cannot_be_is_refused_in_a_line(said, message, param) 
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content: parts of type 'image_url' are not supported: only text is",
         ),
-        ({"tools": []}, "tools is not supported: this model only writes text, leave it out"),
-        (
-            {"response_format": {"type": "json_object"}},
-            "response_format.type is 'json_object': 'text' is needed",
+        *(
+            (
+                {name: value},
+                f"{name} is not supported: this model only writes text, leave it out{rest}",
+            )
+            for name, value, rest in (
+                ("tools", [{"type": "function"}], ", or send []"),
+                ("tool_choice", "required", ', or send "none" or "auto"'),
+                ("functions", [{"name": "f"}], ", or send []"),
+                ("function_call", {"name": "f"}, ', or send "none" or "auto"'),
+                ("modalities", ["text", "audio"], ', or send ["text"]'),
+                ("audio", {"voice": "ash", "format": "wav"}, ""),
+                ("prediction", {"type": "content", "content": "x"}, ""),
+                ("web_search_options", {}, ""),
+                ("reasoning_effort", "high", ', or send "none"'),
+                ("store", True, ", or send false"),
+                ("store", 0, ", or send false"),
+                ("response_format", {"type": "json_object"}, ', or send {"type": "text"}'),
+                (
+                    "response_format",
+                    {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+                    ', or send {"type": "text"}',
+                ),
+            )
         ),
+        (
+            {"messages": [{"role": "user", "content": "x", "annotations": [{}]}]},
+            "annotations is not supported: this model only writes text, leave it out, or send []",
+        ),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5: at most max_tokens, 4, is possible"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0 is -1: at least 0 is needed"),
+        ({"metadata": {"a": 1}}, "metadata.a is 1: text is needed"),
+        (
+            {"paralel_tool_calls": True},
+            "unknown field 'paralel_tool_calls', did you mean 'parallel_tool_calls'?",
+        ),
+        ({"toolz": []}, "unknown field 'toolz', did you mean 'tools'?"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs true: set it"),
         ({"logprobs": 2}, "logprobs is 2: true or false is needed"),
         (
@@ -200,6 +235,96 @@ def test_null_is_as_if_it_were_not_there() -> None:
     for name in names:
         assert {"type": "null"} in schema["properties"][name]["anyOf"], name
     assert schema["properties"]["model"]["type"] == "string"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"suffix": ""},
+        {"min_tokens": 0},
+        {"stop_token_ids": []},
+        {"ignore_eos": False},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"min_p": 0},
+        {"min_p": 0.0},
+        {"logprobs": False},
+        {"logit_bias": {}},
+        {"stream_options": {}},
+        {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+        {"max_tokens": 16.0, "n": 1.0, "temperature": 1},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_as_if_it_were_not_there(said: dict[str, object]) -> None:
+    assert CompletionRequest.model_validate({"model": "m"} | said) == CompletionRequest(model="m")
+
+
+def test_what_asks_for_nothing_in_a_chat_is_as_if_it_were_not_there() -> None:
+    """Every field of OpenAI's type, at the value that its documentation calls the default."""
+    message = {"role": "assistant", "content": "hi"}
+    plain = {"model": "m", "messages": [message]}
+    said = {
+        "audio": None,
+        "function_call": "none",
+        "functions": [],
+        "logprobs": False,
+        "modalities": ["text"],
+        "reasoning_effort": "none",
+        "response_format": {"type": "text"},
+        "service_tier": "auto",
+        "store": False,
+        "stream_options": None,
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "verbosity": "medium",
+    }
+    odd = message | {"annotations": [], "audio": None, "refusal": None, "tool_calls": []}
+    request = ChatCompletionRequest.model_validate(plain | said | {"messages": [odd]})
+    assert request == ChatCompletionRequest.model_validate(plain)
+    unused = {
+        "metadata": {"run": "1"},
+        "parallel_tool_calls": True,
+        "prompt_cache_key": "k",
+        "prompt_cache_options": {"mode": "explicit"},
+        "prompt_cache_retention": "24h",
+        "safety_identifier": "s",
+        "user": "u",
+    }
+    ChatCompletionRequest.model_validate(plain | unused)
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_each_field_of_openai_s_own_types_is_known(kind: str) -> None:
+    """None is an unknown field: it is used, accepted, or refused by its own name."""
+    params = openai.types.completion_create_params
+    request: type = CompletionRequest
+    if kind == "chat":
+        params, request = openai.types.chat.completion_create_params, ChatCompletionRequest
+    names = {*typing.get_type_hints(params.CompletionCreateParamsNonStreaming)}
+    assert len(names) > 15
+    assert names <= {*request.model_fields, *request.neutral}
+
+
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    said = {"prompt": [[1.0, 2], [3.0]], "seed": 5.0, "stop_token_ids": [3.0], "logprobs": 2.0}
+    request = CompletionRequest.model_validate({"model": "m"} | said)
+    assert request.prompt == [[1, 2], [3]]
+    assert (request.seed, request.stop_token_ids, request.logprobs) == (5, [3], 2)
+    for value in (1.5, [1.5], [[1.5]], math.inf, math.nan):
+        assert refusal(CompletionRequest, {"model": "m", "prompt": value})[1] == "prompt"
+
+
+def test_a_text_ends_where_the_request_says() -> None:
+    for said, ends in (
+        ({}, {3}),
+        ({"ignore_eos": True}, set()),
+        ({"stop_token_ids": [5, 3]}, {3, 5}),
+        ({"stop_token_ids": [5], "ignore_eos": True}, {5}),
+    ):
+        assert asked(CompletionRequest.model_validate({"model": "m"} | said))[0].ends == ends
+    assert asked(CompletionRequest(model="m", min_tokens=3))[0].min_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -275,8 +400,8 @@ def test_a_chat_goes_on_to_the_context_limit_unless_told() -> None:
             None,
         ),
         ({}, [[-1]], "the prompt has token ids outside the vocabulary: 0 to 36 are needed", None),
-        ({"top_k": 38}, [[1]], "top_k is 38: the vocabulary has only 37 tokens", None),
         ({"logit_bias": {"37": 1}}, [[1]], "logit_bias has token 37: 0 to 36 are needed", None),
+        ({"stop_token_ids": [37]}, [[1]], "stop_token_ids has token 37: 0 to 36 are needed", None),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(said, rows, message, code) -> None:
@@ -389,10 +514,22 @@ def test_a_prompt_comes_first_with_its_tokens() -> None:
     ]
 
 
-def test_an_empty_prompt_has_a_token_and_no_text() -> None:
-    text = Text(byte_tokenizer(), echo="", with_tokens=True)
-    piece = text.push(News(JOB, prompt=(Scored(256),), finish="length"))
-    assert (piece.text, [told.offset for told in piece.tokens]) == ("", [0])
+def test_an_empty_prompt_is_read_as_its_beginning_which_nobody_is_told() -> None:
+    request = CompletionRequest.model_validate({"model": "m", "echo": True, "logprobs": 1})
+    empty, other = asked(request, [[], [5]])
+    assert (list(empty.prompt), empty.score_prompt) == ([0], False)
+    assert (list(other.prompt), other.score_prompt) == ([5], True)
+
+
+def test_a_stop_string_does_not_end_a_text_before_min_tokens() -> None:
+    text = Text(byte_tokenizer(), stop=["ab", "c"], min_tokens=3)
+    pieces = pushed(text, [*b"abcabc"])
+    assert "".join(piece.text for piece in pieces) == "abc"
+    assert pieces[-1].finish == "stop"
+    # The first token after the minimum may end it; one that began before it may not.
+    assert (
+        joined(pushed(Text(byte_tokenizer(), stop=["bc"], min_tokens=2), [*b"abc"])).text == "abc"
+    )
 
 
 # -- answers
