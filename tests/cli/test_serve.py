@@ -4,8 +4,10 @@ import json
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from gptsmith import GPTConfig, save
@@ -111,6 +114,56 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
     )
 
 
+def over(path: Path) -> httpx2.Client:
+    """A client that asks a Unix domain socket."""
+    return httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), base_url="http://x")
+
+
+def test_a_unix_socket_is_for_its_owner_and_goes_with_the_server(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 107 bytes
+        path = Path(short) / "s.sock"
+        flags = ("--unix-socket", str(path), "--allow-origin", "http://a", "--allow-origin", "*")
+        with started(folder, *flags) as (process, ready):
+            assert ready.startswith(f"serving my-toy at unix:{path}  (64 slots of")
+            assert stat.filemode(path.stat().st_mode) == "srw-------"
+            with over(path) as http:
+                asked = openai.OpenAI(base_url="http://x/v1", api_key="any", http_client=http)
+                found = asked.completions.create(model="my-toy", prompt="a", max_tokens=2)
+                assert found.usage.completion_tokens == 2
+                answer = http.get("/health", headers={"origin": "http://b"})
+                assert answer.headers["access-control-allow-origin"] == "*"
+            # Another one is told so; the killed one leaves its path, which the next one takes.
+            assert main(["serve", str(folder), "--unix-socket", str(path)]) == 2
+            process.kill()
+            process.wait(120)
+            assert path.is_socket()
+        with started(folder, *flags) as (process, _):
+            with over(path) as http:
+                assert http.get("/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
+            assert not path.exists()
+            assert '- "GET /health" 200' in process.stderr.read()
+
+
+def test_a_file_that_is_no_socket_is_left_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert main(["serve", str(folder), "--unix-socket", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"gptsmith: cannot listen at {path}: it is not a socket; choose another path\n"
+    )
+    assert path.read_text() == "mine"
+
+
+def test_a_socket_of_a_server_that_could_not_begin_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    assert main(["serve", str(tmp_path / "none"), "--unix-socket", str(path)]) == 2
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -121,6 +174,11 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
         (["--host", "256.1.1.1.1"], "no host '256.1.1.1.1': a name or address of this machine"),
         (["--host", "192.0.2.1"], "192.0.2.1, port 8000, cannot be used: "),
         (["--compile", "perhaps"], "--compile is 'perhaps': one of auto, yes, no is needed"),
+        (["--allow-origin", "example.org"], "--allow-origin is 'example.org': a scheme and a host"),
+        (["--allow-origin", "https://x/"], "--allow-origin is 'https://x/': a scheme and a host"),
+        (["--unix-socket", "/"], "cannot listen at /: it is not a socket; choose another path"),
+        (["--unix-socket", "/no/x"], "cannot listen at /no/x: No such file or directory; choose"),
+        (["--unix-socket", "x" * 200], "cannot listen at xxxx"),
         (["--api-key", "two words", "--port", "0"], "the API key is empty or contains spaces"),
         (["--api-key", "", "--port", "0"], "the API key is empty or contains spaces"),
     ],

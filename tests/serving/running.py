@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,7 @@ def serving(
     waiting: int = 16,
     step_seconds: float = 0.0,
     key: str | None = None,
+    origins: Sequence[str] = (),
     **how: Any,
 ) -> Iterator[Running]:
     """Serve a model as `gptsmith serve` does; each step takes `step_seconds` longer."""
@@ -62,7 +63,13 @@ def serving(
     accesses: list[Access] = []
     ready = threading.Event()
     with listen("127.0.0.1", 0) as bound:
-        app = Guard(make_app(served), api_key=key, most_bytes=1 << 20, seen=accesses.append)
+        app = Guard(
+            make_app(served),
+            api_key=key,
+            most_bytes=1 << 20,
+            origins=origins,
+            seen=accesses.append,
+        )
         server = UvicornServer(app, drain=5, ready=ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

@@ -287,6 +287,108 @@ def test_many_clients_at_once_get_what_each_would_get_alone(server: Running) -> 
     assert asyncio.run(everybody()) == [ours("ab", 15, seed) for seed in range(12)]
 
 
+# -- what OpenAI's client and vLLM's send unasked
+
+
+def test_what_asks_for_nothing_changes_nothing(server: Running, talker: Running) -> None:
+    create = client_of(server).completions.create
+    how = {"model": "toy", "prompt": "ab", "max_tokens": 9, "seed": 5}
+    plain = create(**how).choices[0].text
+    neutral = {"min_tokens": 0, "stop_token_ids": [], "ignore_eos": False, "top_k": -1, "min_p": 0}
+    assert create(**how, suffix="", user="u", extra_body=neutral).choices[0].text == plain
+    assert create(**(how | {"max_tokens": 9.0, "seed": 5.0})).choices[0].text == plain
+    for k in (0, 259, 260, 10**12):
+        assert create(**how, extra_body={"top_k": k}).choices[0].text == plain
+
+    messages = [{"role": "user", "content": "hi"}]
+    talk = client_of(talker).chat.completions.create
+    how = {"model": "toy", "max_completion_tokens": 9, "seed": 5}
+    first = talk(messages=messages, **how).choices[0].message
+    answer = first.to_dict() | {"annotations": [], "audio": None, "tool_calls": []}
+    found = talk(
+        messages=messages,
+        function_call="none",
+        functions=[],
+        logprobs=False,
+        metadata={"a": "b"},
+        modalities=["text"],
+        parallel_tool_calls=False,
+        prompt_cache_key="k",
+        response_format={"type": "text"},
+        safety_identifier="s",
+        service_tier="auto",
+        store=False,
+        tool_choice="none",
+        tools=[],
+        **how,
+    )
+    assert found.choices[0].message.content == first.content
+    assert talk(messages=[*messages, answer], **how).choices[0].message.content is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("reasoning_effort", "high"),
+        ("store", True),
+        ("modalities", ["text", "audio"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_its_own_name(
+    talker: Running, name: str, value: object
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{name} is not supported") as caught:
+        client_of(talker).chat.completions.create(
+            model="toy", messages=[{"role": "user", "content": "x"}], **{name: value}
+        )
+    assert caught.value.param == name
+
+
+def test_a_benchmark_gets_as_many_tokens_as_it_wants(server: Running) -> None:
+    """As guidellm and `vllm bench serve` ask."""
+    create = client_of(server).completions.create
+    how = {"model": "toy", "prompt": "ab", "max_tokens": 20, "logit_bias": {str(END): 100}}
+    assert create(**how).usage.completion_tokens == 1
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"ignore_eos": True, "repetition_penalty": 1.0}
+    *events, last = create(stream=True, stream_options=options, extra_body=body, **how)
+    assert events[-1].choices[0].finish_reason == "length"
+    counts = [event.usage.completion_tokens for event in events]
+    assert counts == sorted(counts)
+    assert (last.choices, last.usage.completion_tokens) == ([], 20)
+    assert {event.usage.prompt_tokens for event in [*events, last]} == {2}
+    found = create(extra_body={"min_tokens": 6}, **how)
+    assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (7, "stop")
+
+
+def test_a_text_ends_at_a_token_of_the_request(server: Running) -> None:
+    text = ours("ab", 20, 3)
+    last = next(letter for letter in text[3:] if letter.isascii())
+    body = {"stop_token_ids": [ord(last)]}
+    create = client_of(server).completions.create
+    found = create(model="toy", prompt="ab", max_tokens=20, seed=3, extra_body=body).choices[0]
+    assert found.text == text[: text.index(last)]
+    assert found.finish_reason == "stop"
+
+
+def test_an_empty_prompt_has_no_tokens(server: Running) -> None:
+    """The model reads <|endoftext|> in its place, which is neither counted nor echoed."""
+    create = client_of(server).completions.create
+    found = create(model="toy", prompt="", max_tokens=3, temperature=0, echo=True, logprobs=1)
+    assert found.choices[0].text == ours("", 3, 1, temperature=0)
+    assert found.usage.prompt_tokens == 0
+    logprobs = found.choices[0].logprobs
+    assert logprobs.text_offset[0] == 0
+    assert len(logprobs.tokens) == found.usage.completion_tokens
+    expected = logits_after([END]).log_softmax(0)
+    assert logprobs.token_logprobs[0] == pytest.approx(expected.max().item(), abs=1e-4)
+    scored = create(model="toy", prompt=["", "a"], max_tokens=0, echo=True, logprobs=1)
+    assert [choice.logprobs.tokens for choice in scored.choices] == [[], ["a"]]
+    assert scored.usage.total_tokens == 1
+
+
 # -- chat
 
 
@@ -392,6 +494,89 @@ def test_answers_are_as_they_are_described(server: Running, talker: Running) -> 
     for path in described["paths"].values():
         for operation in path.values():
             assert "422" not in operation["responses"]
+
+
+def test_tokens_of_a_text_and_of_a_conversation_and_back(server: Running, talker: Running) -> None:
+    def post(running: Running, path: str, **body: object) -> httpx2.Response:
+        headers = {"content-type": "application/json"}
+        return httpx2.post(running.url + path, content=json.dumps(body), headers=headers)
+
+    found = post(server, "/tokenize", model="toy", prompt="a é", return_token_strs=True).json()
+    ids = [*"a é".encode()]
+    names = [TOKENIZER.backend.id_to_token(id) for id in ids]
+    assert found == {"count": 4, "max_model_len": 48, "tokens": ids, "token_strs": names}
+    assert names[:2] == ["a", "Ġ"]
+    assert post(server, "/detokenize", tokens=ids).json() == {"prompt": "a é"}
+    assert post(server, "/detokenize", tokens=[]).json() == {"prompt": ""}
+    empty = post(server, "/tokenize", prompt="", add_special_tokens=True).json()
+    assert (empty["count"], empty["tokens"], empty["token_strs"]) == (0, [], None)
+    assert post(server, "/tokenize", prompt="x" * 100).json()["count"] == 100  # more than fit
+
+    messages = [{"role": "user", "content": "hi <|endoftext|>"}]
+    neutral = {"add_generation_prompt": True, "continue_final_message": False}
+    talk = post(talker, "/tokenize", messages=messages, **neutral).json()
+    text = "<user>hi <|endoftext|><assistant>"
+    assert talk["tokens"] == [*text.encode()]
+    assert post(talker, "/detokenize", tokens=talk["tokens"]).json() == {"prompt": text}
+    chat = client_of(talker).chat.completions.create(model="toy", messages=messages, max_tokens=1)
+    assert chat.usage.prompt_tokens == talk["count"]
+
+    for running, path, body, status, message in (
+        (server, "/tokenize", {}, 400, "either prompt or messages is needed: send one of them"),
+        (server, "/tokenize", {"prompt": "a", "messages": messages}, 400, "either prompt or mess"),
+        (server, "/tokenize", {"prompt": "a", "model": "x"}, 404, "this server has no model 'x'"),
+        (server, "/tokenize", {"prompt": "\ud800"}, 400, "the text has a lone surrogate"),
+        (server, "/tokenize", {"promt": "a"}, 400, "unknown field 'promt', did you mean 'prompt'?"),
+        (server, "/tokenize", {"messages": messages}, 400, "this model has no chat template"),
+        (server, "/tokenize", {"prompt": "a" * 100_000}, 400, "the prompt has 100,000 characters"),
+        (server, "/detokenize", {"tokens": [259]}, 400, "tokens has token 259: 0 to 258 are neede"),
+        (server, "/detokenize", {"tokens": [-1]}, 400, "tokens.0 is -1: at least 0 is needed"),
+        (server, "/detokenize", {}, 400, "tokens is missing"),
+        (talker, "/tokenize", {"messages": [{}]}, 400, "messages.0.role is missing"),
+    ):
+        found = post(running, path, **body)
+        assert (found.status_code, found.json()["error"]["message"][: len(message)]) == (
+            status,
+            message,
+        )
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/docs", "/openapi.json"])
+def test_head_is_answered_wherever_get_is(server: Running, path: str) -> None:
+    with httpx2.Client(base_url=server.url) as client:
+        found = [client.request(method, path) for method in ("HEAD", "GET", "HEAD")]
+    assert {each.status_code for each in found} == {200}
+    assert found[0].content == found[2].content == b""
+    same = ("content-type", "content-length", "content-security-policy")
+    for name in same if path != "/metrics" else same[:1]:
+        assert found[0].headers.get(name) == found[1].headers.get(name)
+    until(lambda: [access.method for access in server.accesses[-3:]] == ["HEAD", "GET", "HEAD"])
+    assert server.accesses[-1].bytes == 0
+
+
+def test_head_of_what_is_not_there_or_only_takes_posts(server: Running) -> None:
+    for path, status in (("/v1/models", 200), ("/v1/none", 404), ("/v1/completions", 405)):
+        found = httpx2.head(server.url + path)
+        assert (found.status_code, found.content) == (status, b"")
+        assert found.headers["x-request-id"]
+
+
+def test_each_answer_has_an_id_and_a_sane_one_is_the_client_s(server: Running) -> None:
+    client = client_of(server)
+    how = {"model": "toy", "prompt": "a", "max_tokens": 2}
+    found = [client.completions.create(**how)._request_id for _ in range(2)]
+    assert found[0] != found[1]
+    assert all(each.startswith("req_") for each in found)
+    given = {"x-request-id": "7f3c-Bench.12:x"}
+    for stream in (False, True):
+        raw = client.completions.with_raw_response.create(stream=stream, extra_headers=given, **how)
+        assert raw.headers["x-request-id"] == given["x-request-id"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**(how | {"max_tokens": -1}))
+    assert caught.value.request_id.startswith("req_")
+    for odd in ("", "two words", "x" * 129, "a\tb", '"quoted"', "<b>"):
+        answer = httpx2.get(f"{server.url}/v1/none", headers={"x-request-id": odd})
+        assert answer.headers["x-request-id"].startswith("req_")
 
 
 def test_the_page_may_run_its_own_script_only(server: Running) -> None:

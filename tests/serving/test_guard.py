@@ -64,6 +64,7 @@ def ask(
     path: str = "/health",
     headers: Sequence[tuple[bytes, bytes]] = (),
     key: str | None = None,
+    origins: Sequence[str] = (),
     **rest: Any,
 ) -> Told:
     """One request, without any server; after what is given, the client waits for ever."""
@@ -78,7 +79,9 @@ def ask(
     async def send(message: Message) -> None:
         told.messages.append(message)
 
-    guard = Guard(app, api_key=key, most_bytes=MOST_BYTES, seen=told.accesses.append)
+    guard = Guard(
+        app, api_key=key, most_bytes=MOST_BYTES, origins=origins, seen=told.accesses.append
+    )
     scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
     scope |= {"client": ("10.1.2.3", 4567), **rest}
     try:
@@ -230,6 +233,109 @@ def test_no_way_of_writing_a_path_leads_past_the_key(written: list[str], root: s
             assert not reached
     ask(inner, path=f"{root}/v1/secret", headers=[(b"authorization", b"Bearer sesam")], **rest)
     assert len(reached) == 1
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/pre/tokenize", "/v1"])
+def test_what_shows_the_model_needs_the_key(path: str) -> None:
+    for app, headers, status in (
+        (Echo(), [], 401),
+        (Echo(), [(b"authorization", b"Bearer sesam")], 201),
+    ):
+        told = ask(app, parts(b""), path=path, headers=headers, key="sesam")
+        assert (told.status, app.called) == (status, status == 201)
+        assert (b"cache-control", b"no-store") in told.headers
+    assert ask(Echo(), parts(b""), path="/tokenizer", key="sesam").status == 201
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "guarded"),
+    [
+        ("http://host/health", "/health", False),
+        ("HTTPS://user@host:80/v1/models", "/v1/models", True),
+        ("http://host", "/", False),
+        ("http://[::1]:80//v1/x", "//v1/x", True),
+        ("/http://host/health", "/http://host/health", False),
+        ("http://v1/models", "/models", False),
+        ("http://a\n/v1/x\n", "/v1/x\n", True),
+        ("*", "*", False),
+        ("host:443", "host:443", False),
+    ],
+)
+def test_a_target_with_its_host_is_its_path(target: str, path: str, guarded: bool) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    told = ask(app, path=target, key="sesam")
+    assert told.status == (401 if guarded else 200)
+    assert seen == ([] if guarded else [path])
+    assert ask(app, path=target).status == 200
+    assert seen[-1] == path
+
+
+def test_every_answer_has_an_id() -> None:
+    for told in (
+        ask(Echo(), parts(b"")),
+        ask(Echo(), parts(b"x" * 11)),
+        ask(Echo(), headers=[(b"content-length", b"99")]),
+        ask(Echo(), path="/v1/models", key="sesam"),
+    ):
+        (id,) = (value for name, value in told.headers if name == b"x-request-id")
+        assert len(id) == 28
+    given = [(b"X-Request-ID", b"mine")]
+    assert (b"x-request-id", b"mine") in ask(Echo(), parts(b""), headers=given).headers
+
+
+ORIGIN = b"https://app.example"
+
+
+def from_page(*more: tuple[bytes, bytes], origin: bytes = ORIGIN) -> list[tuple[bytes, bytes]]:
+    return [(b"origin", origin), *more]
+
+
+PREFLIGHT = (
+    (b"access-control-request-method", b"POST"),
+    (b"access-control-request-headers", b"authorization,content-type,x-stainless-os"),
+)
+
+
+@pytest.mark.parametrize("allowed", [ORIGIN.decode(), "*"])
+def test_a_page_of_an_origin_that_may_can_read_every_answer(allowed: str) -> None:
+    how: dict[str, Any] = {"path": "/v1/completions", "key": "sesam", "origins": (allowed, "x://y")}
+    app = Echo()
+    asked = ask(app, headers=from_page(*PREFLIGHT), method="OPTIONS", **how)
+    assert (asked.status, app.called) == (200, False), "a preflight request has no key"
+    said = {name: value.decode() for name, value in asked.headers}
+    assert said[b"access-control-allow-origin"] == allowed
+    assert "POST" in said[b"access-control-allow-methods"]
+    assert said[b"access-control-allow-headers"] == PREFLIGHT[1][1].decode()
+    assert b"x-request-id" in said
+    key = (b"authorization", b"Bearer sesam")
+    for headers, status in ((from_page(key), 201), (from_page(), 401)):
+        told = ask(Echo(), parts(b""), headers=headers, **how)
+        assert told.status == status
+        said = {name: value.decode() for name, value in told.headers}
+        assert said[b"access-control-allow-origin"] == allowed
+        assert "x-request-id" in said[b"access-control-expose-headers"]
+        assert b"access-control-allow-credentials" not in said
+    too_large = ask(Echo(), headers=from_page(key, (b"content-length", b"99")), **how)
+    assert too_large.status == 413
+    assert b"access-control-allow-origin" in dict(too_large.headers)
+
+
+def test_a_page_of_another_origin_can_read_nothing() -> None:
+    other = b"https://app.example.evil"
+    for headers, method, status in (
+        (from_page(*PREFLIGHT, origin=other), "OPTIONS", 400),
+        (from_page(origin=other), "POST", 201),
+        ([], "POST", 201),
+    ):
+        told = ask(Echo(), parts(b""), headers=headers, method=method, origins=(ORIGIN.decode(),))
+        assert told.status == status
+        assert b"access-control-allow-origin" not in dict(told.headers)
 
 
 @pytest.mark.parametrize("key", ["", " ", "two words", "tab\tbed", "bell\a", "new\nline"])

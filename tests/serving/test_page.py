@@ -492,3 +492,30 @@ def test_what_the_model_writes_is_what_the_page_shows(visit: Any) -> None:
         assert "the model's context_length is 90" in here.page.inner_text("#trouble")
         assert server.served.service.counts() == (0, 0)
         here.page.close()  # before there is nobody to ask
+
+
+ASK = """async ([url, key]) => {
+    const headers = {"content-type": "application/json", authorization: `Bearer ${key}`};
+    const body = JSON.stringify({model: "toy", prompt: "a", max_tokens: 2});
+    const answer = await fetch(`${url}/v1/completions`, {method: "POST", headers, body});
+    return [answer.status, answer.headers.get("x-request-id"), await answer.json()];
+}"""
+
+
+def test_an_app_of_another_origin_may_ask_where_that_is_allowed(browser: Any) -> None:
+    """And no other may, with the same name for the same machine."""
+    model = scrambled(GPTConfig(**(TINY | {"vocab_size": 257})))
+    with (
+        real.serving(model, byte_tokenizer()) as app,
+        real.serving(model, byte_tokenizer(), key="k", origins=("http://x", app.url)) as server,
+    ):
+        page = browser.new_page()
+        page.goto(f"{app.url}/health")
+        for key, status in (("k", 200), ("wrong", 401)):
+            got, id, body = page.evaluate(ASK, [server.url, key])
+            assert (got, id[:4]) == (status, "req_")
+            assert ("choices" in body) is (status == 200)
+        page.goto(f"{app.url.replace('127.0.0.1', 'localhost')}/health")
+        with pytest.raises(Exception, match="Failed to fetch"):
+            page.evaluate(ASK, [server.url, "k"])
+        page.close()

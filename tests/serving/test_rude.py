@@ -175,6 +175,19 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         json.dumps({"model": "toy", "n": 128, "prompt": [[1]] * 50_000}),
         "the request is for 6,400,000 texts: at most 5",
     ),
+    "too many ends": (
+        json.dumps({"model": "toy", "stop_token_ids": [*range(100_000)]}),
+        "stop_token_ids has token 99999",
+    ),
+    "ends that are no ids": (
+        json.dumps({"model": "toy", "stop_token_ids": ["x"] * 100_000}),
+        "stop_token_ids.0 is 'x': a whole number",
+    ),
+    "an end of 4000 digits": (f'{{"model":"toy","stop_token_ids":[{LAST}]}}', "has token 9999"),
+    "a neutral field that is deep": (
+        b'{"model":"toy","suffix":' + b"[" * 900 + b"]" * 900 + b"}",
+        'suffix is not supported: GPT-2 writes from left to right, leave it out, or send ""',
+    ),
     "too many tokens": (json.dumps({"model": "toy", "prompt": [1] * 200_000}), "200,000 tokens"),
 }
 TAKEN = {
@@ -185,6 +198,10 @@ TAKEN = {
         {"model": "toy", "logit_bias": {str(id): -100 for id in range(259)}}
     ),
     "more tokens than can be": f'{{"model":"toy","prompt":[{"1," * 1020}1],"max_tokens":{LAST}}}',
+    "a whole number with a point": '{"model":"toy","max_tokens":3.0,"seed":1e15,"top_k":1e300}',
+    "every token ends the text, and none may": json.dumps(
+        {"model": "toy", "stop_token_ids": [*range(259)], "min_tokens": 3, "max_tokens": 9}
+    ),
     "the largest seed": f'{{"model":"toy","seed":{2**63 - 1},"n":5}}',
     "the smallest seed": f'{{"model":"toy","seed":{-(2**63)}}}',
     **{
@@ -302,6 +319,37 @@ def test_bytes_that_are_no_request_end_the_connection(server: Running, sent: byt
             return  # it has had enough before we had
         found = read_all(raw)
     assert found == b"" or found.startswith(b"HTTP/1.1 400")
+
+
+def test_what_is_no_request_is_answered_as_all_errors_are(server: Running) -> None:
+    with connected(server) as raw:
+        raw.sendall(b"GET\r\n\r\n")
+        head, _, body = read_all(raw).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"\r\nx-request-id: req_" in head
+    assert b"\r\nconnection: close" in head
+    assert "not an HTTP/1.1 request" in json.loads(body)["error"]["message"]
+
+
+def test_a_target_may_name_the_host(server: Running) -> None:
+    """As a proxy is asked, and as RFC 9112 wants every server to understand."""
+    port = server.url.rpartition(":")[2]
+    host = f"127.0.0.1:{port}"
+    for target, status in (("/health", b"200"), ("", b"200"), ("/v1/x", b"404")):
+        with connected(server) as raw:
+            lines = [f"GET http://{host}{target} HTTP/1.1", f"Host: {host}", "Connection: close"]
+            raw.sendall("\r\n".join([*lines, "", ""]).encode())
+            assert read_all(raw).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_body_that_breaks_off_in_the_middle_of_an_answer(server: Running) -> None:
+    """The answer has begun, so that it can only be cut off."""
+    chunked = "Transfer-Encoding: chunked\r\n\r\n"
+    with connected(server) as raw:
+        raw.sendall(f"POST /v1/none HTTP/1.1\r\nHost: x\r\n{chunked}1\r\nx\r\n".encode())
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 404")
+        raw.sendall(b"no chunk\r\n")
+        read_all(raw)
 
 
 def test_one_connection_many_requests_at_once(server: Running) -> None:

@@ -51,9 +51,9 @@ def started(folder: Path, *flags: str, **how: Any) -> Iterator[subprocess.Popen[
 
 
 @contextmanager
-def ready(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def ready(folder: Path, *flags: str, **how: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command once it is ready, and its address."""
-    with started(folder, "--port", "0", *flags) as process:
+    with started(folder, "--port", "0", *flags, **how) as process:
         found = re.search(r"http://\S+", said := process.stderr.readline())
         assert found, said + process.stderr.read()
         yield process, found[0]
@@ -108,7 +108,7 @@ def listeners(address: str, count: int, running: int, waiting: int) -> list[List
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_after_a_signal_what_runs_and_what_waits_is_finished(
     folder: Path, number: signal.Signals
 ) -> None:
@@ -121,6 +121,17 @@ def test_after_a_signal_what_runs_and_what_waits_is_finished(
         for client in clients:
             client.join(120)
             assert client.finish == "length"
+
+
+def test_under_nohup_it_outlives_its_terminal(folder: Path) -> None:
+    def ignoring() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with ready(folder, preexec_fn=ignoring) as (process, address):
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        assert httpx2.get(f"{address}/health").status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
