@@ -24,9 +24,9 @@ from .answers import (
     ModelList,
     Tokens,
 )
-from .errors import ApiError, ErrorResponse, mistake, shown
-from .handler import ServedModel, failed
-from .pages import add_docs, add_page
+from .errors import ApiError, ErrorResponse, failed, mistake, shown
+from .handler import ServedModel
+from .pages import add_pages
 from .requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -97,8 +97,7 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
     app.include_router(openai_api(served), dependencies=keys)
     app.include_router(tokens(served), dependencies=keys)
     app.include_router(state(served))
-    add_page(app)
-    add_docs(app)
+    add_pages(app)
     return app
 
 

@@ -4,12 +4,14 @@ Knows nothing of requests, only of Pydantic's validation errors.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
+LOG = logging.getLogger(__name__)
 HUNG_UP = 499  # nginx's status for a client that disconnected before the response was complete
 MOST_SHOWN = 40  # characters of a value that a message repeats; the value may be megabytes
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # error types by status
@@ -86,6 +88,15 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
 def stopping() -> ApiError:
     """Return the error for a request that the server's shutdown has cut short."""
     return ApiError(503, "the server is stopping: retry in a moment")
+
+
+def failed(error: Exception) -> ApiError:
+    """Return the error to send to the client: an ApiError as it is; any other is logged and
+    becomes a 500 without details."""
+    if isinstance(error, ApiError):
+        return error
+    LOG.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed at this request: its log says why")
 
 
 def mistake(errors: Sequence[Any]) -> ApiError:

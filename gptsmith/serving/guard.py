@@ -79,16 +79,7 @@ class Guard:
         self.app = app
         self.key = None if api_key is None else _checked_key(api_key)
         self.most_bytes = most_bytes
-        self.seen = seen
-        self.checked: ASGIApp = self._check
-        if origins:  # around the check, because a preflight request has no key
-            self.checked = CORSMiddleware(
-                self._check,
-                allow_origins=origins,
-                allow_methods=("GET", "HEAD", "POST"),
-                allow_headers=("*",),
-                expose_headers=(REQUEST_ID.decode(), "retry-after"),
-            )
+        self.origins, self.seen = origins, seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection. WebSockets are refused: the application has none."""
@@ -103,12 +94,23 @@ class Guard:
         begun = time.perf_counter()
         method = scope["method"]
         scope = {**scope, "path": _path(scope), "method": "GET" if method == "HEAD" else method}
-        given = _headers(scope).get(REQUEST_ID, b"")
-        id = given if SANE_ID.fullmatch(given) else new_request_id()
-        headers = [*SAFETY, (REQUEST_ID, id), *NOT_KEPT * _guarded(scope)]
-        exchange = _Exchange(scope, receive, send, self.most_bytes, headers, head=method == "HEAD")
+        guarded, headers = GUARDED.search(f"{scope['path']}/") is not None, _headers(scope)
+        id = headers.get(REQUEST_ID, b"")
+        own = (REQUEST_ID, id if SANE_ID.fullmatch(id) else new_request_id())
+        added = [own, *SAFETY, *NOT_KEPT * guarded]
+        exchange = _Exchange(scope, receive, send, self.most_bytes, added, head=method == "HEAD")
         try:
-            await self.checked(scope, exchange.receive, exchange.send)
+            refusal = self._refusal(headers, guarded)
+            answer: ASGIApp = self.app if refusal is None else refusal.response()
+            if self.origins:  # around the refusal, because a preflight request has no key
+                answer = CORSMiddleware(
+                    answer,
+                    allow_origins=self.origins,
+                    allow_methods=("GET", "HEAD", "POST"),
+                    allow_headers=("*",),
+                    expose_headers=(REQUEST_ID.decode(), "retry-after"),
+                )
+            await answer(scope, exchange.receive, exchange.send)
         except Exception:
             exchange.failed = True
             # After a refusal the client has its response, and the application only failed because
@@ -126,12 +128,6 @@ class Guard:
                     bytes=exchange.bytes,
                 )
             )
-
-    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it by its headers."""
-        refusal = self._refusal(_headers(scope), _guarded(scope))
-        answer = self.app if refusal is None else refusal.response()
-        await answer(scope, receive, send)
 
     def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> ApiError | None:
         """Return why a request is refused by its headers; None if it is not."""
@@ -231,10 +227,6 @@ def _path(scope: Scope) -> str:
     """Return the path, without the scheme and host that an absolute-form target has before it."""
     target = re.match("[A-Za-z][A-Za-z0-9+.-]*://[^/]*(.*)", scope["path"], re.DOTALL)
     return scope["path"] if target is None else target[1] or "/"
-
-
-def _guarded(scope: Scope) -> bool:
-    return GUARDED.search(f"{scope['path']}/") is not None
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

@@ -4,10 +4,8 @@ Knows nothing of routes, of the engine's steps, or of access control.
 """
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -20,18 +18,9 @@ from ..generation.job import Job
 from ..generation.text import Text
 from ..generation.writing import prompt_ids
 from ..tokenizers import Tokenizer
-from .answers import (
-    DONE,
-    Builder,
-    ChatCompletionBuilder,
-    CompletionBuilder,
-    DecodedPrompt,
-    Tokens,
-    Usage,
-    event,
-)
+from .answers import ChatCompletionBuilder, CompletionBuilder, DecodedPrompt, Tokens
 from .chat import ChatTemplate
-from .errors import ApiError, refused, shown, stopping
+from .errors import ApiError, refused, shown
 from .jobs import check_ids, jobs, too_long
 from .metrics import Metrics
 from .requests import (
@@ -42,10 +31,18 @@ from .requests import (
     Message,
     TokenizeRequest,
 )
-from .streams import Batch, EventStream, PendingChoice, best, merged, while_connected, whole_texts
+from .streams import (
+    EventStream,
+    PendingChoice,
+    best,
+    events,
+    merged,
+    usage,
+    while_connected,
+    whole_texts,
+)
 from .worker import QueueFull, Service, Stream
 
-LOG = logging.getLogger(__name__)
 LONG = 20_000  # characters, which take milliseconds to encode: longer texts go to a thread
 
 T = TypeVar("T")
@@ -248,50 +245,3 @@ async def in_thread(work: Callable[[], T], size: int) -> T:
         return work() if size <= LONG else await asyncio.to_thread(work)
     except ValueError as error:
         raise refused(str(error)) from error
-
-
-async def events(
-    builder: Builder,
-    first: Batch,
-    rest: AsyncGenerator[Batch, None],
-    usage: Callable[[], Usage],
-) -> AsyncGenerator[bytes, None]:
-    """Yield the pieces of all choices as server-sent events; an error becomes an event too."""
-    begun = set[int]()
-
-    def encoded(batch: Batch) -> bytes:
-        chunks = []
-        for index, piece in batch:
-            chunk = builder.chunk(index, piece, first=index not in begun)
-            if builder.continuous_usage:
-                chunk["usage"] = usage()
-            chunks.append(event(chunk))
-            begun.add(index)
-        return b"".join(chunks)
-
-    async with aclosing(rest):
-        yield encoded(first)
-        try:
-            async for batch in rest:
-                yield encoded(batch)
-        except (Exception, asyncio.CancelledError) as error:
-            # Cancelled means that the server is stopping, or that the client has left.
-            reported = failed(error) if isinstance(error, Exception) else stopping()
-            yield event(reported.body)
-            return
-    yield (event(builder.last_chunk(usage())) if builder.include_usage else b"") + DONE
-
-
-def failed(error: Exception) -> ApiError:
-    """Return the error to send to the client: an ApiError as it is; any other is logged and
-    becomes a 500 without details."""
-    if isinstance(error, ApiError):
-        return error
-    LOG.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed at this request: its log says why")
-
-
-def usage(read: int, choices: Sequence[PendingChoice]) -> Usage:
-    """Count the tokens of a request's prompts and texts."""
-    generated = sum(choice.tokens for choice in choices)
-    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)

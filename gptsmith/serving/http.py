@@ -66,10 +66,11 @@ def listen_at(path: Path) -> socket.socket:
     It listens at once: another server that is given the same path can tell it from one that was
     left behind by a killed server, which it replaces.
     """
-    bound = socket.socket(socket.AF_UNIX)
+    bound, trial = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     try:
-        if path.is_socket() and not listens(path):
-            path.unlink()
+        with trial:
+            if path.is_socket() and trial.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
         bound.bind(str(path))
         path.chmod(0o600)
         bound.listen()
@@ -80,12 +81,6 @@ def listen_at(path: Path) -> socket.socket:
             problem = "another server listens there" if path.is_socket() else "it is not a socket"
         raise ValueError(f"cannot listen at {path}: {problem}; choose another path") from error
     return UnixSocket(fileno=bound.detach())
-
-
-def listens(path: Path) -> bool:
-    """Return whether somebody listens at a path's socket."""
-    with socket.socket(socket.AF_UNIX) as trial:
-        return trial.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def url(bound: socket.socket) -> str:
@@ -214,17 +209,11 @@ class UvicornServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Treat a closed terminal as a signal to stop, unless it is ignored, as under nohup."""
-        before = signal.getsignal(signal.SIGHUP)
-        main = threading.current_thread() is threading.main_thread()
         with super().capture_signals():
-            if not main or before is signal.SIG_IGN:
-                yield
-                return
-            signal.signal(signal.SIGHUP, self.handle_exit)
-            try:
-                yield
-            finally:
-                signal.signal(signal.SIGHUP, before)
+            main = threading.current_thread() is threading.main_thread()
+            if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Shut down gracefully at the first signal, and exit at once at the second."""

@@ -5,7 +5,7 @@ function for the numbers of running and waiting jobs. All state is in one object
 servers in one process have separate metrics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from prometheus_client import (
@@ -53,65 +53,56 @@ class Metrics:
     `counts` returns the numbers of running and waiting jobs; `slots` is the number of slots.
     """
 
+    content_type = CONTENT_TYPE_LATEST  # of `text`
+
     def __init__(self, counts: Callable[[], tuple[int, int]], *, slots: int) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = self._counter(
+        self.registry = CollectorRegistry()
+        self.requests = self.counter(
             "requests", "Requests answered, by endpoint and HTTP status.", "endpoint", "status"
         )
-        self._tokens = self._counter(
+        self.token_counts = self.counter(
             "tokens", "Tokens read from prompts, and tokens generated.", "kind"
         )
         for kind in KINDS:  # both are zero, rather than missing, before the first request
-            self._tokens.labels(kind)
-        self._request_seconds = self._histogram(
+            self.token_counts.labels(kind)
+        self.request_seconds = self.histogram(
             "request_seconds", "From a request's arrival to its last byte.", LONG, "endpoint"
         )
-        self._first_token = self._histogram(
+        # Each of these two is called with the seconds that passed.
+        self.first_token = self.histogram(
             "time_to_first_token_seconds", "From a request's arrival to a text's first token.", LONG
-        )
-        self._next_token = self._histogram(
+        ).observe
+        self.next_token = self.histogram(
             "inter_token_seconds", "From one token of a text to its next.", SHORT
-        )
-        self._gauge("slots", "Texts that can be generated at once.", lambda: slots)
-        self._gauge("batch_size", "Texts being generated now.", lambda: counts()[0])
-        self._gauge("queue_length", "Texts waiting for a slot now.", lambda: counts()[1])
+        ).observe
+        for name, meaning, value in (
+            ("slots", "Texts that can be generated at once.", lambda: slots),
+            ("batch_size", "Texts being generated now.", lambda: counts()[0]),
+            ("queue_length", "Texts waiting for a slot now.", lambda: counts()[1]),
+        ):
+            Gauge(f"gptsmith_{name}", meaning, registry=self.registry).set_function(value)
 
-    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        return Counter(f"gptsmith_{name}", meaning, labels, registry=self._registry)
+    def counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        """Return a new counter."""
+        return Counter(f"gptsmith_{name}", meaning, labels, registry=self.registry)
 
-    def _histogram(
-        self, name: str, meaning: str, bounds: tuple[float, ...], *labels: str
+    def histogram(
+        self, name: str, meaning: str, bounds: Sequence[float], *labels: str
     ) -> Histogram:
-        return Histogram(
-            f"gptsmith_{name}", meaning, labels, buckets=bounds, registry=self._registry
-        )
-
-    def _gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        Gauge(f"gptsmith_{name}", meaning, registry=self._registry).set_function(value)
+        """Return a new histogram of seconds."""
+        name = f"gptsmith_{name}"
+        return Histogram(name, meaning, labels, buckets=bounds, registry=self.registry)
 
     def finished(self, path: str, status: int, seconds: float) -> None:
         """Record a request for `path` that got `status` after so many seconds."""
         endpoint = endpoint_of(path)
-        self._requests.labels(endpoint, str(status)).inc()
-        self._request_seconds.labels(endpoint).observe(seconds)
-
-    def first_token(self, seconds: float) -> None:
-        """Record the time from a request's arrival to a text's first token."""
-        self._first_token.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        """Record the time between two tokens of a text."""
-        self._next_token.observe(seconds)
+        self.requests.labels(endpoint, str(status)).inc()
+        self.request_seconds.labels(endpoint).observe(seconds)
 
     def tokens(self, kind: Literal["prompt", "generated"], count: int) -> None:
         """Add to the number of tokens that were read or generated."""
-        self._tokens.labels(kind).inc(count)
-
-    @property
-    def content_type(self) -> str:
-        """The media type of `text`."""
-        return CONTENT_TYPE_LATEST
+        self.token_counts.labels(kind).inc(count)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

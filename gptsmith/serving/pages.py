@@ -6,6 +6,7 @@ nothing from other servers; their Content-Security-Policy forbids it.
 
 import re
 from base64 import b64encode
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
@@ -64,19 +65,36 @@ SwaggerUIBundle({
 """
 
 
-def add_page(app: FastAPI) -> None:
-    """Add the page at /; its policy allows its own scripts and styles, and requests to this
-    server only."""
-    page = WRITING.read_text(encoding="utf-8")
+def add_pages(app: FastAPI) -> None:
+    """Add / and /docs to an application made with docs_url=None and redoc_url=None.
+
+    The policy of / allows its own scripts and styles, and requests to this server only.
+    """
+    assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
+    writing, manual = WRITING.read_text(encoding="utf-8"), DOCS.format(title=escape(app.title))
     policy = (
-        f"default-src 'none'; script-src {hashes(page, 'script')}; "
-        f"style-src {hashes(page, 'style')}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src {hashes(writing, 'script')}; "
+        f"style-src {hashes(writing, 'style')}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+    kept = {"Cache-Control": f"max-age={A_DAY}"}
+    responses = {
+        "/": HTMLResponse(writing, headers={"Content-Security-Policy": policy}),
+        "/docs": HTMLResponse(manual, headers={"Content-Security-Policy": POLICY}),
+        "/docs/start.js": Response(START, media_type="text/javascript"),
+        **{f"/docs/{name}": FileResponse(find(name), headers=kept) for name in FILES},
+    }
+    for path, response in responses.items():
+        app.add_api_route(path, always(response), include_in_schema=False)
 
-    @app.get("/", include_in_schema=False)
-    async def writing() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+def always(response: Response) -> Callable[[], Awaitable[Response]]:
+    """Return an endpoint that always answers the same."""
+
+    async def endpoint() -> Response:
+        return response
+
+    return endpoint
 
 
 def hashes(page: str, tag: str) -> str:
@@ -84,31 +102,6 @@ def hashes(page: str, tag: str) -> str:
     found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", page, flags=re.DOTALL)
     sums = (b64encode(sha256(text.encode()).digest()).decode() for text in found)
     return " ".join(f"'sha256-{sum}'" for sum in sums) or "'none'"
-
-
-def add_docs(app: FastAPI) -> None:
-    """Add /docs and its files to an application made with docs_url=None and redoc_url=None."""
-    assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
-    page = DOCS.format(title=escape(app.title))
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
-
-    @app.get("/docs/start.js", include_in_schema=False)
-    async def start() -> Response:
-        return Response(START, media_type="text/javascript")
-
-    for name in FILES:
-        add_file(app, f"/docs/{name}", find(name))
-
-
-def add_file(app: FastAPI, address: str, path: Path) -> None:
-    """Add a file that browsers may cache."""
-
-    @app.get(address, include_in_schema=False)
-    async def file() -> Response:
-        return FileResponse(path, headers={"Cache-Control": f"max-age={A_DAY}"})
 
 
 def find(name: str) -> Path:

@@ -1,13 +1,13 @@
-"""The choices of one response while they are generated, merged into one stream and cancelled when
-the client disconnects.
+"""The choices of one response while they are generated: merged, whole or as events, and cancelled
+when the client disconnects.
 
-Knows nothing of JSON, except for the errors that a client gets.
+Knows nothing of requests, or of the JSON of a response (answers.py).
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 
 from starlette.responses import StreamingResponse
@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..generation.job import News
 from ..generation.text import Piece, Text, joined
-from .errors import HUNG_UP, ApiError, stopping
+from .answers import DONE, Builder, Usage, event
+from .errors import HUNG_UP, ApiError, failed, stopping
 from .metrics import Metrics
 from .worker import Stream
 
@@ -128,6 +129,47 @@ def best(texts: Sequence[Piece], choices: Sequence[PendingChoice], n: int, of: i
             group = sorted(group, key=lambda i: choices[i].mean_logprob, reverse=True)[:n]
         chosen += group
     return [texts[i] for i in chosen]
+
+
+# -- into a response
+
+
+def usage(read: int, choices: Sequence[PendingChoice]) -> Usage:
+    """Count the tokens of a request's prompts and texts."""
+    generated = sum(choice.tokens for choice in choices)
+    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
+
+
+async def events(
+    builder: Builder,
+    first: Batch,
+    rest: AsyncGenerator[Batch, None],
+    usage: Callable[[], Usage],
+) -> AsyncGenerator[bytes, None]:
+    """Yield the pieces of all choices as server-sent events; an error becomes an event too."""
+    begun = set[int]()
+
+    def encoded(batch: Batch) -> bytes:
+        chunks = []
+        for index, piece in batch:
+            chunk = builder.chunk(index, piece, first=index not in begun)
+            if builder.continuous_usage:
+                chunk["usage"] = usage()
+            chunks.append(event(chunk))
+            begun.add(index)
+        return b"".join(chunks)
+
+    async with aclosing(rest):
+        yield encoded(first)
+        try:
+            async for batch in rest:
+                yield encoded(batch)
+        except (Exception, asyncio.CancelledError) as error:
+            # Cancelled means that the server is stopping, or that the client has left.
+            reported = failed(error) if isinstance(error, Exception) else stopping()
+            yield event(reported.body)
+            return
+    yield (event(builder.last_chunk(usage())) if builder.include_usage else b"") + DONE
 
 
 # -- disconnected clients

@@ -755,7 +755,7 @@ def test_a_failure_inside_tells_the_client_nothing_of_it(
     assert found.json()["error"]["type"] == "server_error"
     assert "secret" not in found.text
     assert any(
-        record.name == "gptsmith.serving.handler" and record.exc_info for record in caplog.records
+        record.name == "gptsmith.serving.errors" and record.exc_info for record in caplog.records
     ), "the log has the traceback"
 
 
