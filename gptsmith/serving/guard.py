@@ -92,13 +92,12 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()
-        method = scope["method"]
-        scope = {**scope, "path": _path(scope), "method": "GET" if method == "HEAD" else method}
-        guarded, headers = GUARDED.search(f"{scope['path']}/") is not None, _headers(scope)
+        method, path, headers = scope["method"], _path(scope), _headers(scope)
+        guarded = GUARDED.search(f"{path}/") is not None
         id = headers.get(REQUEST_ID, b"")
         own = (REQUEST_ID, id if SANE_ID.fullmatch(id) else new_request_id())
         added = [own, *SAFETY, *NOT_KEPT * guarded]
-        exchange = _Exchange(scope, receive, send, self.most_bytes, added, head=method == "HEAD")
+        exchange = _Exchange(scope, receive, send, self.most_bytes, added)
         try:
             refusal = self._refusal(headers, guarded)
             answer: ASGIApp = self.app if refusal is None else refusal.response()
@@ -110,7 +109,8 @@ class Guard:
                     allow_headers=("*",),
                     expose_headers=(REQUEST_ID.decode(), "retry-after"),
                 )
-            await answer(scope, exchange.receive, exchange.send)
+            asked = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+            await answer(asked, exchange.receive, exchange.send)
         except Exception:
             exchange.failed = True
             # After a refusal the client has its response, and the application only failed because
@@ -122,7 +122,7 @@ class Guard:
                 Access(
                     client=_plain(scope["client"][0]) if scope.get("client") else "-",
                     method=_plain(method),
-                    path=_plain(scope["path"]),
+                    path=_plain(path),
                     status=exchange.outcome(),
                     seconds=time.perf_counter() - begun,
                     bytes=exchange.bytes,
@@ -155,20 +155,12 @@ class _Exchange:
     """One request and its response: counts bytes, enforces the size limit, adds headers."""
 
     def __init__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        most_bytes: int,
-        headers: Headers,
-        *,
-        head: bool,
+        self, scope: Scope, receive: Receive, send: Send, most_bytes: int, headers: Headers
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._room = most_bytes
         self._most_bytes = most_bytes
         self._headers = headers
-        self._head = head  # the response has no body
         self._status = 0  # until a response begins
         self._whole = False
         self._hung_up = False
@@ -211,7 +203,7 @@ class _Exchange:
             headers += [(name, value) for name, value in self._headers if name not in given]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not self._hung_up:
-            if self._head:
+            if self._scope["method"] == "HEAD":  # answered like GET, without the body
                 message = {**message, "body": b""}
             self.bytes += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
