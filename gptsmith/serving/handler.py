@@ -85,6 +85,11 @@ class ServedModel:
         longest = max(map(len, self.tokenizer.pieces.values()))
         return self.service.config.context_length * longest
 
+    @cached_property
+    def beginning(self) -> list[int]:
+        """What the model reads for an empty prompt."""
+        return prompt_ids(self.tokenizer, "")
+
     async def rows(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Return the token ids of prompts. Long ones are encoded in a thread, so that the event
         loop serves others meanwhile."""
@@ -189,7 +194,7 @@ class ServedModel:
             request,
             rows,
             self.service.config,
-            beginning=prompt_ids(self.tokenizer, ""),
+            beginning=self.beginning,
             ends=self.ends,
             deadline=deadline,
         )
