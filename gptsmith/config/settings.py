@@ -238,7 +238,7 @@ class ServingSettings:
     allow_origin: tuple[str, ...] = setting(
         (),
         "origin of web pages that may use the API from a browser, as in https://example.org; can "
-        "be repeated; *: all (default: none)",
+        "be repeated; *: any",
         metavar="ORIGIN",
     )
     name: str | None = setting(None, "model name for requests (default: the folder's name)")

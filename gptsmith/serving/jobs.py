@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterable, Sequence
 
 from ..config.model import GPTConfig
-from ..config.settings import SamplingSettings
 from ..generation.job import Job
 from .errors import ApiError, refused, shown
 from .requests import GenerationRequest
@@ -33,18 +32,11 @@ def jobs(
     alternatives = request.alternatives
     if request.candidates > request.n and alternatives is None:
         alternatives = 0  # best_of compares log-probabilities
-    sampling = SamplingSettings(
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=None if request.top_p == 1 else request.top_p,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-    )
     return [
         Job(
             prompt=ids or beginning,
             max_tokens=limit if request.most_tokens is None else min(request.most_tokens, limit),
-            sampling=sampling,
+            sampling=request.sampling(),
             seed=seed + number * request.candidates + candidate,
             min_tokens=request.min_tokens,
             ends=(frozenset() if request.ignore_eos else ends) | {*request.stop_token_ids},

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
 
+from ..config.settings import SamplingSettings
 from .errors import refused
 from .fields import Content, LogitBias, Prompt, RequestObject, Stop, TokenIds
 
@@ -91,6 +92,16 @@ class CommonRequest(RequestObject):
     def scores_prompt(self) -> bool:
         """Whether the tokens of the prompt get log-probabilities too."""
         return False
+
+    def sampling(self) -> SamplingSettings:
+        """Return the sampling settings."""
+        return SamplingSettings(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=None if self.top_p == 1 else self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 class CompletionRequest(CommonRequest):
