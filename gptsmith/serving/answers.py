@@ -93,21 +93,6 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Tokens(BaseModel):
-    """The tokens of a prompt, as vLLM returns them."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class DecodedPrompt(BaseModel):
-    """The text of tokens, as vLLM returns it."""
-
-    prompt: str
-
-
 class Health(BaseModel):
     """The load of the server: running and waiting completions, and the number of slots."""
 

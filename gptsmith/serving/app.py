@@ -15,24 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from .. import __version__
-from .answers import (
-    ChatCompletion,
-    Completion,
-    DecodedPrompt,
-    Health,
-    Model,
-    ModelList,
-    Tokens,
-)
+from .answers import ChatCompletion, Completion, Health, Model, ModelList
 from .errors import ApiError, ErrorResponse, failed, mistake, shown
 from .handler import ServedModel
 from .pages import add_pages
-from .requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from .requests import ChatCompletionRequest, CompletionRequest
+from .tokens import tokens_api
 
 FAILURES = {
     400: "The request is invalid",
@@ -95,7 +83,8 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
     # For the description only: the guard has already checked the key.
     keys = [Security(HTTPBearer(scheme_name="key", auto_error=False))] if with_key else []
     app.include_router(openai_api(served), dependencies=keys)
-    app.include_router(tokens(served), dependencies=keys)
+    refusals = failures(400, 401, 404, 413)
+    app.include_router(tokens_api(served), dependencies=keys, responses=refusals)
     app.include_router(state(served))
     add_pages(app)
     return app
@@ -139,22 +128,6 @@ def openai_api(served: ServedModel) -> APIRouter:
     async def one_model(name: str) -> Model:
         served.check_name(name)
         return model
-
-    return api
-
-
-def tokens(served: ServedModel) -> APIRouter:
-    """Return vLLM's routes for the model's tokenizer."""
-    refusals = failures(400, 401, 404, 413)
-    api = APIRouter(tags=["Tokens"], redirect_slashes=False, responses=refusals)
-
-    @api.post("/tokenize", summary="Return the tokens of a prompt or a conversation")
-    async def tokenize(request: TokenizeRequest) -> Tokens:
-        return await served.tokenize(request)
-
-    @api.post("/detokenize", summary="Return the text of tokens")
-    async def detokenize(request: DetokenizeRequest) -> DecodedPrompt:
-        return await served.detokenize(request)
 
     return api
 

@@ -18,18 +18,16 @@ from ..generation.job import Job
 from ..generation.text import Text
 from ..generation.writing import prompt_ids
 from ..tokenizers import Tokenizer
-from .answers import ChatCompletionBuilder, CompletionBuilder, DecodedPrompt, Tokens
+from .answers import ChatCompletionBuilder, CompletionBuilder
 from .chat import ChatTemplate
 from .errors import ApiError, refused, shown
-from .jobs import check_ids, jobs, too_long
+from .jobs import jobs, too_long
 from .metrics import Metrics
 from .requests import (
     ChatCompletionRequest,
     CompletionRequest,
-    DetokenizeRequest,
     GenerationRequest,
     Message,
-    TokenizeRequest,
 )
 from .streams import (
     EventStream,
@@ -141,28 +139,6 @@ class ServedModel:
         self.check_count(1, request)
         ids = await self.conversation(request.messages)
         return await self.answer(request, http, [ids], begun=begun)
-
-    async def tokenize(self, request: TokenizeRequest) -> Tokens:
-        """Return the tokens of a prompt or a conversation."""
-        self.check_name(request.model or self.name)
-        if request.messages:
-            ids = await self.conversation(request.messages)
-        else:
-            (ids,) = await self.rows([request.prompt or ""])
-        names = [self.tokenizer.backend.id_to_token(id) or "" for id in ids]
-        return Tokens(
-            count=len(ids),
-            max_model_len=self.service.config.context_length,
-            tokens=ids,
-            token_strs=names if request.return_token_strs else None,
-        )
-
-    async def detokenize(self, request: DetokenizeRequest) -> DecodedPrompt:
-        """Return the text of tokens."""
-        self.check_name(request.model or self.name)
-        check_ids("tokens", request.tokens, self.service.config.vocab_size)
-        ids = request.tokens
-        return DecodedPrompt(prompt=await in_thread(lambda: self.tokenizer.decode(ids), len(ids)))
 
     async def answer(
         self,

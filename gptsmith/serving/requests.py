@@ -228,34 +228,4 @@ class ChatCompletionRequest(CommonRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeRequest(RequestObject):
-    """A prompt, or a conversation, whose tokens are wanted."""
-
-    neutral = {"add_generation_prompt": (True,), "continue_final_message": (False,)}  # noqa: RUF012
-
-    model: str | None = Field(None, description="name of the model")
-    prompt: str | None = Field(None, description="text to tokenize")
-    messages: Annotated[list[Message], FailFast()] = Field(
-        [], description="conversation to tokenize, as /v1/chat/completions would read it"
-    )
-    add_special_tokens: bool | None = Field(
-        None, description="accepted, but GPT-2 adds none to a prompt"
-    )
-    return_token_strs: bool = Field(False, description="also name each token")
-
-    @model_validator(mode="after")
-    def possible(self) -> Self:
-        """Return the request; ApiError unless it has either a prompt or messages."""
-        if (self.prompt is not None) == bool(self.messages):
-            raise refused("either prompt or messages is needed: send one of them")
-        return self
-
-
-class DetokenizeRequest(RequestObject):
-    """Tokens whose text is wanted."""
-
-    model: str | None = Field(None, description="name of the model")
-    tokens: TokenIds
-
-
 GenerationRequest = CompletionRequest | ChatCompletionRequest
