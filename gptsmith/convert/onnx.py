@@ -1,10 +1,10 @@
 """ONNX folders, which onnxruntime and similar libraries run without PyTorch.
 
-`model.onnx` maps tokens to logits, `model_with_past.onnx` also takes and returns the KV cache, and
-both share the weights in `weights.bin`. They are written but never read: a graph does not say which
+`model.onnx` maps tokens to logits, with a KV cache and a mask for padding as optimum expects them;
+its weights are in `weights.bin`. The folder is written but never read: a graph does not say which
 model it computes. Knows nothing of a graph's contents (`onnx_graph.py`).
 
-Shapes:  B batch    T tokens    D channels per head    V vocabulary
+Shapes:  B batch    T tokens    V vocabulary
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ..config.model import GPTConfig
 from ..model.modern import rotation_at
 from .onnx_graph import FLOAT, ROTATION, Graph, gpt
 
-MODEL, MODEL_WITH_PAST, WEIGHTS = "model.onnx", "model_with_past.onnx", "weights.bin"
+MODEL, WEIGHTS = "model.onnx", "weights.bin"
 
 # The first operator set with Gelu, and its file format: both of ONNX 1.15.
 OPERATORS, FORMAT = 20, 9
@@ -41,7 +41,7 @@ def nearest(config: GPTConfig) -> GPTConfig:
 
 
 def write(stored: Stored, out: Path, dtype: str) -> None:
-    """Write two graphs, their weights, config.json and the tokenizer into an existing folder.
+    """Write the graph, its weights, config.json and the tokenizer into an existing folder.
 
     With "fp16" the weights take half the space on disk; all computation stays in float32.
     """
@@ -49,9 +49,8 @@ def write(stored: Stored, out: Path, dtype: str) -> None:
         raise ValueError(f"ONNX weights cannot be written in {dtype}: choose float32 or fp16")
     config, weights = stored.config, entries(stored, dtype)
     offsets = offsets_of(weights)
-    for name, cached in ((MODEL, False), (MODEL_WITH_PAST, True)):
-        graph = gpt(config, {entry.name: entry for entry in weights}, cached)
-        (out / name).write_bytes(serialized(graph, config, offsets, cached))
+    graph = gpt(config, {entry.name: entry for entry in weights})
+    (out / MODEL).write_bytes(serialized(graph, config, offsets))
     with (out / WEIGHTS).open("wb") as file:
         for entry, offset in zip(weights, offsets, strict=True):
             file.seek(offset)
@@ -76,8 +75,8 @@ def offsets_of(weights: Sequence[Entry]) -> list[int]:
     return [PAGE * page for page in accumulate(pages[:-1], initial=0)]
 
 
-def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int], cached: bool) -> bytes:
-    """Return the bytes of a `.onnx` file, which refers to the weights by their offsets."""
+def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int]) -> bytes:
+    """Return the bytes of the `.onnx` file, which refers to the weights by their offsets."""
     try:
         from onnx import helper, numpy_helper
     except ImportError as error:
@@ -88,7 +87,7 @@ def serialized(graph: Graph, config: GPTConfig, offsets: Sequence[int], cached: 
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in graph.numbers.items()]
     tensors += map(external_tensor, graph.weights.values(), offsets)
-    proto = helper.make_graph(nodes, "gpt", *inputs_and_outputs(config, cached), tensors)
+    proto = helper.make_graph(nodes, "gpt", *inputs_and_outputs(config), tensors)
     operators = [helper.make_opsetid("", OPERATORS)]
     made = helper.make_model(
         proto, opset_imports=operators, ir_version=FORMAT, producer_name="gptsmith"
@@ -108,14 +107,18 @@ def external_tensor(entry: Entry, offset: int) -> Any:
     return tensor
 
 
-def inputs_and_outputs(config: GPTConfig, cached: bool) -> tuple[list[Any], list[Any]]:
+def inputs_and_outputs(config: GPTConfig) -> tuple[list[Any], list[Any]]:
     """Return the inputs and outputs, with the names of optimum and transformers.js."""
     from onnx.helper import make_tensor_value_info as value_info
 
-    inputs = [value_info("input_ids", INT64, ("batch", "tokens"))]
+    inputs = [
+        value_info("input_ids", INT64, ("batch", "tokens")),
+        value_info("attention_mask", INT64, ("batch", "past + tokens")),
+        value_info("position_ids", INT64, ("batch", "tokens")),
+    ]
     outputs = [value_info("logits", FLOAT, ("batch", "tokens", config.vocab_size))]
     G, D = config.kv_heads, config.head_size
-    for layer in range(config.n_layer if cached else 0):
+    for layer in range(config.n_layer):
         for part in ("key", "value"):
             before, after = ("batch", G, "past", D), ("batch", G, "past + tokens", D)
             inputs.append(value_info(f"past_key_values.{layer}.{part}", FLOAT, before))
@@ -141,9 +144,19 @@ def run(folder: Path, tokens: Tensor) -> Tensor:
     options.log_severity_level = 4  # it raises its errors, so it need not print them
     # For one pass, using the mapped weights directly is faster and needs less memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
+    B, T = tokens.shape
+    given = {
+        "input_ids": tokens.cpu().long(),
+        "attention_mask": torch.ones(B, T, dtype=torch.long),
+        "position_ids": torch.arange(T).repeat(B, 1),
+    }
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        (logits,) = session.run(["logits"], {"input_ids": tokens.cpu().long().numpy()})
+        for cache in session.get_inputs()[len(given) :]:
+            _, heads, _, channels = cache.shape
+            given[cache.name] = torch.zeros(B, heads, 0, channels)
+        arrays = {name: tensor.numpy() for name, tensor in given.items()}
+        (logits,) = session.run(["logits"], arrays)
     except Exception as error:  # its errors have no other class in common
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: onnxruntime refuses: {reason}") from error

@@ -1,7 +1,6 @@
 """The model as an ONNX graph: each function adds nodes instead of computing.
 
-The functions follow `model/gpt.py` and `model/modern.py`. Knows nothing of files or padding: the
-rows of a batch have equal lengths.
+The functions follow `model/gpt.py` and `model/modern.py`. Knows nothing of files.
 
 Shapes:  B batch        T tokens given         S tokens seen so far, these included
          C channels     H heads                D channels per head       V vocabulary
@@ -18,6 +17,8 @@ from ..checkpoint.tensors import Entry
 from ..config.model import GPTConfig
 
 FLOAT = 1  # float32 in TensorProto.DataType
+# Infinity would make NaN of padding on the left, which sees nothing at all.
+LOWEST = float(np.finfo(np.float32).min)
 ROTATION = "rotation"  # the only tensor that is not a weight: `rotation_at` for every position
 
 
@@ -92,10 +93,9 @@ class Graph:
 class Shared(NamedTuple):
     """What is the same in every block."""
 
-    mask: str  # (T, S): 0, or -inf for later tokens
+    mask: str  # (B, 1, T, S): 0, or the lowest number for later tokens and padding
     by_head: str  # the shape (B, T, -1, D)
-    turns: Sequence[str]  # cosine and sine of the rotation, (1, T, 1, D / 2) each, or none
-    cached: bool
+    turns: Sequence[str]  # cosine and sine of the rotation, (B, T, 1, D / 2) each, or none
 
 
 def linear(g: Graph, x: str, to: str) -> str:
@@ -125,12 +125,11 @@ def rotate(g: Graph, x: str, turns: Sequence[str], half: int) -> str:
     return g.node("Concat", left, right, axis=-1)
 
 
-def extend(g: Graph, config: GPTConfig, x: str, layer: int, part: str, cached: bool) -> str:
+def extend(g: Graph, config: GPTConfig, x: str, layer: int, part: str) -> str:
     """Return keys or values of all tokens for each query head.  (B, T, G, D) -> (B, H, S, D)"""
     x = g.node("Transpose", x, to=f"{part}.Transpose", perm=(0, 2, 1, 3))  # (B, G, T, D)
-    if cached:
-        past = f"past_key_values.{layer}.{part}"
-        x = replace(g, place="").node("Concat", past, x, to=f"present.{layer}.{part}", axis=2)
+    past = f"past_key_values.{layer}.{part}"
+    x = replace(g, place="").node("Concat", past, x, to=f"present.{layer}.{part}", axis=2)
     if config.kv_heads == config.n_head:
         return x
     shape, times = (0, config.n_head, -1, config.head_size), config.n_head // config.kv_heads
@@ -152,8 +151,8 @@ def attention(g: Graph, config: GPTConfig, x: str, layer: int, shared: Shared) -
         q, k, v = g.split(heads, ("q", "k", "v"), (H, G, G), axis=2)
     q = g.node("Transpose", q, to="query.Transpose", perm=(0, 2, 1, 3))  # (B, H, T, D)
     q = g.node("Mul", q, g.number(D**-0.5), to="query")
-    k = extend(g, config, k, layer, "key", shared.cached)
-    v = extend(g, config, v, layer, "value", shared.cached)
+    k = extend(g, config, k, layer, "key")
+    v = extend(g, config, v, layer, "value")
     scores = g.node("MatMul", q, g.node("Transpose", k, perm=(0, 1, 3, 2)), to="scores")
     scores = g.node("Add", scores, shared.mask, to="masked")  # (B, H, T, S)
     y = g.node("MatMul", g.node("Softmax", scores, axis=-1), v, to="gathered")
@@ -181,20 +180,29 @@ def block(g: Graph, config: GPTConfig, x: str, layer: int, shared: Shared) -> st
     return g.node("Add", x, y, to="computed")
 
 
-def gpt(config: GPTConfig, weights: Mapping[str, Entry], cached: bool) -> Graph:
+def gpt(config: GPTConfig, weights: Mapping[str, Entry]) -> Graph:
     """Return the whole model's graph: "input_ids" (B, T) to "logits" (B, T, V).
 
-    If `cached`, it also takes the KV cache, "past_key_values.0.key" and so on (B, G, S - T, D), and
-    returns it with the new tokens, "present.0.key" and so on (B, G, S, D).
+    It also takes "attention_mask" (B, S), 0 for padding; "position_ids" (B, T); and the KV cache,
+    "past_key_values.0.key" and so on (B, G, S - T, D), which may be empty. It returns the cache
+    with the new tokens, "present.0.key" and so on (B, G, S, D).
+
+    Beyond the context limit the tables have no rows, so onnxruntime refuses.
     """
     g = Graph(weights=weights)
     shape = g.node("Shape", "input_ids")  # of two numbers: B, T
-    positions, shared = places(g, config, shape, cached)
+    by_head = g.node("Concat", shape, g.number((-1, config.head_size)), to="by_head", axis=0)
     x = g.node("Gather", g.weight("wte.weight"), "input_ids", to="wte")  # (B, T, C)
+    turns: list[str] = []
     if not config.modern:
-        x = g.node("Add", x, g.node("Gather", g.weight("wpe.weight"), positions, to="wpe"))
+        x = g.node("Add", x, g.node("Gather", g.weight("wpe.weight"), "position_ids", to="wpe"))
     else:
+        turned = g.node("Gather", ROTATION, "position_ids", to="turns", axis=1)  # (2, B, T, 1, D/2)
+        turns = [
+            g.node("Gather", turned, g.number(i), to=to) for i, to in enumerate(("cos", "sin"))
+        ]
         x = norm(g, config, x, "ln_0")
+    shared = Shared(mask(g.inside("mask")), by_head, turns)
     x = g.node("Reshape", x, g.number((-1, config.n_embd)), to="stream")  # (B T, C)
     for layer in range(config.n_layer):
         x = block(g.inside(f"h.{layer}"), config, x, layer, shared)
@@ -205,25 +213,15 @@ def gpt(config: GPTConfig, weights: Mapping[str, Entry], cached: bool) -> Graph:
     return g
 
 
-def places(g: Graph, config: GPTConfig, shape: str, cached: bool) -> tuple[str, Shared]:
-    """Return the positions of the tokens, (T,), and what all blocks share.
-
-    Beyond the context limit the tables have no rows, so onnxruntime refuses.
-    """
-    zero, one, seen = g.number(0), g.number(1), g.number(0)
-    if cached:
-        past = g.node("Shape", "past_key_values.0.key", to="past.shape")
-        seen = g.node("Gather", past, g.number(2), to="seen")
-    total = g.node("Add", seen, g.node("Gather", shape, one, to="tokens"), to="total")
-    positions = g.node("Range", seen, total, one, to="positions")
-    m = g.inside("mask")
-    column = m.node("Unsqueeze", positions, m.number([1]))  # (T, 1)
-    later = m.node("Greater", m.node("Range", zero, total, one), column)  # (T, S)
-    mask = m.node("Where", later, m.number(float("-inf")), m.number(0.0))
-    sizes = g.number((-1, config.head_size))
-    by_head = g.node("Concat", shape, sizes, to="by_head", axis=0)
-    turns: list[str] = []
-    if config.modern:
-        turned = g.node("Gather", ROTATION, positions, to="turns", axis=1)  # (2, T, 1, D / 2)
-        turns = g.split(turned, ("cos", "sin"), (1, 1), axis=0)
-    return positions, Shared(mask, by_head, turns, cached)
+def mask(g: Graph) -> str:
+    """Return what is added to scores, (B, 1, T, S): 0, or LOWEST for what a token cannot see."""
+    zero, one = g.number(0), g.number(1)
+    past = g.node("Shape", "past_key_values.0.key", to="past.shape")
+    seen = g.node("Gather", past, g.number(2), to="seen")  # S - T
+    total = g.node("Gather", g.node("Shape", "attention_mask"), one, to="total")  # S
+    row = g.node("Unsqueeze", g.node("Range", seen, total, one, to="rows"), g.number([1]))  # (T, 1)
+    earlier = g.node("LessOrEqual", g.node("Range", zero, total, one), row)  # (T, S)
+    token = g.node("Greater", "attention_mask", zero)  # (B, S), rather than padding
+    token = g.node("Unsqueeze", token, g.number((1, 2)), to="token")  # (B, 1, 1, S)
+    visible = g.node("And", earlier, token)
+    return g.node("Where", visible, g.number(0.0), g.number(LOWEST))

@@ -73,27 +73,44 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return folder_of
 
 
-class Cached:
-    """A user of `model_with_past.onnx`."""
-
-    def __init__(self, folder: Path, config: GPTConfig, batch: int) -> None:
-        path = folder / "model_with_past.onnx"
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        empty = np.zeros((batch, config.kv_heads, 0, config.head_size), np.float32)
-        names = [given.name for given in self.session.get_inputs()[1:]]
-        assert names == [
-            f"past_key_values.{layer}.{part}"
+def inputs(config: GPTConfig, tokens: Tensor) -> dict[str, np.ndarray]:
+    """What the graph asks for beside tokens without padding or a past."""
+    B, T = tokens.shape
+    empty = np.zeros((B, config.kv_heads, 0, config.head_size), np.float32)
+    return {
+        "input_ids": tokens.numpy(),
+        "attention_mask": np.ones((B, T), np.int64),
+        "position_ids": np.tile(np.arange(T), (B, 1)),
+        **{
+            f"past_key_values.{layer}.{part}": empty
             for layer in range(config.n_layer)
             for part in ("key", "value")
-        ]
-        self.names, self.empty = names, empty
+        },
+    }
+
+
+class Cached:
+    """A user who gives only the tokens that the graph has not seen."""
+
+    def __init__(self, folder: Path, config: GPTConfig, batch: int) -> None:
+        path = folder / "model.onnx"
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.start = inputs(config, torch.zeros(batch, 0, dtype=torch.long))
+        assert [given.name for given in self.session.get_inputs()] == list(self.start)
+        self.names = list(self.start)[3:]
         self.forget()
 
     def forget(self) -> None:
-        self.past = dict.fromkeys(self.names, self.empty)
+        self.past = {name: self.start[name] for name in self.names}
+        self.mask = self.start["attention_mask"]
 
-    def read(self, tokens: Tensor) -> Tensor:
-        logits, *present = self.session.run(None, {"input_ids": tokens.numpy(), **self.past})
+    def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, T) is 0 for padding, which gets a position of no meaning."""
+        mask = torch.ones_like(tokens) if mask is None else mask
+        self.mask = np.concatenate([self.mask, mask.numpy()], axis=1)
+        positions = (self.mask.cumsum(1) - 1).clip(0)[:, -tokens.shape[1] :]
+        named = {"input_ids": tokens.numpy(), "attention_mask": self.mask}
+        logits, *present = self.session.run(None, {**named, "position_ids": positions, **self.past})
         self.past = dict(zip(self.past, present, strict=True))
         return torch.from_numpy(logits)
 
@@ -115,9 +132,8 @@ def test_onnx_itself_computes_the_same(form: str, folders: Callable[..., Path]) 
     """The specification's evaluator in NumPy: no operator means something else to onnxruntime."""
     model = model_of(form)
     folder, tokens = folders(form), some_tokens(model, 2, 7)
-    (logits,) = ReferenceEvaluator(str(folder / "model.onnx")).run(
-        None, {"input_ids": tokens.numpy()}
-    )
+    evaluator = ReferenceEvaluator(str(folder / "model.onnx"))
+    (logits,) = evaluator.run(["logits"], inputs(model.config, tokens))
     assert difference(logits, model(tokens).logits) < 1e-4
 
 
@@ -126,17 +142,13 @@ def test_onnx_itself_computes_the_same(form: str, folders: Callable[..., Path]) 
 def test_no_optimization_changes_it(form: str, level: Any, folders: Callable[..., Path]) -> None:
     model = model_of(form)
     folder, tokens = folders(form, "fp16"), some_tokens(model, 2, 6)
-    options, found = onnxruntime.SessionOptions(), []
+    options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
-    for name in ("model.onnx", "model_with_past.onnx"):
-        session = onnxruntime.InferenceSession(folder / name, options)
-        found.append(session.get_inputs())
-    assert [len(given) for given in found] == [1, 1 + 2 * model.config.n_layer]
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half())
-    logits = session.run(None, {"input_ids": tokens.numpy()})[0]
+    logits = session.run(None, inputs(model.config, tokens))[0]
     assert difference(logits, model(tokens).logits) < 1e-4
 
 
@@ -164,6 +176,25 @@ def test_chunks_give_what_the_whole_gives(form: str, folders: Callable[..., Path
         assert difference(logits, whole) < 1e-4, chunks
         shape = (3, config.kv_heads, 11, config.head_size)
         assert {past.shape for past in user.past.values()} == {shape}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_changes_nothing(form: str, folders: Callable[..., Path]) -> None:
+    """On the left, where it sees nothing at all, and then with a cache; and on the right."""
+    model = model_of(form)
+    tokens, lengths = some_tokens(model, 3, 6), (6, 2, 1)
+    user = Cached(folders(form), model.config, 3)
+    left = torch.stack([(torch.arange(6) >= 6 - n).long() for n in lengths])
+    logits = torch.cat([user.read(tokens, left), user.read(tokens[:, :2])], dim=1)
+    assert torch.isfinite(logits).all()
+    for row, length in enumerate(lengths):
+        alone = torch.cat([tokens[row, 6 - length :], tokens[row, :2]])[None]
+        assert difference(logits[row, 6 - length :], model(alone).logits[0]) < 1e-4
+    user.forget()
+    logits = user.read(tokens, left.flip(1))
+    for row, length in enumerate(lengths):
+        alone = tokens[row : row + 1, :length]
+        assert difference(logits[row, :length], model(alone).logits[0]) < 1e-4
 
 
 @pytest.mark.slow
@@ -210,20 +241,19 @@ def test_halved_weights_are_the_models_rounded(folders: Callable[..., Path]) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_graphs_are_sound_and_hold_no_weights(
+def test_the_graph_is_sound_and_holds_no_weights(
     form: str, dtype: str, folders: Callable[..., Path]
 ) -> None:
     folder = folders(form, dtype)
-    for name in ("model.onnx", "model_with_past.onnx"):
-        onnx.checker.check_model(folder / name, full_check=True)
-        graph = onnx.load(folder / name, load_external_data=False).graph
-        assert all(node.name for node in graph.node)
-        names = [node.name for node in graph.node]
-        assert len(set(names)) == len(names)
-        held = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-        assert max(prod(tensor.dims) for tensor in held) <= 5
-        used = {name for node in graph.node for name in node.input}
-        assert {tensor.name for tensor in graph.initializer} <= used
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    assert all(node.name for node in graph.node)
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    held = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    assert max(prod(tensor.dims) for tensor in held) <= 5
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
 
 
 def test_a_graph_grows_with_its_layers_alone(tmp_path: Path) -> None:
@@ -232,10 +262,9 @@ def test_a_graph_grows_with_its_layers_alone(tmp_path: Path) -> None:
     one = exported(scrambled(small), tmp_path / "one")
     wide = replace(small, n_embd=48, vocab_size=3000)
     other = exported(scrambled(wide), tmp_path / "other")
-    for name in ("model.onnx", "model_with_past.onnx"):
-        sizes = [(folder / name).stat().st_size for folder in (one, other)]
-        assert max(sizes) < 250_000
-        assert abs(sizes[0] - sizes[1]) < 2000
+    sizes = [(folder / "model.onnx").stat().st_size for folder in (one, other)]
+    assert max(sizes) < 250_000
+    assert abs(sizes[0] - sizes[1]) < 2000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "fp16"])
@@ -245,24 +274,20 @@ def test_the_weights_file_is_the_models_tensors(
 ) -> None:
     model = model_of(form)
     folder = folders(form, dtype)
-    numbers, ours, tables = (folder / "weights.bin").read_bytes(), model.state_dict(), []
-    for name in ("model.onnx", "model_with_past.onnx"):
-        table = {}
-        for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                told = {entry.key: entry.value for entry in tensor.external_data}
-                assert told.pop("location") == "weights.bin"
-                table[tensor.name] = (int(told["offset"]), int(told["length"]))
-        tables.append(table)
-    assert tables[0] == tables[1]
-    assert all(offset % PAGE == 0 for offset, _ in tables[0].values())
-    end = max(offset + length for offset, length in tables[0].values())
-    assert end == len(numbers) <= weight_bytes(model.config) + PAGE * len(tables[0])
+    numbers, ours, table = (folder / "weights.bin").read_bytes(), model.state_dict(), {}
+    for tensor in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            told = {entry.key: entry.value for entry in tensor.external_data}
+            assert told.pop("location") == "weights.bin"
+            table[tensor.name] = (int(told["offset"]), int(told["length"]))
+    assert all(offset % PAGE == 0 for offset, _ in table.values())
+    end = max(offset + length for offset, length in table.values())
+    assert end == len(numbers) <= weight_bytes(model.config) + PAGE * len(table)
     if model.config.tie_weights:
         ours.pop("lm_head.weight")
-    assert set(tables[0]) - {"rotation"} == set(ours)
+    assert set(table) - {"rotation"} == set(ours)
     for name, tensor in ours.items():
-        offset, length = tables[0][name]
+        offset, length = table[name]
         stored = tensor.half() if dtype == "fp16" else tensor
         assert numbers[offset : offset + length] == stored.numpy().tobytes(), name
 
@@ -291,7 +316,7 @@ def test_configuration_and_tokenizer_lie_beside(tmp_path: Path) -> None:
     model = scrambled(GPTConfig(**TINY | {"vocab_size": tokenizer.vocab_size}))
     folder = exported(model, tmp_path / "onnx", tokenizer=tokenizer)
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("config.json", "model.onnx", "model_with_past.onnx"),
+        *("config.json", "generation_config.json", "model.onnx"),
         *("tokenizer.json", "tokenizer_config.json", "weights.bin"),
     ]
     said = json.loads((folder / "config.json").read_text())
