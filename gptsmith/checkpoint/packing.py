@@ -4,7 +4,6 @@ Works on names, shapes and number formats. Knows nothing of tensors or files the
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from ..config.cost import Shape, components
 from ..config.model import GPTConfig
@@ -13,25 +12,18 @@ from ..machine.dtypes import NUMBER_FORMATS, STORED, dtype_of_bits
 from .names import TensorInfo, TensorMatch, check_layers, check_shapes, full_name
 
 
-class PackedTensor(NamedTuple):
-    """A tensor that a quantized model's folder must contain."""
-
-    shape: Shape
-    dtypes: tuple[str, ...]  # the number formats that it may have
-
-
-def expected_tensors(config: GPTConfig, bits: int) -> dict[str, PackedTensor]:
-    """Every tensor in a quantized model's folder, by its name there."""
-    matrices, expected = packed_matrices(config, bits), dict[str, PackedTensor]()
+def expected_tensors(config: GPTConfig, bits: int) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+    """Return shape and possible number formats of each tensor in a quantized model's folder."""
+    matrices, expected = packed_matrices(config, bits), dict[str, tuple[Shape, tuple[str, ...]]]()
     for part in components(config):
         module = part.name.removesuffix(".weight")
         if module in matrices:
             words, scales = packed_shapes(part.shape, matrices[module])
             dtype = dtype_of_bits(matrices[module])
-            expected[full_name(f"{module}.words")] = PackedTensor(words, (dtype,))
-            expected[full_name(f"{module}.scales")] = PackedTensor(scales, ("bf16",))
+            expected[full_name(f"{module}.words")] = words, (dtype,)
+            expected[full_name(f"{module}.scales")] = scales, ("bf16",)
         elif part.count:
-            expected[full_name(part.name)] = PackedTensor(part.shape, STORED)
+            expected[full_name(part.name)] = part.shape, STORED
     return expected
 
 
@@ -42,7 +34,7 @@ def match_packed(
     blocks, says = [full_name(f"h.{{}}.{part}") for part in ("attn", "mlp")], "config.json"
     check_layers(blocks, config, found, folder, says)
     expected = expected_tensors(config, bits)
-    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    shapes = {name: shape for name, (shape, _) in expected.items()}
     check_shapes(
         shapes,
         {name: tensor.shape for name, tensor in found.items()},
@@ -51,8 +43,8 @@ def match_packed(
         says=says,
         note=f" ({bits} bits)",
     )
-    for name, tensor in expected.items():
-        words = [NUMBER_FORMATS[dtype].header for dtype in tensor.dtypes]
+    for name, (_, dtypes) in expected.items():
+        words = [NUMBER_FORMATS[dtype].header for dtype in dtypes]
         if (got := found[name].dtype) not in words:
             raise ValueError(
                 f"{folder}: {name} is of type {got}, but {' or '.join(words)} is needed"

@@ -20,7 +20,8 @@ from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
 from ..machine.files import read_json, write_json, written_whole
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
-from ..tokenizers import Tokenizer, load_tokenizer
+from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
+from ..tokenizers.usage import GENERATION, IDS
 from .config_json import quantized_json, to_hugging_face
 from .folder import CONFIG, find_model, read_folder, safetensors_header
 from .names import PREFIX, TensorMatch, full_name, hugging_face
@@ -86,34 +87,47 @@ def write(stored: Stored, folder: Path, *, shard_bytes: int | None = None) -> No
     else:
         entries = hugging_face_entries(stored)
     write_shards(entries, folder, shard_bytes)
-    ids = write_description(stored, folder, dtype=NUMBER_FORMATS[stored.dtype].torch)
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    write_description(stored, folder, dtype=NUMBER_FORMATS[stored.dtype].torch)
 
 
-def write_description(stored: Stored, folder: Path, **more: Any) -> dict[str, int | None]:
-    """Write config.json, including `more`, and the tokenizer; return the special token ids."""
+def write_description(stored: Stored, folder: Path, **more: Any) -> None:
+    """Write config.json, including `more`, the tokenizer, and what the folder says of their use."""
     config, tokenizer = stored.config, stored.tokenizer
-    end_of_text = None if tokenizer is None else tokenizer.end_of_text
-    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    generation = generation_config(stored, stored.usage)
     theirs = to_hugging_face(config) if stored.bits is None else quantized_json(config, stored.bits)
-    write_json(folder / CONFIG, {**theirs, **ids, **more})
+    theirs |= {name: generation[name] for name in IDS} | more
+    if "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
+        fewer = {"max_new_tokens": generation["max_new_tokens"]}
+        theirs["task_specific_params"] = {"text-generation": fewer}
     if tokenizer is not None:
-        tokenizer.save(folder, model_max_length=config.context_length)
-    return ids
+        theirs["gptsmith"] = {**theirs.get("gptsmith", {}), "tokenizer": tokenizer.fingerprint}
+        tokenizer.save(folder, context_length=config.context_length)
+    write_json(folder / CONFIG, theirs)
+    write_json(folder / GENERATION, generation)
+
+
+def generation_config(stored: Stored, usage: Usage) -> dict[str, Any]:
+    """Return the generation_config.json of a model that is used as `usage` says."""
+    tokenizer = stored.tokenizer
+    return usage.generation_config(
+        end=None if tokenizer is None else tokenizer.end_of_text,
+        vocab_size=stored.config.vocab_size if tokenizer is None else tokenizer.vocab_size,
+        context_length=stored.config.context_length,
+    )
 
 
 def hugging_face_entries(stored: Stored) -> list[Entry]:
     """Return a model's tensors with the names and orientation of its Hugging Face class.
 
-    GPT2LMHeadModel has every bias, so absent ones are written as zeros.
+    GPT2LMHeadModel has every bias, so absent ones are written as zeros. They are in the order of
+    the safetensors library, so that saving the same weights with transformers gives the same bytes.
     """
     config, table = stored.config, hugging_face(stored.config)
     wider = config if config.modern else replace(config, bias=True, qkv_bias=True)
-    fetch = with_all(config, stored.fetch, wider)
-    entries = to_theirs(table, wider, fetch, stored.dtype)
-    if config.modern:
-        return entries
-    return [entry._replace(name=full_name(entry.name)) for entry in entries]
+    entries = to_theirs(table, wider, with_all(config, stored.fetch, wider), stored.dtype)
+    if not config.modern:
+        entries = [entry._replace(name=full_name(entry.name)) for entry in entries]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 # -- reading
@@ -189,7 +203,7 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
     if with_tokenizer and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
     check_pair(stored.config, tokenizer, folder)
-    return replace(stored, tokenizer=tokenizer)
+    return replace(stored, tokenizer=tokenizer, defaults=read_usage(folder))
 
 
 def stored_unpacked(

@@ -21,7 +21,7 @@ from ..machine.devices import torch_dtype
 from ..machine.dtypes import NUMBER_FORMATS, dtype_named, nearest_dtype
 from ..machine.files import DamagedError
 from ..model.quantized import pack, unpack
-from ..tokenizers import Tokenizer
+from ..tokenizers import Tokenizer, Usage
 from .names import (
     PREFIX,
     TensorInfo,
@@ -50,6 +50,12 @@ class Stored:
     dtype: str = "float32"  # the number format of most weights, or the nearest that we know
     tensors: TensorMatch = TensorMatch()
     bits: int | None = None  # of packed matrices; `fetch` then also returns their words and scales
+    defaults: Usage = Usage()  # what a folder without a tokenizer says about its use
+
+    @property
+    def usage(self) -> Usage:
+        """What the model's folder says about its use, which travels with the tokenizer."""
+        return self.defaults if self.tokenizer is None else self.tokenizer.usage
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor by our name; for a tied head, the embedding."""
@@ -105,14 +111,13 @@ def stored_under(
     shapes: Mapping[str, Shape],
     get: Fetch,
     *,
-    dtype: str = "float32",
     tokenizer: Tokenizer | None = None,
     **explaining: Any,
 ) -> Stored:
     """Return the model in tensors with these names and shapes, checked by `match_tensors`."""
     match = match_tensors(table, config, shapes, **explaining)
     fetch = from_theirs(table, config, get)
-    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, dtype=dtype, tensors=match)
+    return Stored(config=config, fetch=fetch, tokenizer=tokenizer, tensors=match)
 
 
 def stored_state(

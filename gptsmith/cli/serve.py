@@ -119,7 +119,7 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     """Open the model and return it ready to be served."""
     use_huge_pages()
     folder, model, tokenizer, decoder = open_writer(options, options.model)
-    from ..serving.chat import ends_of, open_template
+    from ..serving.chat import open_template
     from ..serving.handler import ServedModel
     from ..serving.metrics import Metrics
     from ..serving.worker import Service
@@ -130,7 +130,7 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
         tokenizer=tokenizer,
         name=settings.name or Path(options.model).resolve().name,
         aliases=frozenset({options.model}),
-        ends=ends_of(folder, tokenizer),
+        ends=tokenizer.ends,
         template=open_template(folder, tokenizer),
         timeout=settings.timeout,
         metrics=Metrics(service.counts, slots=service.slots),

@@ -22,9 +22,16 @@ from ..config.cost import weight_bytes
 from ..config.model import PRESETS
 from ..machine.files import file_written_whole, written_whole
 from ..model.gpt import GPT
-from ..tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, open_tokenizer
+from ..tokenizers import (
+    Tokenizer,
+    Usage,
+    gpt2_tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    read_usage,
+)
 from .formats import WRITABLE, FormatPath, check_dtype, check_name, find_source, nearest
-from .proof import ConversionReport, largest_difference, logits, rounding_of, some_tokens
+from .proof import ConversionReport, largest_difference, logits, rounding_of, some_tokens, told
 
 MEMORY_TO_SPARE = 500 * 10**6  # bytes of the 1 GB that a conversion may take beyond the weights
 PADDED_TO = (64, 128)  # vocabularies are padded to multiples of these for speed
@@ -91,12 +98,14 @@ def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
         raise ValueError(
             f"{source.path}: the head should be tied to the embedding, but differs from it"
         )
+    named = stored.tokenizer
     if tokenizer is not None:
-        return replace(stored, tokenizer=named_tokenizer(tokenizer))
-    gpt2 = padded_sizes(PRESETS["gpt2"].vocab_size)
-    if stored.tokenizer is None and stored.config.vocab_size in gpt2:
-        return replace(stored, tokenizer=gpt2_tokenizer())
-    return stored
+        named = named_tokenizer(tokenizer)
+    elif named is None and stored.config.vocab_size in padded_sizes(PRESETS["gpt2"].vocab_size):
+        named = gpt2_tokenizer()
+    if named is not None and named.usage == Usage():
+        named = Tokenizer(named.backend, stored.usage)
+    return replace(stored, tokenizer=named, defaults=stored.usage)
 
 
 def named_tokenizer(name: str) -> Tokenizer | None:
@@ -164,7 +173,8 @@ def carry(
         )
         tokens = some_tokens(stored.config)
         before = logits(stored, tokens)
-        after, tokenizer = read_back(FormatPath(temporary, target.name), stored, tokens)
+        after, copy = read_back(FormatPath(temporary, target.name), stored, tokens)
+        tokenizer = compare_tokenizers(stored.tokenizer, copy.tokenizer, target)
         difference = largest_difference(before, after)
         exact = not lost and dtype in ("float32", stored.dtype)
         if not (difference <= rounding_of(before) if exact else isfinite(difference)):
@@ -182,7 +192,7 @@ def carry(
         bytes=size,
         config=stored.config,
         tensors=stored.tensors,
-        lost=tuple(lost),
+        lost=(*lost, *(words for words in told(stored) if words not in told(copy))),
         padding=padding,
         tokenizer=tokenizer,
         difference=difference,
@@ -197,26 +207,30 @@ def whole(target: FormatPath) -> AbstractContextManager[Path]:
     return written_whole(target.path, manifest=target.format.ours)
 
 
-def read_back(written: FormatPath, stored: Stored, tokens: Tensor) -> tuple[Tensor, str]:
-    """Return the logits of the written model, and a description of its tokenizer.
+def read_back(written: FormatPath, stored: Stored, tokens: Tensor) -> tuple[Tensor, Stored]:
+    """Return the logits of the written model, and the model.  (B, T) -> (B, T, V)
 
-    (B, T) -> (B, T, V)
+    Where the format cannot be read, it is the stored one, with what was written beside it.
     """
+    path = written.path
     if written.format.readable:
-        copy = written.module.read(written.path)
-        after, held = logits(copy, tokens), copy.tokenizer
-    else:
-        after, held = written.module.run(written.path, tokens), None
-        if (written.path / "tokenizer.json").is_file():
-            held = load_tokenizer(written.path)
-    if stored.tokenizer is None:
-        return after, "none"
-    words = f"{stored.tokenizer.kind}, {stored.tokenizer.vocab_size:,} tokens"
+        copy = written.module.read(path)
+        return logits(copy, tokens), copy
+    held = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    copy = replace(stored, tokenizer=held, defaults=read_usage(path))
+    return written.module.run(path, tokens), copy
+
+
+def compare_tokenizers(ours: Tokenizer | None, held: Tokenizer | None, target: FormatPath) -> str:
+    """Describe the tokenizer that was written; ValueError if it does something else than ours."""
+    if ours is None:
+        return "none"
+    words = f"{ours.kind}, {ours.vocab_size:,} tokens"
     if held is None:
-        return after, f"not written ({words}): the format has no place for it"
-    if held.fingerprint != stored.tokenizer.fingerprint:
-        raise ValueError(f"{written.format.title}: it would change the tokenizer ({words})")
-    return after, words
+        return f"not written ({words}): the format has no place for it"
+    if held.fingerprint != ours.fingerprint:
+        raise ValueError(f"{target.format.title}: it would change the tokenizer ({words})")
+    return words
 
 
 def compare_original(source: FormatPath, stored: Stored, tokens: Tensor, ours: Tensor) -> str:

@@ -31,7 +31,7 @@ from ..machine.dtypes import NUMBER_FORMATS, STORED, nearest_dtype
 from ..machine.files import DamagedError, chunks
 from .formats import FORMATS
 from .gguf_header import MAGIC, library, read_header
-from .gguf_tokenizer import check_tokenizer, read_tokenizer, write_tokenizer
+from .gguf_tokenizer import check_tokenizer, read_tokenizer, shortest, write_tokenizer
 
 ARCHITECTURE = "gpt2"
 DTYPES = FORMATS["gguf"].dtypes
@@ -85,11 +85,6 @@ def nearest(config: GPTConfig) -> GPTConfig:
         dropout=0.0,
         norm_eps=shortest(config.norm_eps),
     )
-
-
-def shortest(number: float) -> float:
-    """Return the shortest decimal of a float32: 1e-05 for 9.99999974e-06, its value in the file."""
-    return float(str(np.float32(number)))
 
 
 # -- writing

@@ -6,20 +6,33 @@ differ: llama.cpp reads "<|endoftext|>" in text as the special token, and it ski
 char tokenizer does not know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from ..tokenizers import Tokenizer, character_level
+from ..tokenizers import Tokenizer, Usage, character_level
 from ..tokenizers.kinds import BYTES, SYMBOLS, splits_like
 from ..tokenizers.tokenizer import END_OF_TEXT
 
 KIND = "gptsmith.tokenizer"  # our key: "bpe", "byte" or "char"; llama.cpp ignores it
 NO_MERGES = ["[no] [merges]"]  # llama.cpp needs a list, but the library cannot write an empty one
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+
+# Hugging Face's names, and llama.cpp's.
+SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+MORE_ENDS = ("eot", "eom")
+TEMPLATE = "tokenizer.chat_template"
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 # -- writing
@@ -64,9 +77,27 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges_of(tokenizer) or NO_MERGES)
-    writer.add_bos_token_id(end)
-    writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
+    write_usage(writer, tokenizer, end)
+
+
+def write_usage(writer: Any, tokenizer: Tokenizer, end: int) -> None:
+    """Add the special tokens, chat templates and sampling defaults; `end` is the end of text."""
+    usage, token = tokenizer.usage, dict[str, int]()
+    for name, key in SPECIALS.items():
+        token[key] = tokenizer.vocab.get(usage.tokenizer.get(f"{name}_token", ""), end)
+    # llama.cpp ends a text at the end of a turn and of a message, too, one token each.
+    others = sorted(tokenizer.ends - {token["eos"]})
+    token |= dict(zip(MORE_ENDS, others, strict=False))
+    for key, id in token.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
+    if usage.templates:
+        named = [{"name": name, "template": text} for name, text in usage.templates.items()]
+        writer.add_chat_template(named)
+    for name, key in SAMPLING.items():
+        if isinstance(value := usage.generation.get(name), int | float):
+            add = writer.add_int32 if name == "top_k" else writer.add_float32
+            add(f"general.sampling.{key}", value)
 
 
 def symbols(data: bytes) -> str:
@@ -115,7 +146,7 @@ def build_tokenizer(values: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     vocab = {t: id for id, t in enumerate(tokens) if types[id] != UNUSED}
     if kind == "char":
         vocab = {bytes(BYTES[s] for s in token).decode(): id for token, id in vocab.items()}
-        return character_level(vocab)
+        return character_level(vocab, usage_in(values, tokens))
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=kind != "byte"
@@ -123,4 +154,33 @@ def build_tokenizer(values: Mapping[str, Any], vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     specials = [t for t, id in vocab.items() if types[id] == CONTROL or t == END_OF_TEXT]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
-    return Tokenizer(backend)
+    return Tokenizer(backend, usage_in(values, tokens))
+
+
+def usage_in(values: Mapping[str, Any], tokens: Sequence[str]) -> Usage:
+    """Return what a header says about the use of the model, as far as its vocabulary has it."""
+
+    def token(key: str) -> int | None:
+        id = values.get(f"tokenizer.ggml.{key}_token_id")
+        return id if isinstance(id, int) and 0 <= id < len(tokens) else None
+
+    specials = {f"{name}_token": token(key) for name, key in SPECIALS.items()}
+    ends = sorted({id for key in ("eos", *MORE_ENDS) if (id := token(key)) is not None})
+    found = {name: values.get(f"general.sampling.{key}") for name, key in SAMPLING.items()}
+    sampling = {
+        name: shortest(value) if isinstance(value, float) else value
+        for name, value in found.items()
+        if value is not None
+    }
+    named = {"default": TEMPLATE}
+    named |= {name: f"{TEMPLATE}.{name}" for name in values.get(f"{TEMPLATE}s", [])}
+    return Usage(
+        {name: tokens[id] for name, id in specials.items() if id is not None},
+        {"eos_token_id": ends, **sampling} if ends else sampling,
+        {name: values[key] for name, key in named.items() if key in values},
+    )
+
+
+def shortest(number: float) -> float:
+    """Return the shortest decimal of a float32: 1e-05 for 9.99999974e-06, its value in the file."""
+    return float(str(np.float32(number)))

@@ -16,7 +16,7 @@ from ..checkpoint.tensors import Stored
 from ..config.model import GPTConfig
 from ..machine.dtypes import nearest_dtype
 from ..machine.files import read_json
-from ..tokenizers import Tokenizer, load_tokenizer
+from ..tokenizers import Tokenizer, load_tokenizer, read_usage
 from .pickles import load_torch_file, tensors_of
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -44,7 +44,7 @@ def read(path: Path) -> Stored:
                 f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it, "
                 "use export"
             )
-    return replace(stored, tokenizer=tokenizer_of(path))
+    return replace(stored, tokenizer=tokenizer_of(path), defaults=read_usage(path))
 
 
 def from_pickles(folder: Path) -> Stored:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.names import TensorMatch
-from ..checkpoint.saved import without_weights
+from ..checkpoint.saved import generation_config, without_weights
 from ..checkpoint.tensors import Stored
 from ..config.cost import parameter_count
 from ..config.model import GPTConfig
+from ..tokenizers import Usage
+from ..tokenizers.tokenizer import END_OF_TEXT
 
 # Relative to the largest logit: ten times the difference that another order of float32 additions
 # makes over 48 layers.
@@ -78,6 +80,21 @@ def rounding_of(reference: Tensor) -> float:
 
 
 # -- the report
+
+
+def told(stored: Stored) -> list[str]:
+    """Describe what a folder says about the use of its model, except for our own defaults."""
+    usage, tokenizer = stored.usage, stored.tokenizer
+    words = ["chat template" if n == "default" else f"chat template {n}" for n in usage.templates]
+    said = [(name, text) for name, text in usage.tokenizer.items() if text != END_OF_TEXT and text]
+    ours = generation_config(stored, Usage())
+    generation = generation_config(stored, usage)
+    if tokenizer is not None:
+        ends = sorted(tokenizer.ends - {tokenizer.end_of_text})
+        words += [f"end token {id}" for id in ends]
+        ours["eos_token_id"] = generation["eos_token_id"]
+    said += [(name, value) for name, value in generation.items() if ours.get(name) != value]
+    return words + [f"{name} {value}" for name, value in said]
 
 
 @dataclass(frozen=True, kw_only=True)

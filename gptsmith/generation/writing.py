@@ -220,11 +220,9 @@ def jobs_of(
 def text_jobs(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, **choices: Any
 ) -> list[Job]:
-    """Return a job for each prompt, which ends with <|endoftext|> if the tokenizer has it."""
-    end = tokenizer.end_of_text
-    ends = frozenset() if end is None else frozenset({end})
+    """Return a job for each prompt, which ends with one of the tokenizer's `ends`."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    return jobs_of(model, ids, max_tokens, ends=ends, **choices)
+    return jobs_of(model, ids, max_tokens, ends=tokenizer.ends, **choices)
 
 
 def engine_for(

@@ -120,6 +120,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def edited(path: Path) -> bool:
+    """Return whether a file differs from what the manifest beside it, if there is one, says."""
+    manifest = path.with_name(MANIFEST)
+    files = read_json(manifest).get("files") if manifest.exists() else None
+    entry = files.get(path.name) if isinstance(files, dict) else None
+    return isinstance(entry, dict) and entry.get("sha256") != sha256(path)
+
+
 # -- reading
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: the token ids of a conversation, and the tokens that end a text.
+"""Chat templates: the token ids of a conversation.
 
 Knows nothing of requests. Only the template can write special tokens. In a message they are
 ordinary text, so nobody can end a turn, or speak for somebody else, by typing their markers.
@@ -16,11 +16,9 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from ..machine.files import read_json
 from ..tokenizers import Tokenizer
 
 NONCHARACTERS = range(0xFDD0, 0xFDF0)  # code points that Unicode never assigns to characters
-SETTINGS = "tokenizer_config.json"
 
 
 class ChatTemplate:
@@ -96,50 +94,16 @@ class ChatTemplate:
 
 
 def open_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the chat template of a folder; None if it has none."""
-    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    source = template_source(folder, settings)
+    """Return the chat template that a folder's tokenizer came with; None if it has none."""
+    source = tokenizer.usage.templates.get("default")
     if source is None:
         return None
     variables = ("bos_token", "eos_token", "pad_token")
-    names = {name: token_text(settings.get(name)) for name in variables}
+    said = tokenizer.usage.tokenizer
     try:
-        return ChatTemplate(
-            source, tokenizer, {name: text for name, text in names.items() if text is not None}
-        )
+        return ChatTemplate(source, tokenizer, {n: said[n] for n in variables if n in said})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-
-
-def template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return the template in a file of its own or in tokenizer_config.json; of several, the
-    default."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        entries = [each for each in source if isinstance(each, dict)]
-        source = {each.get("name"): each.get("template") for each in entries}.get("default")
-    return source if isinstance(source, str) else None
-
-
-def token_text(token: Any) -> str | None:
-    """Return the text of a special token in tokenizer_config.json, where it is a string or an
-    object with `content`."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def ends_of(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids that end a text, from the tokenizer and from the folder's settings."""
-    ids: list[Any] = [tokenizer.end_of_text]
-    if (path := folder / "generation_config.json").is_file():
-        eos = read_json(path).get("eos_token_id")
-        ids += eos if isinstance(eos, list) else [eos]
-    if (path := folder / SETTINGS).is_file():
-        ids.append(tokenizer.vocab.get(token_text(read_json(path).get("eos_token")) or ""))
-    return frozenset(id for id in ids if type(id) is int and 0 <= id < tokenizer.vocab_size)
 
 
 # -- Jinja as transformers sets it up for chat templates

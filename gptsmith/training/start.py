@@ -149,7 +149,7 @@ def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
         raise ValueError(
             f"--tokenizer {kind} is not that of {start_from}: leave it out to use the model's"
         )
-    return tokenizer
+    return own or tokenizer
 
 
 def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings) -> None:

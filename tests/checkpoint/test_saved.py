@@ -1,11 +1,12 @@
 """A model is one folder: Hugging Face reads it, we read Hugging Face's, and damage is found."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,51 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_edited_text_is_used_and_named(saved: Path) -> None:
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0].content }}"
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    (saved / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.warns(UserWarning, match="edited since it was written") as caught:
+        _, tokenizer = gptsmith.load(saved)
+    said = ": chat_template.jinja, tokenizer_config.json; used as it is now"
+    assert [str(each.message).endswith(said) for each in caught] == [True]
+    assert tokenizer is not None
+    assert tokenizer.usage.templates == {"default": "{{ messages[-1].content }}"}
+
+
+def test_a_tokenizer_that_does_something_else_is_refused(saved: Path) -> None:
+    path = saved / "tokenizer.json"
+    same = json.loads(path.read_text())
+    path.write_text(json.dumps(same))  # other bytes
+    with pytest.warns(UserWarning, match=r"tokenizer\.json"):
+        _, tokenizer = gptsmith.load(saved)
+    assert tokenizer is not None
+    vocab = same["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(same))
+    with (
+        pytest.warns(UserWarning, match=r"tokenizer\.json"),
+        pytest.raises(DamagedError, match="is not the model's tokenizer any more"),
+    ):
+        gptsmith.load(saved)
+
+
+@pytest.mark.parametrize("version", ["5", "4.57"])
+def test_saved_again_by_transformers_it_is_still_ours(version: str, tmp_path: Path) -> None:
+    """With the template that is added; the weights keep their bytes, so they match the manifest."""
+    for kind, make in KINDS.items():
+        tokenizer = make()
+        model = scrambled(GPTConfig(**(ROOMY | {"vocab_size": tokenizer.vocab_size})))
+        gptsmith.save(model, tokenizer, tmp_path / kind)
+    ask(version, tmp_path, SAVED_AGAIN, *KINDS)
+    for kind in KINDS:
+        with pytest.warns(UserWarning, match=r"edited .*chat_template\.jinja, .*config\.json"):
+            _, tokenizer = gptsmith.load(tmp_path / kind)
+        assert tokenizer is not None
+        assert tokenizer.usage.templates == {"default": "{{ 1 }}"}
+
+
 def test_training_state_comes_back(saved: Path) -> None:
     tensors, state = load_training(saved)
     assert tensors["a"].tolist() == [1, 1, 1]
@@ -199,7 +245,9 @@ def test_training_state_comes_back(saved: Path) -> None:
         (lambda f: cut(f / "model.safetensors"), "model.safetensors has .* bytes, but was written"),
         (lambda f: flip(f / "model.safetensors"), "model.safetensors was changed"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda f: flip(f / "config.json"), "config.json was changed"),
+        (lambda f: cut(f / "config.json"), "config.json is not valid JSON"),
+        (lambda f: edit(f, n_layer=1), "has 2 layers, but config.json calls for 1"),
+        (lambda f: cut(f / "tokenizer.json"), "tokenizer.json is not valid JSON"),
         (lambda f: cut(f / "manifest.json"), "manifest.json is not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json lists no files"),
     ],
@@ -207,13 +255,14 @@ def test_training_state_comes_back(saved: Path) -> None:
 def test_damage_is_found(saved: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(saved)
     with pytest.raises(DamagedError, match=message):
-        gptsmith.load(saved)
+        verify(saved)
 
 
-def test_training_files_are_only_verified_for_training(saved: Path) -> None:
-    flip(saved / "training" / "optimizer.safetensors")
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
+def test_training_files_are_only_verified_for_training(saved: Path, name: str) -> None:
+    flip(saved / "training" / name)
     gptsmith.load(saved)
-    with pytest.raises(DamagedError, match=r"optimizer.safetensors was changed"):
+    with pytest.raises(DamagedError, match=rf"{name} was changed"):
         verify(saved)
 
 
@@ -277,46 +326,114 @@ def test_a_missing_model_suggests(tmp_path: Path) -> None:
         gptsmith.load(tmp_path / "plais")
 
 
+# -- transformers, as people type it, in the version of today and in the older one
+
 OLDER = Path(sys.prefix) / "transformers-4.57"  # `make test` puts it there
-READ_BY_OLDER = """
+USED = """
 import json, sys, warnings
 warnings.simplefilter("error")
-import torch, transformers
-text, *folders = sys.argv[1:]
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__, pipeline
+text, short, *folders = sys.argv[1:]
 for folder in folders:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    m, t = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    found = {"version": __version__, "text": t.decode(t(text)["input_ids"])}
     with torch.no_grad():
-        logits = model(torch.tensor([ids[:11]])).logits[0, -1].tolist()
-    print(json.dumps([transformers.__version__, ids, tokenizer.decode(ids), logits]))
+        found["logits"] = m(**t(text, return_tensors="pt")).logits[0].tolist()
+        found["generated"] = m.generate(**t(text, return_tensors="pt")).tolist()
+        t.pad_token = t.pad_token or " "
+        batch = t([text, short], return_tensors="pt", padding=True)
+        found["batch"] = m(**batch).logits.tolist()
+        t.padding_side = "left"
+        batch = t([text, short], return_tensors="pt", padding=True)
+        found["written"] = m.generate(**batch, max_new_tokens=7).tolist()
+    pipeline("text-generation", model=folder)(short)
+    likeliest = pipeline("text-generation", model=folder)(short, top_k=1)
+    found["pipeline"] = likeliest[0]["generated_text"]
+    print(json.dumps(found))
+"""
+SAVED_AGAIN = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    m, t = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    t.chat_template = "{{ 1 }}"
+    m.save_pretrained(folder)
+    t.save_pretrained(folder)
 """
 
 
-@pytest.mark.slow
-def test_transformers_4_reads_the_folders_too(tmp_path: Path) -> None:
+# Progress, and what transformers says of every GPT2LMHeadModel that it trains.
+NOISE = ("Loading weights", "Writing model shards", "Device set to use", "`loss_type=None`")
+
+
+def ask(
+    version: str,
+    folder: Path,
+    code: str,
+    *words: str,
+    beside: Sequence[Path] = (),
+    expected: Sequence[str] = (),
+) -> list[str]:
+    """Run code with a version of transformers, and packages beside it. It may complain of what is
+    `expected` alone. The lines that it printed."""
     assert OLDER.is_dir(), "transformers 4.57 is missing: `make test` installs it"
+    places = [*beside, *([] if version == "5" else [OLDER])]
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line and not any(n in line for n in NOISE)]
+    assert [line for line in said if not any(words in line for words in expected)] == []
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["5", "4.57"])
+def test_the_shortest_idioms_do_what_we_do(version: str, tmp_path: Path) -> None:
+    """`m(**t(text))`, `m.generate(**t(text))`, batches padded right and left, and the pipeline."""
+    short = "To be"
     saved = {}
     for kind, make in KINDS.items():
         tokenizer = make()
         model = scrambled(GPTConfig(**(ROOMY | {"vocab_size": tokenizer.vocab_size})))
         gptsmith.save(model, tokenizer, tmp_path / kind)
         saved[kind] = model, tokenizer
-    done = subprocess.run(
-        [sys.executable, "-c", READ_BY_OLDER, TEXT, *saved],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": str(OLDER), "HF_HUB_OFFLINE": "1"},
-    )
-    for (model, tokenizer), line in zip(saved.values(), done.stdout.splitlines(), strict=True):
-        version, ids, text, logits = json.loads(line)
-        assert version.startswith("4.57")
-        assert (ids, text) == (tokenizer.encode(TEXT), TEXT)
-        expected = model(torch.tensor([ids[:11]])).logits[0, -1]
-        assert (torch.tensor(logits) - expected).abs().max() < 1e-4
-    assert done.stderr == ""
+    lines = ask(version, tmp_path, USED, TEXT, short, *saved)
+    for (model, tokenizer), line in zip(saved.values(), lines, strict=True):
+        found = json.loads(line)
+        assert found["version"].startswith(version)
+        assert found["text"] == TEXT
+        long, brief = (torch.tensor([tokenizer.encode(text)]) for text in (TEXT, short))
+        logits = model(long).logits[0]
+        assert difference(found["logits"], logits) < 1e-4
+        assert difference(found["batch"][0], logits) < 1e-4
+        assert difference(found["batch"][1][: brief.shape[1]], model(brief).logits[0]) < 1e-4
+        end, half = tokenizer.end_of_text, model.config.context_length // 2
+        assert found["generated"] == [written(model, long, half, end)]
+        for row, prompt in zip(found["written"], (long, brief), strict=True):
+            ours = written(model, prompt, 7, end)
+            padding = long.shape[1] - prompt.shape[1]
+            assert row[padding:][: len(ours)] == ours
+        text = tokenizer.decode(id for id in written(model, brief, half, end) if id != end)
+        assert found["pipeline"] == text
+
+
+def difference(theirs: list, ours: torch.Tensor) -> float:
+    return float((torch.tensor(theirs) - ours).detach().abs().max())
+
+
+def written(model: GPT, prompt: torch.Tensor, count: int, end: int | None) -> list[int]:
+    """Our greedy continuation of a prompt (1, T), up to its end of text."""
+    ids = generate_greedy(model, prompt, count)[0].tolist()
+    new = ids[prompt.shape[1] :]
+    return ids[: len(ids) - len(new) + new.index(end) + 1] if end in new else ids
 
 
 def cut(path: Path) -> None:

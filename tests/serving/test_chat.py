@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptsmith import GPTConfig, save
-from gptsmith.serving.chat import ChatTemplate, ends_of, open_template
-from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer
+from gptsmith.serving.chat import ChatTemplate, open_template
+from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, load_tokenizer
 from tests.conftest import TINY, scrambled
 
 CHATML = (
@@ -58,21 +58,22 @@ def test_a_conversation_becomes_the_ids_that_transformers_gives(
     folder = folder_with(tmp_path / "m", CHAT, chat_template=source, eos_token="<|im_end|>")
     theirs = AutoTokenizer.from_pretrained(folder)
     expected = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    template = open_template(folder, CHAT)
+    template = open_template(folder, load_tokenizer(folder))
     assert template is not None
     assert template.ids(TALK) == expected
     assert END in expected
 
 
 def test_a_template_may_lie_in_three_places(tmp_path: Path) -> None:
-    assert open_template(folder_with(tmp_path / "none", CHAT), CHAT) is None
+    none = folder_with(tmp_path / "none", CHAT)
+    assert open_template(none, load_tokenizer(none)) is None
     several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     folder = folder_with(tmp_path / "m", CHAT, chat_template=several)
-    found = open_template(folder, CHAT)
+    found = open_template(folder, load_tokenizer(folder))
     assert found is not None
     assert found.ids(TALK) == [*b"D"]
     (folder / "chat_template.jinja").write_text("F")  # what transformers writes now
-    found = open_template(folder, CHAT)
+    found = open_template(folder, load_tokenizer(folder))
     assert found is not None
     assert found.ids(TALK) == [*b"F"]
 
@@ -116,7 +117,7 @@ def test_a_template_that_refuses_or_goes_too_far_says_so(source: str, message: s
 def test_what_cannot_be_a_template_or_a_message_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "m", CHAT, chat_template="{% for %}")
     with pytest.raises(ValueError, match="m: the chat template is not valid Jinja: "):
-        open_template(folder, CHAT)
+        open_template(folder, load_tokenizer(folder))
     with pytest.raises(ValueError, match="a message has a noncharacter, such as U"):
         ChatTemplate("{{ messages[0].content }}", CHAT, {}).ids([{"content": "a\ufdd0b"}])
     letters = char_tokenizer("abc")
@@ -141,10 +142,10 @@ def test_the_date_is_written_as_a_template_likes_it() -> None:
 def test_what_ends_a_text(tmp_path: Path, eos: object, ids: object, expected: set[int]) -> None:
     folder = folder_with(tmp_path / "m", CHAT, eos_token=eos)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    assert ends_of(folder, CHAT) == expected
+    assert load_tokenizer(folder).ends == expected
 
 
 def test_nothing_ends_a_text_of_letters(tmp_path: Path) -> None:
     letters = char_tokenizer("abc")
     folder = folder_with(tmp_path / "m", letters)
-    assert ends_of(folder, letters) == frozenset()
+    assert load_tokenizer(folder).ends == frozenset()
