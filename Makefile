@@ -78,6 +78,12 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 	npm install --silent --prefix $@ openai@6.49.0
 	@touch $@
 
+# What reads our folders uses the PyTorch and transformers that are there already.
+.venv/clients/folders: tests/clients/folders.txt | .venv/test
+	rm -rf $@
+	$(BIN)/pip install -q --no-deps --target $@ -r $<
+	@touch $@
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 
