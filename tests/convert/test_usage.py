@@ -216,3 +216,34 @@ def test_a_char_tokenizer_spares_no_character(tmp_path: Path, said: Callable) ->
     theirs.pad_token = "o"
     assert theirs.decode(theirs("to be")["input_ids"], skip_special_tokens=True) == "to be"
     assert said() == []
+
+
+EDITED = "was edited since it was written: chat_template.jinja; used as it is now"
+
+
+@pytest.mark.slow
+def test_every_command_uses_an_edited_folder_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be, or not to be. " * 300)
+    config = GPTConfig(**(TINY | {"vocab_size": 257, "n_embd": 24}))
+    gptsmith.save(scrambled(config), byte_tokenizer(), "model")
+    Path("model/chat_template.jinja").write_text(TEMPLATE)
+    steps = "--batch-tokens 66 --warmup-steps 0 --seed 1"
+    for words in (
+        "describe model",
+        "sample model --prompt hi --max-tokens 2 --seed 1",
+        "evaluate model --data text.txt",
+        "quantize model quantized --bits 8 --tokens 8",
+        "export model model.gguf --to gguf",
+        "import model imported",
+        f"train text.txt --from model --out run --steps 1 {steps}",
+    ):
+        assert main(words.split()) == 0, words
+        assert capsys.readouterr().err.count(EDITED) == (not words.startswith("import")), words
+    (checkpoint,) = Path("run/checkpoints").iterdir()
+    assert (checkpoint / "chat_template.jinja").read_text() == TEMPLATE
+    (checkpoint / "chat_template.jinja").write_text("{{ 1 }}")
+    assert main("train --resume run".split()) == 0
+    assert capsys.readouterr().err.count(EDITED) == 1
