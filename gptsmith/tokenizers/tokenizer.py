@@ -69,7 +69,7 @@ class Tokenizer:
         """The ids that end a text: <|endoftext|>, and those that the folder names."""
         named = self.usage.generation.get("eos_token_id")
         ids = named if isinstance(named, list) else [named]
-        ids = [*ids, self.end_of_text, self.vocab.get(str(self.usage.tokenizer.get("eos_token")))]
+        ids = [*ids, self.end_of_text, self.vocab.get(self.usage.tokenizer.get("eos_token", ""))]
         return frozenset(id for id in ids if type(id) is int and 0 <= id < self.vocab_size)
 
     @cached_property

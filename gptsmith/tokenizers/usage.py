@@ -95,16 +95,16 @@ def read_usage(folder: Path) -> Usage:
     generation = {name: model.get(name) for name in IDS} | generation
     for name in ("_from_model_config", "transformers_version"):
         generation.pop(name, None)
+    carried = {name: plain(settings.get(name)) for name in CARRIED}
     return Usage(
-        without_none({name: plain(settings.get(name)) for name in CARRIED}),
-        without_none(generation),
+        {
+            k: v
+            for k, v in carried.items()
+            if isinstance(v, str if k in ROLES else str | bool | list)
+        },
+        {k: v for k, v in generation.items() if v is not None},
         templates,
     )
-
-
-def without_none(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that say something."""
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 import gptsmith
 from gptsmith import GPT, GPTConfig, Tokenizer
 from gptsmith.convert import export_model
-from tests.checkpoint.test_saved import KINDS, ROOMY, TEXT, ask, difference, written
+from tests.checkpoint.test_saved import KINDS, ROOMY, SOME, TEXT, ask, difference, written
 from tests.conftest import scrambled
 
 pytestmark = pytest.mark.clients
@@ -46,7 +46,7 @@ from transformers import AutoTokenizer, pipeline
 text, short, new, *folders = sys.argv[1:]
 for folder in folders:
     m, t = ORTModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found = {"logits": m(**t(text, return_tensors="pt")).logits[0].tolist()}
+    found = {"logits": m(**t(text, return_tensors="pt")).logits[0, :, :40].tolist()}
     found["generated"] = m.generate(**t(short, return_tensors="pt"))[0].tolist()
     t.pad_token, t.padding_side = t.pad_token or " ", "left"
     batch = t([text, short], return_tensors="pt", padding=True)
@@ -66,7 +66,7 @@ def test_optimum_runs_the_onnx_folder(tmp_path: Path, saved: dict) -> None:
     for (model, tokenizer), found in zip(saved.values(), answers, strict=True):
         long, brief = (torch.tensor([tokenizer.encode(text)]) for text in (TEXT, SHORT))
         end, half = tokenizer.end_of_text, model.config.context_length // 2
-        assert difference(found["logits"], model(long).logits[0]) < 1e-4
+        assert difference(found["logits"], model(long).logits[0, :, :SOME]) < 1e-4
         assert found["generated"] == written(model, brief, half, end)
         for row, prompt in zip(found["batch"], (long, brief), strict=True):
             ours = written(model, prompt, NEW, end)
@@ -123,7 +123,7 @@ for folder in folders:
         sys.stdout = out
     trainer.save_model(f"{folder}-tuned")
     with torch.no_grad():
-        print(json.dumps(m.eval()(**t(text, return_tensors="pt")).logits[0].tolist()))
+        print(json.dumps(m.eval()(**t(text, return_tensors="pt")).logits[0, :, :40].tolist()))
 """
 
 
@@ -138,6 +138,6 @@ def test_trainer_trains_and_we_read_it_back(
         assert again is not None
         assert again.fingerprint == tokenizer.fingerprint
         tokens = torch.tensor([tokenizer.encode(TEXT)])
-        assert difference(found, tuned(tokens).logits[0]) < 1e-4
-        assert difference(found, model(tokens).logits[0]) > 0.01
+        assert difference(found, tuned(tokens).logits[0, :, :SOME]) < 1e-4
+        assert difference(found, model(tokens).logits[0, :, :SOME]) > 0.01
     assert [str(warning.message) for warning in recwarn] == []
