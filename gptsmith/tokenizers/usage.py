@@ -95,16 +95,13 @@ def read_usage(folder: Path) -> Usage:
     generation = {name: model.get(name) for name in IDS} | generation
     for name in ("_from_model_config", "transformers_version"):
         generation.pop(name, None)
-    carried = {name: plain(settings.get(name)) for name in CARRIED}
-    return Usage(
-        {
-            k: v
-            for k, v in carried.items()
-            if isinstance(v, str if k in ROLES else str | bool | list)
-        },
-        {k: v for k, v in generation.items() if v is not None},
-        templates,
-    )
+    carried = dict[str, Any]()
+    for name in CARRIED:
+        value = plain(settings.get(name))
+        if isinstance(value, str if name in ROLES else str | bool | list):
+            carried[name] = value
+    said = {name: value for name, value in generation.items() if value is not None}
+    return Usage(carried, said, templates)
 
 
 def plain(value: Any) -> Any:

@@ -218,6 +218,7 @@ def test_a_tokenizer_that_does_something_else_is_refused(saved: Path) -> None:
         gptsmith.load(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5", "4.57"])
 def test_saved_again_by_transformers_it_is_still_ours(version: str, tmp_path: Path) -> None:
     """With the template that is added; the weights keep their bytes, so they match the manifest."""
@@ -330,7 +331,7 @@ def test_a_missing_model_suggests(tmp_path: Path) -> None:
 # -- transformers, as people type it, in the version of today and in the older one
 
 OLDER = Path(sys.prefix) / "transformers-4.57"  # `make test` puts it there
-SOME = 40  # of a vocabulary's logits: half a megabyte a token would be read as JSON otherwise
+SOME = 40  # of the logits of GPT-2's vocabulary, which make half a megabyte of JSON for each token
 USED = (
     f"SOME = {SOME}"
     + """
@@ -384,7 +385,8 @@ def ask(
     `expected` alone. The lines that it printed."""
     assert OLDER.is_dir(), "transformers 4.57 is missing: `make test` installs it"
     places = [*beside, *([] if version == "5" else [OLDER])]
-    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, places))
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         cwd=folder,

@@ -93,6 +93,7 @@ def test_import_export_quantize_and_save_carry_all_of_it(source: Path, tmp_path:
     assert read_usage(tmp_path / "quantized") == read_usage(tmp_path / "imported")
 
 
+@pytest.mark.slow
 def test_training_further_carries_it(source: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be, or not to be. " * 200)
     words = f"train {tmp_path}/text.txt --from {source} --out {tmp_path}/run --steps 1 --seed 1"
@@ -101,6 +102,7 @@ def test_training_further_carries_it(source: Path, tmp_path: Path) -> None:
     is_carried(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_gguf_holds_it_both_ways(source: Path, tmp_path: Path) -> None:
     import_model(source, tmp_path / "imported")
     report = export_model(tmp_path / "imported", tmp_path / "m.gguf", to="gguf")
@@ -114,6 +116,7 @@ def test_a_gguf_holds_it_both_ways(source: Path, tmp_path: Path) -> None:
     assert {name: usage.generation[name] for name in said} == said
 
 
+@pytest.mark.slow
 def test_llama_cpp_does_what_the_gguf_says(source: Path, tmp_path: Path) -> None:
     import_model(source, tmp_path / "imported")
     export_model(tmp_path / "imported", tmp_path / "m.gguf", to="gguf")
