@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 import transformers
 
 import gptsmith
@@ -91,6 +92,16 @@ def test_import_export_quantize_and_save_carry_all_of_it(source: Path, tmp_path:
     words = ["quantize", "imported", "quantized", "--bits", "8", "--tokens", "8"]
     assert main([str(tmp_path / w) if w.endswith("ed") else w for w in words]) == 0
     assert read_usage(tmp_path / "quantized") == read_usage(tmp_path / "imported")
+
+
+def test_our_own_text_ends_there_too() -> None:
+    model = scrambled(GPTConfig(**(TINY | {"vocab_size": 257})))
+    prompt = byte_tokenizer().encode("hi")
+    new = gptsmith.generate_greedy(model, torch.tensor([prompt]), 6)[0, 2:].tolist()
+    end = new[3]
+    tokenizer = Tokenizer(byte_tokenizer().backend, Usage(generation={"eos_token_id": [end]}))
+    text = "".join(gptsmith.stream(model, tokenizer, "hi", max_tokens=6, temperature=0))
+    assert text == tokenizer.decode(new[: new.index(end)])
 
 
 @pytest.mark.slow
