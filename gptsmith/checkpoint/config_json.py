@@ -17,6 +17,29 @@ HUGGING_FACE_ACTIVATIONS = {
     "gelu_erf": ("gelu",),
 }
 
+# Our fields, theirs, and the defaults of theirs.
+_GPT2 = {
+    "vocab_size": ("vocab_size", 50257),
+    "context_length": ("n_positions", 1024),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+    "n_inner": ("n_inner", None),
+    "tie_weights": ("tie_word_embeddings", True),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+}
+_NANOCHAT = {
+    "vocab_size": ("vocab_size", 50304),
+    "context_length": ("max_position_embeddings", 2048),
+    "n_layer": ("num_hidden_layers", 12),
+    "n_head": ("num_attention_heads", 6),
+    "n_embd": ("hidden_size", 768),
+    "tie_weights": ("tie_word_embeddings", False),
+    "dropout": ("attention_dropout", 0.0),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+
 # Fields of GPT2Config that change the mathematics, with the only values that we support.
 _ORDINARY = {
     "scale_attn_weights": True,
@@ -29,10 +52,8 @@ _NANOCHAT_ORDINARY = {
     "hidden_act": "relu2",
     "attention_bias": False,
     "final_logit_softcapping": None,
-    "rope_type": "default",
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
 }
+_NANOCHAT_ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
 _NANOCHAT_DEFAULTS = {"final_logit_softcapping": 15.0}
 
 
@@ -56,7 +77,7 @@ def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
     if not activations:
         known = [word for words in HUGGING_FACE_ACTIVATIONS.values() for word in words]
         raise ValueError(f"activation_function {name!r} is unknown: one of {known} is needed")
-    rates = {key: theirs.get(key, 0.1) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    rates = {key: theirs.get(key, 0.1) for key in _DROPOUTS}
     for key, rate in rates.items():
         if not isinstance(rate, int | float):
             raise ValueError(f"config.json has {key} {rate!r}: a number is needed")
@@ -64,20 +85,21 @@ def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
     if not isinstance(own, dict):
         raise ValueError(f"config.json has gptsmith {own!r}: an object is needed")
     return GPTConfig(
-        vocab_size=theirs.get("vocab_size", 50257),
-        context_length=theirs.get("n_positions", 1024),
-        n_layer=theirs.get("n_layer", 12),
-        n_head=theirs.get("n_head", 12),
-        n_embd=theirs.get("n_embd", 768),
-        n_inner=theirs.get("n_inner"),
+        **_ours(_GPT2, theirs),
         activation=activations[0],  # type: ignore[arg-type]
         bias=own.get("bias", True),
         qkv_bias=own.get("qkv_bias"),
-        tie_weights=theirs.get("tie_word_embeddings", True),
         # We have one dropout rate for all three places, so take the largest.
         dropout=max(rates.values()),
-        norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
     )
+
+
+def _ours(table: Mapping[str, tuple[str, Any]], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: theirs.get(name, default) for ours, (name, default) in table.items()}
+
+
+def _theirs(table: Mapping[str, tuple[str, Any]], config: GPTConfig) -> dict[str, Any]:
+    return {name: getattr(config, ours) for ours, (name, _) in table.items()}
 
 
 def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
@@ -85,31 +107,22 @@ def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
     rotation = theirs.get("rope_parameters") or {}
     if not isinstance(rotation, dict):
         raise ValueError(f"config.json has rope_parameters {rotation!r}: an object is needed")
-    n_embd, n_head = theirs.get("hidden_size", 768), theirs.get("num_attention_heads", 6)
     found = _NANOCHAT_DEFAULTS | rotation | theirs
-    for key, ours in _NANOCHAT_ORDINARY.items():
-        if found.get(key, ours) != ours:
-            raise ValueError(f"config.json has {key} {found[key]!r}: only {ours!r} is understood")
+    for key, ordinary in (_NANOCHAT_ORDINARY | _NANOCHAT_ROTATION | {"rope_scaling": None}).items():
+        if found.get(key, ordinary) != ordinary:
+            raise ValueError(
+                f"config.json has {key} {found[key]!r}: only {ordinary!r} is understood"
+            )
+    fields = _ours(_NANOCHAT, theirs)
     inner, keys = theirs.get("intermediate_size", 8192), theirs.get("num_key_value_heads")
-    config = GPTConfig(
-        vocab_size=theirs.get("vocab_size", 50304),
-        context_length=theirs.get("max_position_embeddings", 2048),
-        n_layer=theirs.get("num_hidden_layers", 12),
-        n_head=n_head,
-        n_kv_head=None if keys == n_head else keys,
-        n_embd=n_embd,
-        n_inner=inner,
-        tie_weights=theirs.get("tie_word_embeddings", False),
-        dropout=theirs.get("attention_dropout", 0.0),
-        norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        block="modern",
-    )
+    own_keys = None if keys == fields["n_head"] else keys
+    config = GPTConfig(**fields, n_kv_head=own_keys, n_inner=inner, block="modern")
     if theirs.get("head_dim", config.head_size) != config.head_size:
         raise ValueError(
             f"config.json has head_dim {theirs['head_dim']!r}: only hidden_size over "
             f"num_attention_heads, {config.head_size}, is understood"
         )
-    return replace(config, n_inner=None) if inner == 4 * n_embd else config
+    return replace(config, n_inner=None) if inner == 4 * config.n_embd else config
 
 
 def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
@@ -122,20 +135,11 @@ def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
+        **_theirs(_GPT2, config),
         "n_ctx": config.context_length,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
         "activation_function": HUGGING_FACE_ACTIVATIONS[config.activation][0],
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(_DROPOUTS, config.dropout),
         "initializer_range": 0.02,
-        "tie_word_embeddings": config.tie_weights,
         "use_cache": True,
         "gptsmith": {"bias": config.bias, "qkv_bias": config.has_qkv_bias},
     }
@@ -145,21 +149,12 @@ def _to_nanochat(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.n_embd,
+        **_theirs(_NANOCHAT, config),
         "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "hidden_act": "relu2",
-        "attention_dropout": config.dropout,
-        "attention_bias": False,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "final_logit_softcapping": None,
+        **_NANOCHAT_ORDINARY,
+        "rope_parameters": _NANOCHAT_ROTATION,
         "initializer_range": 0.02,
-        "tie_word_embeddings": config.tie_weights,
         "pad_token_id": None,  # NanoChatConfig's default is 1, which may be an ordinary token
         "use_cache": True,
     }

@@ -20,15 +20,8 @@ from ..tokenizers.pickled import CHARACTERS
 from .pickles import is_torch_file, load_torch_file, save_torch_file, tensors_of
 
 CHECKPOINT = "ckpt.pt"
-SIZES = {  # theirs: ours
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "block_size": "context_length",
-    "bias": "bias",
-    "vocab_size": "vocab_size",
-    "dropout": "dropout",
-}
+_SAME = ("n_layer", "n_head", "n_embd", "bias", "vocab_size", "dropout")
+SIZES = {**{name: name for name in _SAME}, "block_size": "context_length"}  # theirs: ours
 
 
 def recognise(path: Path) -> bool:
