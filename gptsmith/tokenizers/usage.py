@@ -13,6 +13,7 @@ from typing import Any
 from ..machine.files import read_json
 
 MODEL, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+SPECIALS = "special_tokens_map.json"  # of older folders
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -76,7 +77,7 @@ class Usage:
 
 def read_usage(folder: Path) -> Usage:
     """Read what a folder says about its use; whatever it does not say is left to us."""
-    names = (MODEL, GENERATION, "special_tokens_map.json", TOKENIZER)
+    names = (MODEL, GENERATION, SPECIALS, TOKENIZER)
     files = [read_json(folder / name) if (folder / name).is_file() else {} for name in names]
     model, generation, specials, settings = files
     settings = specials | settings

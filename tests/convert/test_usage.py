@@ -196,12 +196,21 @@ def test_vocabulary_files_with_added_tokens(tmp_path: Path) -> None:
     vocab = byte_tokenizer().vocab
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<b>": 258, "<a>": 257}))
+    added = {"word": 259, "<b>": 258, "<a>": 257}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     specials = {"eos_token": {"content": "<b>", "lstrip": False}}
+    specials["additional_special_tokens"] = ["<a>"]
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(specials))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.specials == {256: "<|endoftext|>", 257: "<a>", 258: "<b>"}
+    assert tokenizer.encode("a word") == [*b"a ", 259]
     assert tokenizer.ends == {256, 258}
+    described = {"257": {"content": "xx", "special": False}, "258": {"content": "yy"}}
+    (tmp_path / "added_tokens.json").unlink()
+    settings = {"added_tokens_decoder": described}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).encode("xxyy") == [257, 258]
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<a>": 300}))
     with pytest.raises(ValueError, match="added tokens do not follow"):
         load_tokenizer(tmp_path)
