@@ -40,15 +40,14 @@ SAMPLING = {
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError if llama.cpp would not give the tokenizer's ids."""
-    if tokenizer.kind != "bpe":
-        return
-    model = tokenizer.spec["model"]
-    switches = ("ignore_merges", "byte_fallback", "unk_token")
-    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-    odd = [name for name in (*switches, *affixes) if model.get(name)]
-    odd += [token["content"] for token in tokenizer.spec["added_tokens"] if not token["special"]]
-    if splits_like(tokenizer.spec) != "gpt2":
-        odd.append("another pre-tokenizer")
+    odd = [token["content"] for token in tokenizer.added]
+    if tokenizer.kind == "bpe":
+        model = tokenizer.spec["model"]
+        switches = ("ignore_merges", "byte_fallback", "unk_token")
+        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+        odd += [name for name in (*switches, *affixes) if model.get(name)]
+        if splits_like(tokenizer.spec) != "gpt2":
+            odd.append("another pre-tokenizer")
     if odd:
         raise ValueError(
             f"the tokenizer has {odd[0]}, unlike GPT-2's: llama.cpp would give other ids"

@@ -105,8 +105,8 @@ def gathered(stretches: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def encode(job: list[Passage], tokenizer: Tokenizer, unknown: Unknown) -> Ids:
-    """Encode stretches, with <|endoftext|> after each document if the tokenizer has it."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    """Encode stretches, with a token after each document if the tokenizer has one for it."""
+    end = [] if tokenizer.document_end is None else [tokenizer.document_end]
     none = np.empty(0, np.uint16)
     train, validation = parts = [none], [none]
     for stretch, found in zip(job, ids_of(job, tokenizer, unknown), strict=True):

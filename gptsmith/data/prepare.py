@@ -213,7 +213,7 @@ def write_dataset(
 
 def separator_for(tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
     """Return the text that ends each document where the tokenizer has no token for it."""
-    if tokenizer.end_of_text is not None or not has_documents(sources):
+    if tokenizer.document_end is not None or not has_documents(sources):
         return ""
     if tokenizer.kind == "char" and "\n" in tokenizer.vocab:
         return "\n"

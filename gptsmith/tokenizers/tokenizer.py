@@ -72,6 +72,12 @@ class Tokenizer:
         ids = [*ids, self.end_of_text, self.vocab.get(self.usage.tokenizer.get("eos_token", ""))]
         return frozenset(id for id in ids if type(id) is int and 0 <= id < self.vocab_size)
 
+    @property
+    def document_end(self) -> int | None:
+        """The id after each document in training data: <|endoftext|>, or what the folder names."""
+        named = self.vocab.get(self.usage.tokenizer.get("eos_token", ""))
+        return named if self.end_of_text is None else self.end_of_text
+
     @cached_property
     def pieces(self) -> dict[int, bytes]:
         """The bytes that each id stands for."""

@@ -324,6 +324,15 @@ def test_tokenizers_that_llama_cpp_has_not_are_refused(
         write(stored(model, tokenizer), tmp_path / "m.gguf", "fp16")
 
 
+def test_added_tokens_are_refused_in_every_kind(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(KINDS["byte"]().backend.to_str())
+    backend.add_tokens(["newword"])
+    tokenizer = Tokenizer(backend)
+    model = scrambled(GPTConfig(**(SIZES | {"vocab_size": tokenizer.vocab_size})))
+    with pytest.raises(ValueError, match="the tokenizer has newword, unlike GPT-2's"):
+        write(stored(model, tokenizer), tmp_path / "m.gguf", "fp16")
+
+
 def test_a_token_with_the_name_of_an_unused_id_is_refused(tmp_path: Path) -> None:
     tokenizer = odd(lambda s: s["added_tokens"].append(another(s, "[PAD302]")))
     model = scrambled(GPTConfig(**(SIZES | {"vocab_size": 303})))

@@ -20,6 +20,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
+import tokenizers
+import transformers
 
 from gptsmith.config.settings import PrepareSettings
 from gptsmith.data import encode
@@ -38,6 +40,8 @@ from gptsmith.tokenizers import (
     gpt2_tokenizer,
     load_tokenizer,
 )
+
+END = "<|endoftext|>"
 
 
 def made(sources, tokenizer: Tokenizer | str, out: Path, **options) -> Dataset:
@@ -141,6 +145,17 @@ def test_a_newline_ends_documents_where_no_token_does(tmp_path):
     without = char_tokenizer(["".join(names).replace("\n", "")])
     with pytest.warns(UserWarning, match="no token for the end of a document"):
         made(path, without, tmp_path / "glued", unknown="skip")
+
+
+def test_documents_end_with_the_end_token_that_a_folder_names(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer().backend.to_str().replace(END, "</s>"))
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    judge.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "ab"}\n{"text": "c"}\n')
+    dataset = made(path, str(tmp_path / "theirs"), tmp_path / "out", validation_fraction=0)
+    assert ids(dataset.train) == [*b"ab", 256, *b"c", 256]
+    assert judge.eos_token_id == 256
 
 
 @pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])
