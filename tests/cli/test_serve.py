@@ -45,7 +45,8 @@ def started(folder: Path, *flags: str) -> Iterator[tuple[Any, str]]:
     words = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--port", "0", *flags]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield process, process.stderr.readline()
+            lines = iter(process.stderr.readline, "")
+            yield process, next((line for line in lines if not line.startswith("note: ")), "")
         finally:
             process.kill()
 
