@@ -3,10 +3,12 @@
 Knows nothing of batches; `tokenfile.py` reads the header of one file.
 """
 
+import hashlib
 import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from ..config.fields import SettingError
 from ..config.settings import Split
-from ..machine.files import DamagedError, chunks, read_json, sha256
+from ..machine.files import CHUNK_BYTES, DamagedError, chunks, read_json, sha256
 from ..tokenizers import Tokenizer
 from .tokenfile import layout
 
@@ -107,6 +109,22 @@ class Dataset:
             raise DamagedError(f"{folder / INFO} lacks {error}: it was edited") from error
         return cls(folder, train, held_out, *known, info)
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this data from other data, wherever it lies: its tokenizer and its shards.
+
+        A shard is known by its SHA-256 in dataset.json; one made by others by its size and the
+        SHA-256 of its first megabyte.
+        """
+        found: dict[str, Any] = {"tokenizer": self.fingerprint}
+        for split, stream in (("train", self.train), ("validation", self.validation)):
+            listed = (self.info.get(split) or {}).get("shards", [])
+            found[split] = [shard["sha256"] for shard in listed] or [
+                {"bytes": path.stat().st_size, "head": head_sha256(path)}
+                for path in (stream.paths if stream else ())
+            ]
+        return found
+
     def verify(self) -> None:
         """Raise DamagedError if a shard's SHA-256 is not the one in dataset.json."""
         for split in ("train", "validation"):
@@ -144,6 +162,11 @@ class Dataset:
         if split == "validation" and self.validation is None:
             raise SettingError("split", f"is validation, but {self.folder} has none: use train")
         return self.train if split == "train" or self.validation is None else self.validation
+
+
+def head_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file's first megabyte."""
+    return hashlib.sha256(next(chunks(path, 0, CHUNK_BYTES), b"")).hexdigest()
 
 
 def is_dataset(folder: Path) -> bool:

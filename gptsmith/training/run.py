@@ -214,6 +214,7 @@ def save_checkpoint(run: Run) -> None:
         "micro_batch": trainer.micro_batch,
         "scaler": trainer.scaler.state_dict(),
         "settings": asdict(run.settings),
+        "data": run.dataset.identity,
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
     saved.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)

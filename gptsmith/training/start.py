@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from ..checkpoint import saved
-from ..checkpoint.folder import best_of, checkpoints, find_checkpoint
+from ..checkpoint.folder import best_of
 from ..config import cost
 from ..config.fields import SettingError
-from ..config.recipe import read_toml, to_toml, with_overrides
+from ..config.recipe import to_toml
 from ..config.settings import RunSettings
 from ..data.prepare import prepare
 from ..data.shards import Dataset, is_dataset
 from ..machine import devices
 from ..machine.environment import rank, world_size
-from ..machine.files import DamagedError, write_text
+from ..machine.files import write_text
 from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
@@ -30,26 +30,29 @@ from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenize
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import METRICS, Recorder, Watchers, cut_samples, read_metrics, write_event
+from .resume import check_same_data, newest_state, resumed_settings
 from .run import CONFIG_TOML, Run, point_to_newest
 from .trainer import batch_rows, make_trainer, micro_batch_rows
 
-CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
-AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro_batch": None}
 
-
-def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
+def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     """Open a run from its folder, and make every automatic choice."""
-    settings = changed(read_toml(folder / CONFIG_TOML), changes)
+    checkpoint, state = newest_state(folder)
+    settings, changes = resumed_settings(folder, checkpoint, state, choices)
     display.log_every = settings.report.log_every
     machine = devices.choose_to_learn(settings.machine)
     device = devices.prepare_machine(machine)
-    checkpoint, state = newest_state(folder)
-    dataset, tokenizer = open_data(folder, settings, display)
+    tokenizer = wanted_tokenizer(settings, checkpoint)
+    dataset = open_data(folder, settings, tokenizer, display, moved="data" in changes)
+    check_same_data(folder, dataset, state, moved="data" in changes)
+    tokenizer = tokenizer or own_tokenizer(dataset.folder)
+    check_match(dataset, tokenizer, settings)
     model = make_model(settings, tokenizer, checkpoint, device)
     rows = batch_rows(settings.training, model.config)
-    machine = replace(machine, micro_batch=state["micro_batch"] or machine.micro_batch)
     machine = replace(machine, micro_batch=micro_batch_rows(machine, model.config, rows, device))
-    settings = replace(settings, model=model.config, machine=machine)
+    # A checkpoint does not have `init`, which says how the run's weights were first drawn.
+    config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
+    settings = replace(settings, model=config, machine=machine)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
     check_evaluation_and_sampling(dataset, tokenizer, settings)
     trial = try_out(trainer, display)
@@ -81,67 +84,55 @@ def open_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
     return run
 
 
-def changed(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
-    """Return a run's settings with the changes; ValueError for those not allowed on resume."""
-    new = with_overrides(settings, changes)
-    for section in vars(settings):
-        if section in CHANGEABLE:
-            continue
-        before, after = getattr(settings, section), getattr(new, section)
-        for name in vars(before):
-            if getattr(before, name) != getattr(after, name):
-                raise SettingError(
-                    name,
-                    f"{getattr(after, name)} contradicts the run, which has "
-                    f"{getattr(before, name)}: leave it out, or start another run",
-                )
-    return new
-
-
-def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    """Return a run's newest intact checkpoint and its state; None and AT_THE_START without one.
-
-    A warning names newer ones that are damaged; the run will write them again.
-    """
-    if not checkpoints(folder):
-        return None, AT_THE_START
-    path = find_checkpoint(folder, checkpoints(folder)[0].name, training=True)
-    state = saved.load_training(path)[1]
-    complete = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
-    if not complete or not isinstance(state.get("best"), dict):
-        raise DamagedError(f"{path / saved.STATE} lacks the state of a run: was it edited?")
-    return path, {**AT_THE_START, **state}
-
-
 def open_data(
-    folder: Path, settings: RunSettings, display: Display
-) -> tuple[Dataset, Tokenizer | None]:
-    """Open the data and its tokenizer; text is first prepared into the run's folder."""
+    folder: Path,
+    settings: RunSettings,
+    tokenizer: Tokenizer | None,
+    display: Display,
+    *,
+    moved: bool,
+) -> Dataset:
+    """Open the data; text is first prepared into the run's folder.
+
+    `moved` says that a resumed run is given another place of its data.
+    """
     source, prepared = settings.data.data, folder / "data"
     if source is None:
         raise ValueError("no data is given: add --data with a source or a prepared folder")
     if is_dataset(Path(source)):
-        dataset, tokenizer = Dataset.open(Path(source)), wanted_tokenizer(settings)
-        if tokenizer is None and has_tokenizer(Path(source)):
-            tokenizer = load_tokenizer(Path(source))
-        check_match(dataset, tokenizer, settings)
-        return dataset, tokenizer
+        return Dataset.open(Path(source))
+    if moved and is_dataset(prepared):
+        raise SettingError(
+            "data",
+            f"{source} contradicts the run, which has its own copy of its text in {prepared}: "
+            "leave it out",
+        )
     if rank() == 0 and not is_dataset(prepared):
-        tokenizer = wanted_tokenizer(settings)
+        gone = Path(source).is_absolute() and not Path(source).exists()
+        if gone and (folder / METRICS).exists():
+            raise FileNotFoundError(
+                f"the run's data is no longer at {source}: name its new place with --data"
+            )
         kind = settings.data.tokenizer if tokenizer is None else tokenizer
         for progress in prepare([source], kind or "byte", prepared, options=settings.prepare):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
     wait_for_processes()
-    return Dataset.open(prepared), load_tokenizer(prepared)
+    return Dataset.open(prepared)
 
 
-def wanted_tokenizer(settings: RunSettings) -> Tokenizer | None:
-    """Return the tokenizer that the settings or the model to fine-tune name; None if neither."""
+def own_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer in a folder of data or of a model; None if there is none."""
+    return load_tokenizer(folder) if folder is not None and has_tokenizer(folder) else None
+
+
+def wanted_tokenizer(settings: RunSettings, checkpoint: Path | None) -> Tokenizer | None:
+    """Return the tokenizer of the checkpoint to resume from, or that the settings or the model to
+    fine-tune name; None if there is none."""
+    if (resumed := own_tokenizer(checkpoint)) is not None:
+        return resumed
     kind, start_from = settings.data.tokenizer, settings.training.start_from
-    own = None
-    if start_from is not None and has_tokenizer(Path(start_from)):
-        own = load_tokenizer(Path(start_from))
+    own = own_tokenizer(None if start_from is None else Path(start_from))
     if kind is None or (kind == "char" and own is None):
         return own
     tokenizer = open_tokenizer(best_of(kind))
@@ -204,7 +195,7 @@ def check_evaluation_and_sampling(
         tokenizer.encode(settings.report.sample_prompt)
 
 
-def open_records(run: Run, changes: Mapping[str, Any]) -> None:
+def open_records(run: Run, changes: Mapping[str, str]) -> None:
     """Open the run's records, and drop those of steps after the one it resumes from."""
     folder, path = run.folder, run.folder / METRICS
     kept = []
@@ -217,5 +208,4 @@ def open_records(run: Run, changes: Mapping[str, Any]) -> None:
         point_to_newest(run)
     run.recorder = Recorder(folder, kept, Watchers(folder, run.settings))
     event = "resumed" if run.done or kept else "started"
-    changes = {name: str(value) for name, value in changes.items()}
     write_event(folder, event, step=run.done, changes=changes, processes=world_size())

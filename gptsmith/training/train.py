@@ -24,6 +24,7 @@ from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
 from .records import METRICS
+from .resume import with_absolute_data
 from .run import CONFIG_TOML, Run, follow
 from .start import open_run
 
@@ -89,15 +90,13 @@ def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> 
 
 def create(settings: RunSettings, folder: Path) -> None:
     """Create the folder of a new run; ValueError if it exists."""
-    start_from, data = settings.training.start_from, settings.data.data
+    start_from = settings.training.start_from
     if start_from is not None:  # a checkpoint, since `best` may name another one on resume
         start_from = str(find_model(start_from).resolve())
-    if data is not None and Path(data).exists():
-        data = str(Path(data).resolve())
     settings = replace(
         settings,
         training=replace(settings.training, start_from=start_from),
-        data=replace(settings.data, data=data),
+        data=with_absolute_data(settings.data),
     )
     if folder.exists():
         raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")

@@ -1,0 +1,113 @@
+"""Resume a run: its newest checkpoint, and what may differ from what that checkpoint records.
+
+Knows nothing of models or of how data is opened (`start.py`).
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import saved
+from ..checkpoint.config_json import from_hugging_face, to_hugging_face
+from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
+from ..config.fields import SettingError
+from ..config.recipe import read_toml, sections, with_overrides
+from ..config.settings import DataSettings, RunSettings
+from ..data.shards import Dataset
+from ..machine.files import DamagedError
+from .run import CONFIG_TOML
+
+AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro_batch": None}
+
+CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
+# Settings that may change too. The data is compared by its contents, wherever it lies; how fresh
+# weights are drawn and how many threads encode text does not matter any more.
+WITHOUT_EFFECT = ("data", "init", "workers")
+
+
+def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return a run's newest intact checkpoint and its state; None and AT_THE_START without one.
+
+    A warning names newer ones that are damaged; the run will write them again.
+    """
+    if not checkpoints(folder):
+        return None, AT_THE_START
+    path = find_checkpoint(folder, checkpoints(folder)[0].name, training=True)
+    state = saved.load_training(path)[1]
+    complete = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
+    if not complete or not isinstance(state.get("best"), dict):
+        raise DamagedError(f"{path / saved.STATE} lacks the state of a run: was it edited?")
+    return path, {**AT_THE_START, **state}
+
+
+def resumed_settings(
+    folder: Path, checkpoint: Path | None, state: Mapping[str, Any], choices: Mapping[str, Any]
+) -> tuple[RunSettings, dict[str, str]]:
+    """Return the settings to go on with, and those that differ from the checkpoint's, by name.
+
+    They are those of config.toml, with `choices` in their place. ValueError where one differs that
+    may not. Settings that the checkpoint does not record, as it is older than they are, may be any.
+    """
+    in_file = read_toml(folder / CONFIG_TOML)
+    machine = in_file.machine  # the GPU's memory may have reduced its micro-batch during the run
+    machine = replace(machine, micro_batch=state["micro_batch"] or machine.micro_batch)
+    in_file = replace(in_file, machine=machine)
+    settings = with_overrides(in_file, choices)
+    if "data" in choices:
+        settings = replace(settings, data=with_absolute_data(settings.data))
+    recorded, asked = state.get("settings") or asdict(in_file), asdict(settings)
+    if checkpoint is not None:  # both as in a model's folder, which has one way to say a thing
+        recorded["model"] = asdict(read_config(checkpoint))
+        asked["model"] = asdict(from_hugging_face(to_hugging_face(settings.model)))
+    differing = {}
+    for section in sections():
+        for name, before in recorded.get(section, {}).items():
+            after = asked[section].get(name, before)
+            if after == before:
+                continue
+            if section not in CHANGEABLE and name not in WITHOUT_EFFECT:
+                raise contradiction(folder, name, before, after, chosen=name in choices)
+            differing[name] = str(after)
+    return settings, differing
+
+
+def with_absolute_data(data: DataSettings) -> DataSettings:
+    """Return data settings whose path, if it exists, does not depend on the current folder."""
+    if data.data is None or not Path(data.data).exists():
+        return data
+    return replace(data, data=str(Path(data.data).resolve()))
+
+
+def contradiction(folder: Path, name: str, before: Any, after: Any, *, chosen: bool) -> ValueError:
+    """Return the error for a setting that may not differ from the checkpoint's."""
+    if chosen:
+        problem = f"{after} contradicts the run, which has {before}: leave it out"
+        return SettingError(name, f"{problem}, or start another run")
+    return ValueError(
+        f"{folder / CONFIG_TOML} has {name} {after}, but the run has learned with {before}: change "
+        "it back, or start another run"
+    )
+
+
+def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], moved: bool) -> None:
+    """Raise ValueError if a run's data is not what its checkpoint was trained on.
+
+    A checkpoint of an older version does not record its data: a warning says so if it `moved`.
+    """
+    if not state["step"] or state.get("data") == dataset.identity:
+        return
+    if "data" not in state:
+        if moved:
+            warnings.warn(
+                f"{folder} does not record what its data was, so {dataset.folder} is not compared "
+                "with it",
+                stacklevel=2,
+            )
+        return
+    parts = [part for part, value in dataset.identity.items() if state["data"].get(part) != value]
+    raise ValueError(
+        f"{dataset.folder} is not the data that {folder} was trained on (it has another "
+        f"{' and '.join(parts)}): name the place of that data with --data, or start another run"
+    )
