@@ -45,7 +45,7 @@ def fastest(place: Path, device: torch.device) -> Choice:
     if device.type != "cpu":
         return Choice(devices.find_dtype("auto", device), 0.0, 1.0)
     candidates = candidates_on_cpu(place, device)
-    remembered = environment.cache_folder() / "dtype" / f"{key(place, candidates)}.json"
+    remembered = environment.cache_folder("dtype") / f"{key(place, candidates)}.json"
     with suppress(OSError, ValueError, TypeError):  # not measured yet, or the file is damaged
         return Choice(**json.loads(remembered.read_text(encoding="utf-8")))
     choice = measured(place, candidates)

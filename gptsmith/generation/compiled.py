@@ -8,6 +8,7 @@ Shapes:  R rows, one token each    W rows whose logits are wanted    C channels 
 """
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import partial
@@ -222,9 +223,11 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
     try:
         check_model(model)
         return CompiledDecoder(model, open_library())
-    except ValueError:
+    except (ValueError, OSError) as error:
         if compile == "yes":
             raise
+        if isinstance(error, OSError):
+            warnings.warn(f"the compiled step cannot be loaded: {error}", stacklevel=2)
         return None
 
 

@@ -20,7 +20,7 @@ def open_library() -> ctypes.CDLL:
     """Load the library for this processor; compile step.cpp first if it is not on disk yet."""
     made_from = repr((SOURCE.read_bytes(), FLAGS, environment.processor()))
     name = f"step-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
-    path = environment.cache_folder() / "decode" / name
+    path = environment.cache_folder("decode") / name
     if path.is_file() and not is_whole(path):
         warnings.warn(f"{path} is damaged and will be compiled again", stacklevel=2)
         path.unlink()

@@ -111,10 +111,43 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", FOR_TORCH["THP_MEM_ALLOC_ENABLE"])
 
 
-def cache_folder() -> Path:
-    """Folder of compiled code and measurements; it may be removed, as they can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gptsmith"
+def cache_folder(kind: str) -> Path:
+    """Folder of one kind of compiled code or measurements; it may be removed at any time.
+
+    Where the user has no home, or the usual folder belongs to someone else or cannot be written, it
+    is in the system's folder of temporary files.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an account
+        return temporary_cache() / kind
+    folder = base / "gptsmith" / kind
+    place = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    ours = place not in (folder, folder.parent) or is_ours(place)
+    return folder if ours and may_write(place) else temporary_cache() / kind
+
+
+def temporary_cache() -> Path:
+    """Folder of this user among the temporary files, which no other user can prepare or change."""
+    user = os.geteuid() if hasattr(os, "geteuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"gptsmith-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder if is_ours(folder) else Path(tempfile.mkdtemp(prefix="gptsmith-"))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder (or the link to it) belongs to this user, as code is loaded from it."""
+    return not hasattr(os, "geteuid") or folder.lstat().st_uid == os.geteuid()
+
+
+def may_write(folder: Path) -> bool:
+    """Whether this user may create files in a folder."""
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code in our cache. A variable that is already set stays."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
 
 
 def processor() -> str:

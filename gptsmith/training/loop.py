@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config.settings import TrainingSettings
 from ..data.batches import Batches
 from ..machine.devices import autocast, seed_device
+from ..machine.environment import keep_compiled_code
 from ..machine.processes import sum_over_processes
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
@@ -72,6 +73,7 @@ class Trainer:
         """Turn torch.compile on or off for the loss."""
         self.compiled, self.loss = mode, self.model.loss
         if mode != "no":
+            keep_compiled_code()
             self.loss = torch.compile(self.loss, mode=None if mode == "yes" else mode)
 
     def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -87,9 +87,7 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
         try:
             trainer.gradient_in_memory(tokens, targets)
         except Exception as error:  # the compiler's errors have no class in common
-            trainer.compile("no")
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            display.say(f"torch.compile failed, so the run is not compiled: {reason}")
+            do_without_compiler(trainer, display, error)
     micro_batch = seconds_of(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
     update = seconds_of(partial(dry_update, trainer), trainer.device)
     for optimizer in trainer.optimizers:
@@ -99,6 +97,13 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
     # The mean over the processes, so that all make the same choices.
     totals = sum_of_numbers(seconds, trainer.device)
     return Trial(*(total / world_size() for total in totals))
+
+
+def do_without_compiler(trainer: Trainer, display: Display, error: Exception) -> None:
+    """Turn torch.compile off, and say why."""
+    trainer.compile("no")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    display.say(f"torch.compile failed, so the run is not compiled: {reason}")
 
 
 def dry_update(trainer: Trainer) -> None:
@@ -135,7 +140,11 @@ def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Tri
     if eager.step * left < WORTH_COMPILING.get(trainer.device.type, math.inf):
         return eager
     display.say("trying torch.compile, since the run is long")
-    trainer.compile("yes")
+    try:
+        trainer.compile("yes")
+    except Exception as error:  # it imports the compiler, which looks at the system
+        do_without_compiler(trainer, display, error)
+        return eager
     compiled = try_out(trainer, display)
     if trainer.compiled == "yes" and compiled.step > FASTER * eager.step:
         trainer.compile("no")

@@ -288,7 +288,7 @@ def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened("gpt2")
-    folder = environment.cache_folder() / "decode"
+    folder = environment.cache_folder("decode")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     copied = tmp_path / "gptsmith" / "decode"
     shutil.copytree(folder, copied)
