@@ -7,7 +7,7 @@ Shapes:  R rows    T tokens (the context length)    V vocabulary
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,25 @@ def evaluate_tokens(
     context and is no target; the last window may be shorter. The loss is summed in float64. In a
     run of several processes, they share the windows, and all get the result for the whole stream.
     """
+    sums = np.zeros(3)
+    for part in window_sums(model, stream, tokenizer, first_tokens, context_length, precision):
+        sums += part
+    return evaluation_of(sums, tokenizer, model.device)
+
+
+def window_sums(
+    model: GPT,
+    stream: Tokens,
+    tokenizer: Tokenizer | None = None,
+    first_tokens: int | None = None,
+    context_length: int | None = None,
+    precision: AbstractContextManager[None] | None = None,
+) -> Generator[np.ndarray, None, None]:
+    """Evaluate this process's share of the windows, a batch at a time, as in `evaluate_tokens`.
+
+    Yields nats, targets and bytes of each batch, (3,) float64, so that a caller can show progress
+    or break off.
+    """
     length = len(stream) if first_tokens is None else min(first_tokens, len(stream))
     if length < 2:
         raise ValueError(f"a text of {length} tokens cannot be evaluated: at least 2 are needed")
@@ -113,15 +132,19 @@ def evaluate_tokens(
         lengths[: tokenizer.vocab_size] = tokenizer.byte_lengths()
     was_training = model.training
     model.eval()
-    nats, counted, size = 0.0, 0.0, 0.0
     try:
         for tokens, targets in my_share(windows(stream, length, T)):
-            nats += loss_sum(model, tokens, targets, precision or nullcontext())
-            counted += targets.size
-            size += int(lengths[targets].sum())
+            nats = loss_sum(model, tokens, targets, precision or nullcontext())
+            yield np.array([nats, targets.size, lengths[targets].sum()])
     finally:
         model.train(was_training)
-    nats, counted, size = sum_of_numbers((nats, counted, size), model.device)
+
+
+def evaluation_of(
+    sums: np.ndarray, tokenizer: Tokenizer | None, device: torch.device
+) -> Evaluation:
+    """Return the evaluation of all processes, whose sums of nats, targets and bytes are (3,)."""
+    nats, counted, size = sum_of_numbers(sums.tolist(), device)
     return Evaluation(nats / counted, int(counted), None if tokenizer is None else int(size))
 
 

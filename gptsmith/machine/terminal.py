@@ -3,9 +3,11 @@
 Decides nothing. Besides `cli/`, the only place that writes to the terminal.
 """
 
+import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +49,14 @@ class Display:
     def say(self, text: str, style: str | None = None) -> None:
         """Write a line above the bar, without interpreting markup."""
         self.console.print(Text(text, style=style or ""))
+
+    def say_now(self, text: str) -> None:
+        """Write a line from a signal handler, which may have interrupted another write."""
+        if self.console.quiet:
+            return
+        start = "" if self.bar is None else "\r\x1b[2K"  # in place of the bar, which comes again
+        with suppress(OSError, ValueError):  # standard error may be closed, or no file
+            os.write(self.console.file.fileno(), f"{start}{text}\n".encode())
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Write a title, and two aligned columns under it."""

@@ -67,6 +67,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
+        self.computing_gradient = False  # in a step, whose weights are not changed yet
         self.ready: dict[int, tuple[Tensor, Tensor]] = {}  # the next step's batch, loaded ahead
 
     def compile(self, mode: Compiled) -> None:
@@ -139,7 +140,9 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["times"]
+        self.computing_gradient = True
         loss = self.gradient_in_memory(*self.batch(done))
+        self.computing_gradient = False
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         norm = torch.nn.utils.clip_grad_norm_(

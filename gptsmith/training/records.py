@@ -182,6 +182,14 @@ class Recorder:
         self.file.flush()
         self.watchers.add(record)
 
+    def complete_last(self, fields: Record) -> None:
+        """Add fields to the last record."""
+        self.records[-1] |= fields
+        self.file.close()
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_text(self.folder / METRICS, text)
+        self.file = (self.folder / METRICS).open("a", encoding="utf-8")
+
     def draw(self, *, always: bool) -> None:
         """Draw the loss curves, unless that would take a large share of the run's time."""
         started = time.monotonic()

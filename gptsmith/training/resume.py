@@ -19,7 +19,13 @@ from ..data.shards import Dataset
 from ..machine.files import DamagedError
 from .run import CONFIG_TOML
 
-AT_THE_START: Mapping[str, Any] = {"step": 0, "seconds": 0.0, "best": {}, "micro_batch": None}
+AT_THE_START: Mapping[str, Any] = {
+    "step": 0,
+    "seconds": 0.0,
+    "best": {},
+    "micro_batch": None,
+    "owed": [],
+}
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
 # Settings that may change too. The data is compared by its contents, wherever it lies; how fresh

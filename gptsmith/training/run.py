@@ -5,22 +5,21 @@ A run is a folder. Knows nothing of how it is opened (`start.py`) or how a step 
 
 import math
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..checkpoint import saved
 from ..checkpoint.folder import checkpoints
 from ..config import cost
 from ..config.settings import RunSettings
 from ..data.shards import Dataset
-from ..evaluation.heldout import evaluate_tokens
+from ..evaluation.heldout import evaluation_of, window_sums
 from ..generation.sampling import NotFiniteError
-from ..generation.writing import generate
+from ..generation.writing import stream
 from ..machine.devices import autocast, peak_flops
 from ..machine.environment import world_size
 from ..machine.files import write_text
@@ -29,7 +28,8 @@ from ..machine.terminal import Display
 from ..tokenizers import Tokenizer
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
-from .records import Recorder, write_event, write_sample
+from .records import Recorder, cut_samples, write_event, write_sample
+from .stopping import StepGivenUpError, stop_signals
 
 CONFIG_TOML = "config.toml"
 
@@ -49,35 +49,23 @@ class Run:
     best_step: int | None
     best_loss: float | None
     saved: int  # step of the newest checkpoint; 0 if there is none
+    owed: list[str]  # what a stop broke off at this step: "validation", "sample"
+    doing: str = ""  # what is done before a stop takes effect
     recorder: Recorder | None = None  # None in all processes but rank 0
     signal: int | None = None  # number of the signal that stopped the run, if one did
 
 
 def follow(run: Run) -> None:
     """Train to the last step, or until a signal asks to stop; evaluate, record and save."""
-    report, total = run.settings.report, run.settings.training.steps
-    run.display.open_bar("training", total, run.done)
-    with stop_signals() as received:
+    run.display.open_bar("training", run.settings.training.steps, run.done)
+    with stop_signals(run.trainer, run.display, lambda: run.doing) as received:
         try:
-            for step in steps(run.trainer, run.done):
-                run.done, run.seconds = step.step, run.seconds + step.seconds
-                record = describe_step(run, step)
-                stopping = any_process(bool(received))
-                if run.done % report.evaluate_every == 0 or run.done == total:
-                    record |= validate(run)  # all processes take part
-                if run.recorder is not None:
-                    note_changes(run, step)
-                    run.recorder.add(record)
-                    run.display.step(record, total)
-                    if "validation_loss" in record or run.done == total:
-                        run.recorder.draw(always=run.done == total)
-                    if run.done % (report.sample_every or report.evaluate_every) == 0:
-                        sample(run)
-                    # A skipped step is not saved, so that the newest checkpoint is a good one.
-                    if stopping or (worth_saving(run) and not step.skipped):
-                        save_checkpoint(run)
-                if stopping:
-                    break
+            if not make_up(run, received):
+                for step in steps(run.trainer, run.done):
+                    if after_step(run, step, received):
+                        break
+        except StepGivenUpError:
+            save_if_behind(run)
         except DivergedError as error:
             raise DivergedError(f"{error}; {advice(run)}") from error
         finally:
@@ -85,35 +73,52 @@ def follow(run: Run) -> None:
     run.signal = received[0] if received else None
 
 
+def after_step(run: Run, step: StepReport, received: list[int]) -> bool:
+    """Evaluate, record, sample and save, as is due; return whether the run is to stop."""
+    report, total = run.settings.report, run.settings.training.steps
+    run.done, run.seconds, run.owed = step.step, run.seconds + step.seconds, []
+    record = describe_step(run, step)
+    if run.done % report.evaluate_every == 0 or run.done == total:
+        record |= validate(run, received)  # all processes take part
+    if run.recorder is not None:
+        note_changes(run, step)
+        run.recorder.add(record)
+        run.display.step(record, total)
+        if "validation_loss" in record or run.done == total:
+            run.recorder.draw(always=run.done == total)
+        if run.done % (report.sample_every or report.evaluate_every) == 0:
+            sample(run, received)
+        # A skipped step is not saved, so that the newest checkpoint is a good one.
+        if worth_saving(run) and not step.skipped:
+            save_checkpoint(run)
+    stopping = any_process(bool(received))
+    if stopping:
+        save_if_behind(run)
+    run.doing = f"step {run.done + 1:,} is finished"
+    return stopping
+
+
+def make_up(run: Run, received: list[int]) -> bool:
+    """Do what an earlier stop broke off at this step; return whether the run is to stop again."""
+    owed, run.owed = run.owed, []
+    found = validate(run, received) if "validation" in owed else {}
+    if run.recorder is not None:
+        if found:
+            run.recorder.complete_last(found)
+            run.recorder.draw(always=run.done == run.settings.training.steps)
+            point_to_newest(run)
+        if "sample" in owed:
+            cut_samples(run.folder, run.done - 1)  # it may have been written by now
+            sample(run, received)
+    run.doing = f"step {run.done + 1:,} is finished"
+    return any_process(bool(received))
+
+
 def worth_saving(run: Run) -> bool:
     """Whether this step is the last, the best, or due to be saved."""
     report = run.settings.report
     due = run.done % (report.save_every or report.evaluate_every) == 0
     return due or run.done in (run.settings.training.steps, run.best_step)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list; a second Ctrl-C interrupts at once.
-
-    The list stays empty outside the main thread, as Python delivers no signals to other threads.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- recording
@@ -139,20 +144,33 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
     return record
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run, received: list[int]) -> dict[str, Any]:
     """Evaluate on the validation split in the run's precision; note if this step is the best.
 
-    Returns the fields to add to the step's record: none if no text is held out.
+    Returns the fields to add to the step's record: none if no text is held out, or if a signal to
+    stop broke the evaluation off.
     """
     if run.dataset.validation is None:
         return {}
-    found = evaluate_tokens(
-        run.trainer.model,
+    trainer, sums = run.trainer, np.zeros(3)
+    run.doing = "the validation is broken off"
+    parts = window_sums(
+        trainer.model,
         run.dataset.validation,
         tokenizer=run.tokenizer,
         first_tokens=run.settings.report.evaluate_tokens,
-        precision=autocast(run.trainer.device, run.trainer.dtype),
+        precision=autocast(trainer.device, trainer.dtype),
     )
+    with closing(parts):
+        for part in parts:
+            sums += part
+            if received:
+                break
+    if any_process(bool(received)):
+        run.owed.append("validation")
+        return {}
+    run.doing = "this step is recorded"
+    found = evaluation_of(sums, run.tokenizer, trainer.device)
     if found.loss < (math.inf if run.best_loss is None else run.best_loss):  # NaN is never best
         run.best_step, run.best_loss = run.done, found.loss
     return {
@@ -176,28 +194,41 @@ def note_changes(run: Run, step: StepReport) -> None:
         write_event(run.folder, "micro_batch", step=step.step, before=before, after=after)
 
 
-def sample(run: Run) -> None:
-    """Generate a text, and append it to samples.md."""
+def sample(run: Run, received: list[int]) -> None:
+    """Generate a text, and append it to samples.md, unless a signal to stop breaks it off."""
     settings, model = run.settings.report, run.trainer.model
     if run.tokenizer is None or settings.sample_tokens == 0:
         return
-    prompt = settings.sample_prompt or ""
+    text, run.doing = settings.sample_prompt or "", "the sample is broken off"
     model.eval()
     try:
-        tokens = settings.sample_tokens
-        text = generate(model, run.tokenizer, prompt, max_tokens=tokens, seed=run.done)[0]
+        for piece in stream(
+            model, run.tokenizer, text, max_tokens=settings.sample_tokens, seed=run.done
+        ):
+            text += piece
+            if received:
+                run.owed.append("sample")
+                break
     except NotFiniteError as error:
-        text = f"({error})"
+        text = f"{settings.sample_prompt or ''}({error})"
     model.train()
-    write_sample(run.folder, run.done, prompt + text)
+    if "sample" not in run.owed:
+        write_sample(run.folder, run.done, text)
 
 
 # -- saving
 
 
+def save_if_behind(run: Run) -> None:
+    """Write a checkpoint unless the newest one is of this step."""
+    if run.recorder is not None and run.saved < run.done:
+        save_checkpoint(run)
+
+
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint, point `last` and `best` to theirs, and remove older ones."""
     assert run.recorder is not None
+    run.doing = "the checkpoint is written"
     run.recorder.flush()  # so no checkpoint is ahead of the records on disk
     target = checkpoint_of(run, run.done)
     if target.exists():  # it is damaged, since the run would have resumed from it
@@ -215,6 +246,7 @@ def save_checkpoint(run: Run) -> None:
         "scaler": trainer.scaler.state_dict(),
         "settings": asdict(run.settings),
         "data": run.dataset.identity,
+        "owed": run.owed,
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
     saved.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)

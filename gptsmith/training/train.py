@@ -45,8 +45,8 @@ def train(
     of its [machine] and [report] sections may be changed by name. Writes to the terminal only with
     `show`.
 
-    ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C or
-    SIGTERM the run is saved, and then the signal is raised again.
+    ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C,
+    SIGTERM or SIGHUP the run is saved, and then the signal is raised again.
     """
     display = Display(quiet=not show or rank() != 0)
     if resume is None:
