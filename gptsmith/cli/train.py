@@ -81,8 +81,10 @@ def run(options: Namespace) -> int:
 def conclude(trained: Any, display: Any) -> None:
     """Report how a run ended, where its files are, and what to type next."""
     from ..training.records import last_sample
+    from ..training.resume import command_from, may_become_longer
 
-    folder, steps = trained.folder, trained.settings.training.steps
+    folder, training = trained.folder, trained.settings.training
+    steps = training.steps
     if trained.signal is not None:
         display.say(f"Stopped and saved after {trained.done:,} of {steps:,} steps.")
         display.say(f"To resume:  gptsmith train --resume {folder}")
@@ -103,11 +105,14 @@ def conclude(trained: Any, display: Any) -> None:
             "best": f"names the best of {folder / 'checkpoints'}",
         },
     )
+    longer = command_from(folder, training, steps)
+    if may_become_longer(training, 2 * steps, steps):
+        longer = f"gptsmith train --resume {folder} --steps {2 * steps}"
     display.table(
         "Try",
         {
             "write": f"gptsmith sample {folder} --temperature 0.8",
             "look inside": f"gptsmith describe {folder}",
-            "longer": f"gptsmith train {folder / 'config.toml'} --steps {2 * steps}",
+            "longer": longer,
         },
     )

@@ -3,6 +3,7 @@
 Knows nothing of models or of how data is opened (`start.py`).
 """
 
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,10 +15,11 @@ from ..checkpoint.config_json import from_hugging_face, to_hugging_face
 from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
 from ..config.fields import SettingError
 from ..config.recipe import read_toml, sections, with_overrides
-from ..config.settings import DataSettings, RunSettings
-from ..data.shards import Dataset
+from ..config.settings import DataSettings, RunSettings, TrainingSettings
+from ..data.shards import Dataset, is_dataset
 from ..machine.files import DamagedError
 from .run import CONFIG_TOML
+from .schedules import learning_rate
 
 AT_THE_START: Mapping[str, Any] = {
     "step": 0,
@@ -73,7 +75,9 @@ def resumed_settings(
             after = asked[section].get(name, before)
             if after == before:
                 continue
-            if section not in CHANGEABLE and name not in WITHOUT_EFFECT:
+            if name == "steps":
+                check_steps(folder, settings.training, before, state["step"])
+            elif section not in CHANGEABLE and name not in WITHOUT_EFFECT:
                 raise contradiction(folder, name, before, after, chosen=name in choices)
             differing[name] = str(after)
     return settings, differing
@@ -95,6 +99,43 @@ def contradiction(folder: Path, name: str, before: Any, after: Any, *, chosen: b
         f"{folder / CONFIG_TOML} has {name} {after}, but the run has learned with {before}: change "
         "it back, or start another run"
     )
+
+
+def check_steps(folder: Path, training: TrainingSettings, before: int, done: int) -> None:
+    """Raise SettingError if a run of `before` steps cannot become one of `training.steps`."""
+    problem = f"{training.steps} contradicts the run, which has"
+    if training.steps < done:
+        raise SettingError("steps", f"{problem} done {done} already: give at least {done}")
+    if not may_become_longer(replace(training, steps=before), training.steps, done):
+        why = "a cosine schedule" if training.schedule == "cosine" else "begun to decay"
+        raise SettingError(
+            "steps",
+            f"{problem} {before} and {why}: train its weights for longer in another run with "
+            f"`{command_from(folder, training, max(1, training.steps - done))}`",
+        )
+
+
+def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:
+    """Whether a run could have been one of so many steps from the beginning.
+
+    So it is if the steps that are done would have had the same learning rates. Cosine decay depends
+    on the number of steps from the beginning.
+    """
+    longer = replace(training, steps=steps)
+    return training.schedule != "cosine" and all(
+        learning_rate(step, training) == learning_rate(step, longer) for step in range(done)
+    )
+
+
+def command_from(folder: Path, training: TrainingSettings, steps: int) -> str:
+    """Return the command that starts another run from a run's weights, with its settings."""
+    words = ["gptsmith", "train", folder / CONFIG_TOML, "--from", folder]
+    if is_dataset(folder / "data"):
+        words += ["--data", folder / "data"]
+    words += ["--steps", steps]
+    if training.warmup_steps >= steps:
+        words += ["--warmup-steps", steps // 10]
+    return shlex.join(map(str, words))
 
 
 def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], moved: bool) -> None:

@@ -134,7 +134,7 @@ def wanted_tokenizer(settings: RunSettings, checkpoint: Path | None) -> Tokenize
         return resumed
     kind, start_from = settings.data.tokenizer, settings.training.start_from
     own = own_tokenizer(None if start_from is None else Path(start_from))
-    if kind is None or (kind == "char" and own is None):
+    if kind is None or (kind == "char" and (own is None or own.kind == "char")):
         return own
     tokenizer = open_tokenizer(best_of(kind))
     if own is not None and own.fingerprint != tokenizer.fingerprint:

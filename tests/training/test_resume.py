@@ -1,6 +1,8 @@
 """A run that is resumed is the same run, with the same data, or says what differs."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
-from tests.training.test_run import TEXT, TINY, events, here, same_weights, train
+from tests.training.test_run import TEXT, TINY, events, here, records, same_weights, train
 
 __all__ = ["here"]  # each test in a folder of its own, with a text
 
@@ -126,6 +128,63 @@ def test_a_given_micro_batch_is_used() -> None:
     assert main(["train", "--resume", "run", "--micro-batch", "2"]) == 0
     state = json.loads((checkpoints(run)[0] / "training" / "state.json").read_text())
     assert state["micro_batch"] == 2
+
+
+def advised(said: str) -> list[str]:
+    """The words of the command between backticks, after `gptsmith`."""
+    command = re.search("`gptsmith (.*?)`", said)
+    assert command, said
+    return shlex.split(command[1])
+
+
+def closing_advice(run: Path, said: str, name: str) -> list[str]:
+    line = next(line for line in said.splitlines() if line.startswith(f"  {name} "))
+    assert str(run) in line
+    return shlex.split(line.partition("gptsmith ")[2])
+
+
+def test_a_constant_run_becomes_the_longer_one(
+    capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
+) -> None:
+    whole = train("--schedule", "constant", steps=16, out="whole")
+    capsys.readouterr()
+    run = train("--schedule", "constant")
+    words = closing_advice(run, capsys.readouterr().err, "longer")
+    assert words == ["train", "--resume", "run", "--steps", "16"]
+    assert main(words) == 0
+    assert same_weights(whole, run, 16)
+    assert events(run)[-1]["changes"] == {"steps": "16"}
+    forget_after(run, 12)  # config.toml is of 16 steps, and the checkpoint records them too
+    assert main(["train", "--resume", "run"]) == 0
+    assert "done 16 already: give at least 16" in refusal(
+        "train", "--resume", "run", "--steps", "4"
+    )
+
+
+def test_a_wsd_run_becomes_longer_until_it_decays(refusal: Callable[..., str]) -> None:
+    how = ("--schedule", "wsd", "--decay-fraction", "0.5", "--keep", "9")
+    whole, run = train(*how, steps=24, out="whole"), train(*how, steps=16)
+    assert "has 16 and begun to decay" in refusal("train", "--resume", "run", "--steps", "24")
+    forget_after(run, 8)
+    assert main(["train", "--resume", "run", "--steps", "24"]) == 0
+    assert same_weights(whole, run, 24)
+
+
+def test_a_cosine_run_is_advised_to_start_from_its_weights(
+    capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
+) -> None:
+    """Whatever its folder is called."""
+    run = train(out="my $HOME run")
+    assert main(closing_advice(run, capsys.readouterr().err, "longer")) == 0
+    said = refusal("train", "--resume", str(run), "--steps", "9")
+    assert "--steps 9 contradicts the run, which has 8 and a cosine schedule" in said
+    assert main(advised(said)) == 0
+    first, second = Path("runs/config-1"), Path("runs/config-2")
+    assert records(first)[-1]["step"] == 8
+    assert records(second)[-1]["step"] == 1
+    best = min(r["validation_loss"] for r in records(run) if "validation_loss" in r)
+    assert records(first)[0]["loss"] < records(run)[0]["loss"]
+    assert records(second)[0]["validation_loss"] == pytest.approx(best, abs=0.02)
 
 
 def test_a_run_of_an_older_version_resumes(capsys: pytest.CaptureFixture[str]) -> None:
