@@ -8,6 +8,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from ..config.cost import Shape
@@ -137,7 +138,8 @@ def weight_files(folder: Path) -> list[Path]:
         return paths
     if any(folder.glob("*.bin")):
         raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS}, only .bin files: `gptsmith import {folder} OUT` reads them"
+            f"{folder} has no {WEIGHTS}, only .bin files: "
+            f"`gptsmith import {quote(str(folder))} OUT` reads them"
         )
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
 

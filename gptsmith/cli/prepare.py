@@ -1,5 +1,6 @@
 """The verb that turns text into token shards: prepare."""
 
+import shlex
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,6 @@ def run(options: Namespace) -> None:
     held_out = 0 if dataset.validation is None else len(dataset.validation)
     tell(
         f"{len(dataset.train):,} training tokens and {held_out:,} validation tokens, in "
-        f"{duration(seconds)}; train with: gptsmith train {out}"
+        f"{duration(seconds)}; train with: gptsmith train {shlex.quote(str(out))}"
     )
     print(out)

@@ -1,5 +1,6 @@
 """The verb that learns a byte-level BPE from text: tokenizer."""
 
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,5 +58,6 @@ def run(options: Namespace) -> None:
         display.close_bar()
     with written_whole(settings.out) as folder:
         learned.save(folder)
-    tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {settings.out}")
+    place = shlex.quote(str(settings.out))
+    tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {place}")
     print(settings.out)

@@ -1,5 +1,6 @@
 """The verb that trains a model: train."""
 
+import shlex
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from ..config.fields import setting
 from ..config.model import FORMER_SWITCHES
 from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
 from ..machine.environment import rank
+from ..machine.terminal import Display, count
 from .flags import Parser, UsageError, add_flags, chosen, given
 
 # Above the flags of each section, in the order of the help.
@@ -65,7 +67,6 @@ def run(options: Namespace) -> int:
     elif options.what or folders.out:
         raise UsageError("--resume names the run: leave out the recipe, the data and --out")
 
-    from ..machine.terminal import Display
     from ..training.train import continue_run, next_run_folder, train_fresh
 
     display = Display(quiet=rank() != 0)
@@ -78,16 +79,16 @@ def run(options: Namespace) -> int:
     return 0 if trained.signal is None else 128 + trained.signal
 
 
-def conclude(trained: Any, display: Any) -> None:
+def conclude(trained: Any, display: Display) -> None:
     """Report how a run ended, where its files are, and what to type next."""
+    from ..training import advice
     from ..training.records import last_sample
-    from ..training.resume import command_from, may_become_longer
 
     folder, training = trained.folder, trained.settings.training
     steps = training.steps
     if trained.signal is not None:
-        display.say(f"Stopped and saved after {trained.done:,} of {steps:,} steps.")
-        display.say(f"To resume:  gptsmith train --resume {folder}")
+        display.say(f"Stopped and saved after {trained.done:,} of {count(steps, 'step')}.")
+        display.say(f"To resume:  {advice.resume_command(folder)}")
         return
     sample = last_sample(folder)
     if sample:
@@ -96,7 +97,13 @@ def conclude(trained: Any, display: Any) -> None:
     best = ""
     if trained.best_loss is not None:
         best = f": validation loss {trained.best_loss:.4f} at step {trained.best_step:,}"
-    display.say(f"Finished {steps:,} steps{best}.", "bold")
+    display.say(f"Finished {count(steps, 'step')}{best}.", "bold")
+    if trained.ended_badly:
+        display.say(
+            "At its end the model predicts worse than a uniform guess, whose loss is "
+            f"{advice.uniform_loss(trained.settings):.4f}. Lower learning rates may help:\n  "
+            + advice.train_command(folder, advice.lower_rates(training))
+        )
     display.table(
         f"Everything is in {folder}",
         {
@@ -105,14 +112,15 @@ def conclude(trained: Any, display: Any) -> None:
             "best": f"names the best of {folder / 'checkpoints'}",
         },
     )
-    longer = command_from(folder, training, steps)
-    if may_become_longer(training, 2 * steps, steps):
-        longer = f"gptsmith train --resume {folder} --steps {2 * steps}"
+    longer = advice.more_steps(folder, training, steps)
+    if advice.may_become_longer(training, 2 * steps, steps):
+        longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
+    quoted = shlex.quote(str(folder))
     display.table(
         "Try",
         {
-            "write": f"gptsmith sample {folder} --temperature 0.8",
-            "look inside": f"gptsmith describe {folder}",
+            "write": f"gptsmith sample {quoted} --temperature 0.8",
+            "look inside": f"gptsmith describe {quoted}",
             "longer": longer,
         },
     )

@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def count(number: int, noun: str) -> str:
+    """Format a number of things: "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def size(number: float) -> str:
     """Format a number of bytes: "1.5 GB"."""
     for unit in ("B", "KB", "MB"):

@@ -17,7 +17,7 @@ from ..machine import devices
 from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
 from ..machine.processes import sum_of_numbers
-from ..machine.terminal import Display, duration, size
+from ..machine.terminal import Display, count, duration, size
 from .loop import Trainer
 from .run import Run
 
@@ -46,26 +46,28 @@ def show_plan(run: Run, trial: Trial) -> None:
     settings, trainer = run.settings, run.trainer
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
+    assert machine.threads is not None
     tokens = training.steps * training.batch_tokens
     held_out = run.dataset.validation
     bytes_each = number_bytes(machine.dtype)
     memory = cost.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
     left = training.steps - run.done
     rows = {
-        "model": f"{cost.parameter_count(config):,} parameters: {config.n_layer} layers, "
-        f"{config.n_head} heads, {config.n_embd} channels, context {config.context_length}, "
+        "model": f"{cost.parameter_count(config):,} parameters: "
+        f"{count(config.n_layer, 'layer')}, {count(config.n_head, 'head')}, "
+        f"{count(config.n_embd, 'channel')}, context {config.context_length}, "
         f"vocabulary {config.vocab_size:,}",
         "data": f"{len(run.dataset.train):,} training tokens, "
-        + (f"{len(held_out):,} validation tokens" if held_out is not None else "none held out"),
-        "steps": f"{training.steps:,} of {training.batch_tokens:,} tokens, {tokens:,} in all: "
-        f"{tokens / len(run.dataset.train):.1f} epochs"
-        + (f"; {run.done:,} steps are done" if run.done else ""),
-        "machine": f"{trainer.device}, {machine.dtype}, {machine.threads} threads, "
-        f"micro-batch of {machine.micro_batch} rows"
+        + ("none held out" if held_out is None else count(len(held_out), "validation token")),
+        "steps": f"{training.steps:,} of {count(training.batch_tokens, 'token')}, "
+        f"{tokens:,} in all: {tokens / len(run.dataset.train):.1f} epochs"
+        + (f"; {count(run.done, 'step')} done" if run.done else ""),
+        "machine": f"{trainer.device}, {machine.dtype}, {count(machine.threads, 'thread')}, "
+        f"micro-batch of {count(machine.micro_batch, 'row')}"
         + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         "memory": f"about {size(memory)} on the device, in addition to PyTorch itself",
-        "time": f"about {duration(run_seconds(run, trial))} for {left:,} steps",
+        "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",
         "run": str(run.folder),
     }
     title = "Resuming" if run.done else "Training"

@@ -16,6 +16,7 @@ from typing import Any
 from ..config.settings import RunSettings
 from ..machine.files import write_text
 
+CONFIG_TOML = "config.toml"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SAMPLES = "samples.md"

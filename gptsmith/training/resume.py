@@ -3,7 +3,6 @@
 Knows nothing of models or of how data is opened (`start.py`).
 """
 
-import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -16,10 +15,10 @@ from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
 from ..config.fields import SettingError
 from ..config.recipe import read_toml, sections, with_overrides
 from ..config.settings import DataSettings, RunSettings, TrainingSettings
-from ..data.shards import Dataset, is_dataset
+from ..data.shards import Dataset
 from ..machine.files import DamagedError
-from .run import CONFIG_TOML
-from .schedules import learning_rate
+from .advice import may_become_longer, more_steps
+from .records import CONFIG_TOML
 
 AT_THE_START: Mapping[str, Any] = {
     "step": 0,
@@ -111,31 +110,8 @@ def check_steps(folder: Path, training: TrainingSettings, before: int, done: int
         raise SettingError(
             "steps",
             f"{problem} {before} and {why}: train its weights for longer in another run with "
-            f"`{command_from(folder, training, max(1, training.steps - done))}`",
+            f"`{more_steps(folder, training, max(1, training.steps - done))}`",
         )
-
-
-def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:
-    """Whether a run could have been one of so many steps from the beginning.
-
-    So it is if the steps that are done would have had the same learning rates. Cosine decay depends
-    on the number of steps from the beginning.
-    """
-    longer = replace(training, steps=steps)
-    return training.schedule != "cosine" and all(
-        learning_rate(step, training) == learning_rate(step, longer) for step in range(done)
-    )
-
-
-def command_from(folder: Path, training: TrainingSettings, steps: int) -> str:
-    """Return the command that starts another run from a run's weights, with its settings."""
-    words = ["gptsmith", "train", folder / CONFIG_TOML, "--from", folder]
-    if is_dataset(folder / "data"):
-        words += ["--data", folder / "data"]
-    words += ["--steps", steps]
-    if training.warmup_steps >= steps:
-        words += ["--warmup-steps", steps // 10]
-    return shlex.join(map(str, words))
 
 
 def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], moved: bool) -> None:

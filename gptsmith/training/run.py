@@ -26,12 +26,11 @@ from ..machine.files import write_text
 from ..machine.processes import any_process
 from ..machine.terminal import Display
 from ..tokenizers import Tokenizer
+from .advice import after_divergence, uniform_loss
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .records import Recorder, cut_samples, write_event, write_sample
 from .stopping import StepGivenUpError, stop_signals
-
-CONFIG_TOML = "config.toml"
 
 
 @dataclass
@@ -54,6 +53,13 @@ class Run:
     recorder: Recorder | None = None  # None in all processes but rank 0
     signal: int | None = None  # number of the signal that stopped the run, if one did
 
+    @property
+    def ended_badly(self) -> bool:
+        """Whether the last evaluation's loss is not finite, or above that of a uniform guess."""
+        last = {} if self.recorder is None else self.recorder.records[-1]
+        loss = last.get("validation_loss", 0.0)
+        return loss is None or loss > uniform_loss(self.settings)
+
 
 def follow(run: Run) -> None:
     """Train to the last step, or until a signal asks to stop; evaluate, record and save."""
@@ -67,7 +73,9 @@ def follow(run: Run) -> None:
         except StepGivenUpError:
             save_if_behind(run)
         except DivergedError as error:
-            raise DivergedError(f"{error}; {advice(run)}") from error
+            records = [] if run.recorder is None else run.recorder.records
+            advice = after_divergence(run.folder, run.settings, records)
+            raise DivergedError(f"{error}; {advice}") from error
         finally:
             run.display.close_bar()
     run.signal = received[0] if received else None
@@ -269,15 +277,3 @@ def point_to_newest(run: Run) -> None:
 def checkpoint_of(run: Run, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return run.folder / "checkpoints" / f"step-{step:08}"
-
-
-def advice(run: Run) -> str:
-    """Return what to do after a run has diverged."""
-    lower = run.settings.training.learning_rate / 3
-    if not run.saved:
-        return f"there is no checkpoint yet: start again with --learning-rate {lower:.2g}"
-    good = checkpoint_of(run, run.saved)
-    return (
-        f"the last good checkpoint is {good}: start a run from it with "
-        f"--from {good} --learning-rate {lower:.2g}"
-    )

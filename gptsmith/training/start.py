@@ -24,14 +24,23 @@ from ..machine import devices
 from ..machine.environment import rank, world_size
 from ..machine.files import write_text
 from ..machine.processes import wait_for_processes
-from ..machine.terminal import Display
+from ..machine.terminal import Display, count
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenizer
+from .checks import check_memory, check_run
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
-from .records import METRICS, Recorder, Watchers, cut_samples, read_metrics, write_event
+from .records import (
+    CONFIG_TOML,
+    METRICS,
+    Recorder,
+    Watchers,
+    cut_samples,
+    read_metrics,
+    write_event,
+)
 from .resume import check_same_data, newest_state, resumed_settings
-from .run import CONFIG_TOML, Run, point_to_newest
+from .run import Run, point_to_newest
 from .trainer import batch_rows, make_trainer, micro_batch_rows
 
 
@@ -54,7 +63,11 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
     settings = replace(settings, model=config, machine=machine)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
-    check_evaluation_and_sampling(dataset, tokenizer, settings)
+    own_data = dataset.folder == folder / "data"
+    check_evaluation_and_sampling(dataset, tokenizer, settings, own_data=own_data)
+    if checkpoint is None:
+        check_run(settings, dataset, own_data=own_data)
+    check_memory(settings, device)
     trial = try_out(trainer, display)
     if machine.compile == "auto":
         left = settings.training.steps - state["step"]
@@ -184,13 +197,14 @@ def make_model(
 
 
 def check_evaluation_and_sampling(
-    dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings
+    dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSettings, *, own_data: bool
 ) -> None:
     """Raise ValueError now for what would fail only at the first evaluation or sample."""
     if dataset.validation is not None and len(dataset.validation) < 2:
+        again = "" if own_data else "prepare the text again and "
         raise ValueError(
-            f"the validation split has {len(dataset.validation)} tokens, too few to evaluate: "
-            "raise --validation-fraction, or set it to 0"
+            f"the validation split has {count(len(dataset.validation), 'token')}, too few to "
+            f"evaluate: {again}use --validation-fraction 0, or more text"
         )
     if tokenizer is not None and settings.report.sample_prompt is not None:
         tokenizer.encode(settings.report.sample_prompt)

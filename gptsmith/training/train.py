@@ -23,9 +23,10 @@ from ..machine.environment import rank
 from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
-from .records import METRICS
+from .advice import resume_command
+from .records import CONFIG_TOML, METRICS
 from .resume import with_absolute_data
-from .run import CONFIG_TOML, Run, follow
+from .run import Run, follow
 from .start import open_run
 
 
@@ -99,7 +100,10 @@ def create(settings: RunSettings, folder: Path) -> None:
         data=with_absolute_data(settings.data),
     )
     if folder.exists():
-        raise ValueError(f"{folder} already exists: give --out another name, or --resume {folder}")
+        raise ValueError(
+            f"{folder} already exists: give --out another name, or resume it with "
+            f"`{resume_command(folder)}`"
+        )
     folder.mkdir(parents=True)
     write_text(folder / CONFIG_TOML, to_toml(settings))
 

@@ -884,7 +884,7 @@ def test_a_folder_where_none_can_be(out: str, refused: Callable[..., str]) -> No
         ("--n-embd 1000000000000 --n-head 1", "memory"),
         # Found before the first step, not at the first sample or evaluation.
         ("--sample-prompt 中", "unknown character '中'"),
-        ("--validation-fraction 1e-9", "the validation split has 1 tokens, too few to evaluate"),
+        ("--validation-fraction 1e-9", "the validation split has 1 token, too few to evaluate"),
         ("--encoding utf-16", "text.txt"),
         ("--encoding punycode", "text.txt"),
     ],
@@ -1022,3 +1022,22 @@ def test_a_model_of_far_more_layers_than_it_has_is_refused_at_once(run: str, ref
     started = processor_seconds()
     refused("sample", "model", "--seed", "1")
     assert processor_seconds() - started < 1.0
+
+
+def test_advised_commands_quote_their_paths(
+    does: Any, refused: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are done as they are printed, with a folder that a shell would take apart."""
+    place = "my $HOME; texts"
+    assert main(["prepare", "text.txt", "--tokenizer", "char", "--out", place]) == 0
+    advised = capsys.readouterr().err.partition("train with: gptsmith ")[2]
+    does(*shlex.split(advised), *TINY[2:])
+    assert main(["tokenizer", "text.txt", "--vocab-size", "260", "--out", f"{place} bpe"]) == 0
+    flag = capsys.readouterr().err.partition("use them with: ")[2]
+    does("prepare", "text.txt", *shlex.split(flag), "--out", "again")
+    said = refused("train", "text.txt", *TINY, "--out", place)
+    assert f"`gptsmith train --resume '{place}'`" in said
+    Path("pickled, old").mkdir()
+    Path("pickled, old/config.json").write_text('{"model_type": "gpt2"}')
+    Path("pickled, old/pytorch_model.bin").write_bytes(b"")
+    assert "`gptsmith import 'pickled, old' OUT`" in refused("describe", "pickled, old")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
+from gptsmith.training.loop import Trainer
 from tests.conftest import until
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
@@ -252,15 +254,62 @@ def test_two_processes_cannot_train_one_run(capsys: pytest.CaptureFixture[str]) 
     assert "is being trained by another process" in said
 
 
-def test_a_diverging_run_stops_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["text.txt", *TINY, "--steps", "50", "--out", "run", "--save-every", "1"]
-    status = main(["train", *words, "--learning-rate", "1e30", "--grad-clip", "none"])
+def test_a_diverging_run_stops_with_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sixth step on there is no gradient, so that nobody knows what the fifth has left."""
+
+    def gradient(self: Trainer, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = original(self, tokens, targets)
+        done = len(records(Path("my run"))) if Path("my run/metrics.jsonl").exists() else 0
+        return loss * math.nan if done >= 5 else loss
+
+    original = Trainer.gradient
+    words = ["text.txt", *TINY, "--steps", "50", "--out", "my run", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "gradient", gradient)
+        assert main(["train", *words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status == 2
     assert "not finite for 5 steps in a row" in said
-    assert "--from run/checkpoints/step-" in said
+    assert "the last good checkpoint is my run/checkpoints/step-00000004" in said
+    assert "--from 'my run/checkpoints/step-00000004'" in said
+    assert "--learning-rate 0.00067" in said
+    assert any(event["event"] == "skipped" for event in events(Path("my run")))
+    follow_advice(said)
+    assert len(records(Path("runs/config-1"))) == 50
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_never_learned_has_no_good_checkpoint(
+    optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["text.txt", *TINY, "--steps", "50", "--out", "run", "--save-every", "1"]
+    words += ["--optimizer", optimizer, "--muon-learning-rate", "1e30"]
+    assert main(["train", *words, "--learning-rate", "1e30", "--grad-clip", "none"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no checkpoint is known to be better than a uniform guess" in said
+    assert "--from" not in said
     assert "--learning-rate 3.3e+29" in said
-    assert any(event["event"] == "skipped" for event in events(Path("run")))
+    assert ("--muon-learning-rate 3.3e+29" in said) == (optimizer == "muon")
+
+
+def follow_advice(said: str) -> None:
+    """Do what an error advises between backticks."""
+    command = re.search("`gptsmith (.*)`", said)
+    assert command, said
+    assert main(shlex.split(command[1])) == 0
+
+
+def test_a_run_that_ends_worse_than_a_guess_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--learning-rate", "30", "--warmup-steps", "0")
+    said = capsys.readouterr().err
+    assert "predicts worse than a uniform guess, whose loss is 3." in said
+    (advised,) = re.findall(r"^  gptsmith (train .*)", said, re.M)
+    assert main(shlex.split(advised)) == 0
+    assert read_toml(Path("runs/config-1/config.toml")).training.learning_rate == 10
+    capsys.readouterr()
+    train(out="good")
+    assert "uniform guess" not in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_from_the_model(capsys: pytest.CaptureFixture[str]) -> None:
