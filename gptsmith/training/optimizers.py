@@ -119,10 +119,11 @@ def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Return the optimizers' state as named tensors: "exp_avg.h.0.attn.c_attn.weight", ...
 
-    They are copies on the CPU, and have their parameter's shape or, as step counts, ().
+    They are the optimizers' own, not copies, which a checkpoint is written from one by one; they
+    have their parameter's shape or, as step counts, ().
     """
     return {
-        f"{key}.{name}": value.detach().cpu().clone()
+        f"{key}.{name}": value.detach()
         for name, parameter in model.named_parameters()
         for optimizer in optimizers
         if parameter in optimizer.state

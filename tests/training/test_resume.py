@@ -4,13 +4,17 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from gptsmith.checkpoint.folder import checkpoints
+from gptsmith.checkpoint.saved import load_training
 from gptsmith.cli.main import main
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights, train
 
@@ -201,3 +205,40 @@ def test_a_run_of_an_older_version_resumes(capsys: pytest.CaptureFixture[str]) -
     assert main(["train", "--resume", "run", "--data", "elsewhere"]) == 0
     assert "is not compared" in capsys.readouterr().err
     assert same_weights(whole, run)
+
+
+# Saves a model of 11M parameters with AdamW's state; prints what the peak of memory grew by, and
+# the sizes of all tensors and of the largest, in bytes.
+SAVING = """
+import pathlib, sys, torch
+from gptsmith import GPT, GPTConfig
+from gptsmith.checkpoint import saved
+from gptsmith.config.settings import TrainingSettings
+from gptsmith.machine.environment import peak_memory
+from gptsmith.training.optimizers import make_optimizers, state_tensors
+torch.set_num_threads(1)
+config = GPTConfig(n_layer=8, n_head=2, n_embd=256, vocab_size=20_000, context_length=8)
+model = GPT(config)
+optimizers = make_optimizers(model, TrainingSettings())
+for p in model.parameters():
+    optimizers[0].state[p] = {"step": torch.ones(()), **{
+        name: torch.ones_like(p) for name in ("exp_avg", "exp_avg_sq")}}
+saved.save(model, None, pathlib.Path("small"), optimizer={"x": torch.ones(2)}, state={})
+before = peak_memory()
+tensors = state_tensors(model, optimizers)
+saved.save(model, None, pathlib.Path("saved"), optimizer=tensors, state={})
+sizes = [tensor.nbytes for tensor in tensors.values()]
+print(peak_memory() - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.slow
+def test_a_save_writes_tensors_from_where_they_lie() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING], capture_output=True, text=True, check=True
+    )
+    grown, whole, largest = map(int, done.stdout.split())
+    assert grown < largest < whole / 4
+    model, kept = Path("saved/model.safetensors"), load_training(Path("saved"))[0]
+    assert kept["exp_avg_sq.wte.weight"].shape == load_file(model)["transformer.wte.weight"].shape
+    assert all(bool((tensor == 1).all()) for tensor in kept.values())
