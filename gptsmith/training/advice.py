@@ -68,8 +68,10 @@ def uniform_loss(settings: RunSettings) -> float:
 
 
 def lower_rates(training: TrainingSettings) -> dict[str, float]:
-    """Return the flags for a third of the learning rates of a run's optimizers."""
+    """Return the flags for a third of a run's learning rates."""
     rates = {"learning_rate": training.learning_rate / 3}
+    if training.min_learning_rate is not None:  # or it could be above the peak
+        rates["min_learning_rate"] = training.min_learning_rate / 3
     if training.optimizer == "muon":
         rates["muon_learning_rate"] = training.muon_learning_rate / 3
     return rates

@@ -89,7 +89,7 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
         best_step=state["best"].get("step"),
         best_loss=state["best"].get("validation_loss"),
         saved=state["step"],
-        owed=state["owed"],
+        owed=list(state["owed"]),
     )
     show_plan(run, trial)
     if rank() == 0:

@@ -43,8 +43,8 @@ def train(
     `what` is a RunSettings, or the command's first argument: a recipe, a .toml file, or the text to
     train on. Give single settings by name, as in `train("notes/", n_layer=2, steps=100)`. `out` is
     the new folder (default: runs/NAME-N). `resume` is the folder of a run to resume; the settings
-    of its [machine] and [report] sections may be changed by name. Writes to the terminal only with
-    `show`.
+    of its [machine] and [report] sections may be changed by name, as may `data` if the same data
+    moved, and `steps` where the schedule allows it. Writes to the terminal only with `show`.
 
     ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C,
     SIGTERM or SIGHUP the run is saved, and then the signal is raised again.

@@ -301,7 +301,7 @@ def follow_advice(said: str) -> None:
 
 
 def test_a_run_that_ends_worse_than_a_guess_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    train("--learning-rate", "30", "--warmup-steps", "0")
+    train("--learning-rate", "30", "--min-learning-rate", "15", "--warmup-steps", "0")
     said = capsys.readouterr().err
     assert "predicts worse than a uniform guess, whose loss is 3." in said
     (advised,) = re.findall(r"^  gptsmith (train .*)", said, re.M)
