@@ -128,6 +128,7 @@ def test_saving_and_loading_changes_nothing(form: str, tmp_path: Path) -> None:
     assert not read.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizer_travels_in_the_folder(kind: str, tmp_path: Path, said: Callable) -> None:
     tokenizer = KINDS[kind]()

@@ -102,6 +102,7 @@ def test_the_compiled_step_is_the_models(form: str) -> None:
         assert (read(decoder, text, parts) - expected).abs().max() < 1e-5 * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("form", PACKABLE)
 def test_of_packed_weights_it_is_the_unpacked_models(form: str, bits: int) -> None:
@@ -169,6 +170,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | Non
         assert torch.equal(read(decoder, text[:2], [7, 1, 2, 3]), alone[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_drafts_and_batches_change_nothing_in_any_precision(
     bits: int | None, monkeypatch: pytest.MonkeyPatch

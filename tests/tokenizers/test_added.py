@@ -108,6 +108,7 @@ def test_what_cannot_be_both_is_refused() -> None:
         Tokenizer(theirs(char_tokenizer(["a new word"]), ["newword"]).backend_tokenizer)
 
 
+@pytest.mark.slow
 def test_truncation_and_padding_of_an_earlier_call_are_switched_off(tmp_path: Path) -> None:
     judge = theirs(BASES["gpt2"], [])
     judge.pad_token = judge.eos_token = "<|endoftext|>"

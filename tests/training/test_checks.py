@@ -41,6 +41,7 @@ def flags_in(note: str) -> list[str]:
     return shlex.split(advised[1])
 
 
+@pytest.mark.slow
 def test_a_warmup_as_long_as_the_run(noted: Callable[..., list[str]]) -> None:
     Path("text.txt").write_text(LONG)
     for steps, warmup in (("30", "100"), ("3", "3")):

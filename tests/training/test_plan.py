@@ -78,6 +78,7 @@ def test_a_long_run_is_compiled_where_that_is_faster(monkeypatch: pytest.MonkeyP
     assert decided(monkeypatch, 600, 0.97) == ("no", Trial(0.9, 0.1))
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_the_run_goes_on_without(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer()
     trainer.compile("yes")

@@ -165,6 +165,7 @@ def test_a_constant_run_becomes_the_longer_one(
     )
 
 
+@pytest.mark.slow
 def test_a_wsd_run_becomes_longer_until_it_decays(refusal: Callable[..., str]) -> None:
     how = ("--schedule", "wsd", "--decay-fraction", "0.5", "--keep", "9")
     whole, run = train(*how, steps=24, out="whole"), train(*how, steps=16)
