@@ -218,7 +218,10 @@ def section_of(table: dict[str, Any], defaults: Any) -> Any:
 
 
 def to_toml(settings: RunSettings) -> str:
-    """Settings as a file that `read_toml` reads back; absent choices are left out."""
+    """Settings as a file that `read_toml` reads back; absent choices are left out.
+
+    ValueError for a value that is not UTF-8, as the name of a file may be.
+    """
     document = {}
     for section in sections():
         part = getattr(settings, section)
@@ -228,4 +231,13 @@ def to_toml(settings: RunSettings) -> str:
             if (value := getattr(part, field.name)) is not None or field.default is not None
         }
     heading = "# Everything needed to repeat this run:  gptsmith train config.toml\n\n"
-    return heading + tomli_w.dumps(document)
+    text = heading + tomli_w.dumps(document)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text[: text.index("\n", error.start)].rpartition("\n")[2]
+        raise ValueError(
+            f"the run's settings cannot hold what is not UTF-8: {line}: rename the file or folder, "
+            "or choose another value"
+        ) from None
+    return text

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -131,8 +132,10 @@ def temporary_cache() -> Path:
     """Folder of this user among the temporary files, which no other user can prepare or change."""
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"gptsmith-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder if is_ours(folder) else Path(tempfile.mkdtemp(prefix="gptsmith-"))
+    with suppress(FileExistsError):  # a file of that name
+        folder.mkdir(mode=0o700, exist_ok=True)
+    usable = folder.is_dir() and is_ours(folder)
+    return folder if usable else Path(tempfile.mkdtemp(prefix="gptsmith-"))
 
 
 def is_ours(folder: Path) -> bool:

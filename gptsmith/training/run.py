@@ -56,7 +56,8 @@ class Run:
     @property
     def ended_badly(self) -> bool:
         """Whether the last evaluation's loss is not finite, or above that of a uniform guess."""
-        last = {} if self.recorder is None else self.recorder.records[-1]
+        records = [] if self.recorder is None else self.recorder.records
+        last = records[-1] if records else {}
         loss = last.get("validation_loss", 0.0)
         return loss is None or loss > uniform_loss(self.settings)
 

@@ -161,7 +161,10 @@ def check_match(dataset: Dataset, tokenizer: Tokenizer | None, settings: RunSett
     """Raise ValueError if the data was made with another tokenizer, or has ids beyond it."""
     source, kind = settings.data.data, settings.data.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{source} does not name its tokenizer: add --tokenizer, as gpt2")
+        raise ValueError(
+            f"{source} does not name its tokenizer: add --tokenizer with gpt2, byte, or a "
+            "folder with a tokenizer.json or nanoGPT's meta.pkl"
+        )
     if dataset.fingerprint is None:
         dataset.check_ids(tokenizer.vocab_size)
     elif dataset.fingerprint != tokenizer.fingerprint or (kind == "char" != tokenizer.kind):

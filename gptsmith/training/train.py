@@ -67,9 +67,17 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Run:
     join_processes(find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     if rank() == 0:
-        create(settings, folder)
-    wait_for_processes()
+        text = to_toml(with_lasting_paths(settings))
+        if folder.exists():
+            raise ValueError(
+                f"{folder} already exists: give --out another name, or resume it with "
+                f"`{resume_command(folder)}`"
+            )
+        folder.mkdir(parents=True)
     try:
+        if rank() == 0:
+            write_text(folder / CONFIG_TOML, text)
+        wait_for_processes()
         return train_folder(folder, display, {})
     except BaseException:
         if rank() == 0 and not (folder / METRICS).exists():
@@ -89,23 +97,16 @@ def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> 
     return train_folder(folder, display, changes)
 
 
-def create(settings: RunSettings, folder: Path) -> None:
-    """Create the folder of a new run; ValueError if it exists."""
+def with_lasting_paths(settings: RunSettings) -> RunSettings:
+    """Return settings that mean the same in any folder, and after other runs."""
     start_from = settings.training.start_from
     if start_from is not None:  # a checkpoint, since `best` may name another one on resume
         start_from = str(find_model(start_from).resolve())
-    settings = replace(
+    return replace(
         settings,
         training=replace(settings.training, start_from=start_from),
         data=with_absolute_data(settings.data),
     )
-    if folder.exists():
-        raise ValueError(
-            f"{folder} already exists: give --out another name, or resume it with "
-            f"`{resume_command(folder)}`"
-        )
-    folder.mkdir(parents=True)
-    write_text(folder / CONFIG_TOML, to_toml(settings))
 
 
 def next_run_folder(name: str) -> Path:

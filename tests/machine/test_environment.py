@@ -83,7 +83,11 @@ def test_a_closed_home(temporary: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
     monkeypatch.setattr(os, "supports_effective_ids", set())
-    assert environment.cache_folder("decode").is_relative_to(temporary)
+    ours = environment.cache_folder("decode")
+    assert ours.is_relative_to(temporary)
+    ours.parent.rmdir()
+    ours.parent.write_text("a file of that name")
+    assert environment.cache_folder("decode").parent.parent == temporary
 
 
 def test_a_library_that_cannot_be_loaded_is_only_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,3 +110,13 @@ def test_text_that_the_terminal_cannot_show_is_written_all_the_same() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "日本" in (json.loads(done.stdout)[0]["prompt"] if more else done.stdout.decode())
+
+
+def test_a_name_that_is_not_utf_8_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    Path(name).write_text(TEXT)
+    assert train(name, "--tokenizer", "char", "--out", "new/run") == 2
+    said = capsys.readouterr().err
+    assert "settings cannot hold what is not UTF-8: data = " in said
+    assert "caf" in said
+    assert not Path("new").exists()

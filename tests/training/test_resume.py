@@ -126,6 +126,12 @@ def test_an_edited_config_is_refused_and_other_sections_are_recorded(
     assert events(run)[-1]["changes"] == {"keep": "3"}
 
 
+def test_a_finished_run_whose_records_are_gone_is_still_finished() -> None:
+    run = train()
+    (run / "metrics.jsonl").unlink()
+    assert main(["train", "--resume", str(run)]) == 0
+
+
 def test_a_given_micro_batch_is_used() -> None:
     run = train("--save-every", "4")
     forget_after(run, 4)
