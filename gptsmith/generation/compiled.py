@@ -12,17 +12,20 @@ import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.fields import SettingError
+from ..machine.native import open_library
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 from ..model.quantized import PackedLinear
 from .graphs import GraphDecoder
-from .library import open_library
+
+STEP = Path(__file__).with_name("step.cpp")
 
 # PyTorch is faster for more rows than these; packed weights it first has to unpack.
 MOST_ROWS, MOST_ROWS_PACKED = 64, 192
@@ -222,7 +225,7 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
         return GraphDecoder(model)
     try:
         check_model(model)
-        return CompiledDecoder(model, open_library())
+        return CompiledDecoder(model, open_library(STEP))
     except (ValueError, OSError) as error:
         if compile == "yes":
             raise

@@ -7,7 +7,7 @@
 // threads.
 //
 // Uses the vector extensions of GCC and Clang, which work on every processor. compiled.py describes
-// the model to it; library.py compiles it.
+// the model to it; machine/native.py compiles it.
 //
 // Shapes:  R rows        C channels          H heads        D channels per head    S tokens so far
 //          V vocabulary  M rows of a matrix  K its columns  T texts in the cache

@@ -46,7 +46,7 @@ def own_cache(compiled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """What is measured is remembered by one test alone; what is compiled is shared."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shared, here = (
-        folder / "gptsmith" / "decode" for folder in (compiled_folder, tmp_path / "cache")
+        folder / "gptsmith" / "native" for folder in (compiled_folder, tmp_path / "cache")
     )
     shared.mkdir(parents=True, exist_ok=True)
     here.parent.mkdir(parents=True)

@@ -19,11 +19,11 @@ from gptsmith import GPT, GPTConfig, SamplingSettings
 from gptsmith.cli.main import main
 from gptsmith.config.model import MODERN
 from gptsmith.config.settings import GREEDY
-from gptsmith.generation import compiled, library
+from gptsmith.generation import compiled
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
 from gptsmith.generation.drafts import FromText
 from gptsmith.generation.writing import generate_tokens
-from gptsmith.machine import environment
+from gptsmith.machine import environment, native
 from gptsmith.model.cache import KVCache
 from gptsmith.model.quantized import PackedEmbedding, PackedLinear, pack_model, unpack
 from gptsmith.tokenizers import byte_tokenizer
@@ -211,8 +211,8 @@ def test_a_processor_without_bfloat16_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled for the least that any processor of this family has; with -O3 it takes longer."""
-    flags = [f for f in library.FLAGS if not f.startswith(("-march", "-O"))]
-    monkeypatch.setattr(library, "FLAGS", ["-O1", *flags])
+    flags = [f for f in native.FLAGS if not f.startswith(("-march", "-O"))]
+    monkeypatch.setattr(native, "FLAGS", ["-O1", *flags])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = some_text(3)
     for dtype in (torch.float32, torch.bfloat16):
@@ -277,22 +277,22 @@ def test_a_model_that_is_let_go_is_freed_at_once(bits: int | None) -> None:
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     script = (
-        "from gptsmith.generation import library; library.FLAGS[0] = '-O0';"
+        "from gptsmith.machine import native; native.FLAGS[0] = '-O0';"
         "from tests.generation.test_compiled import opened, read, some_text;"
         "model, decoder = opened('gpt2'); text = some_text(1, 5);"
         "assert (read(decoder, text, [5]) - model(text).logits).abs().max() < 1e-3"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert [path.suffix for path in (tmp_path / "gptsmith" / "decode").iterdir()] == [".so"]
+    assert [path.suffix for path in (tmp_path / "gptsmith" / "native").iterdir()] == [".so"]
 
 
 @pytest.mark.slow
 def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened("gpt2")
-    folder = environment.cache_folder("decode")
+    folder = environment.cache_folder("native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    copied = tmp_path / "gptsmith" / "decode"
+    copied = tmp_path / "gptsmith" / "native"
     shutil.copytree(folder, copied)
     (library,) = copied.iterdir()
     library.write_bytes(library.read_bytes()[:1000])

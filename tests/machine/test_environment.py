@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from gptsmith import GPTConfig
-from gptsmith.generation import library
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
-from gptsmith.machine import environment
+from gptsmith.machine import environment, native
 from gptsmith.machine.terminal import Display
 from gptsmith.training.plan import Trial, compile_if_it_pays
 from tests.conftest import TINY, scrambled
@@ -45,7 +44,7 @@ def belongs_to_another(folder: Path) -> None:
 
 def test_the_usual_folder(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert environment.cache_folder("decode") == tmp_path / "cache" / "gptsmith" / "decode"
+    assert environment.cache_folder("native") == tmp_path / "cache" / "gptsmith" / "native"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert environment.cache_folder("dtype") == tmp_path / ".cache" / "gptsmith" / "dtype"
@@ -58,42 +57,42 @@ def test_without_a_home_the_step_is_compiled_among_temporary_files(
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", no_account)
-    monkeypatch.setitem(vars(library), "FLAGS", ["-O0", *library.FLAGS[1:]])
+    monkeypatch.setitem(vars(native), "FLAGS", ["-O0", *native.FLAGS[1:]])
     assert isinstance(open_decoder(scrambled(GPTConfig(**TINY)), "auto"), CompiledDecoder)
     (made,) = temporary.iterdir()
     assert made.stat().st_mode & 0o777 == 0o700
-    assert [path.suffix for path in (made / "decode").iterdir()] == [".so"]
+    assert [path.suffix for path in (made / "native").iterdir()] == [".so"]
 
 
-@pytest.mark.parametrize("taken", ["gptsmith", "gptsmith/decode"])
+@pytest.mark.parametrize("taken", ["gptsmith", "gptsmith/native"])
 def test_a_cache_of_somebody_else_is_left_alone(
     taken: str, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is code loaded that somebody else has put among the temporary files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     belongs_to_another(tmp_path / "cache" / taken)
-    ours = environment.cache_folder("decode")
+    ours = environment.cache_folder("native")
     assert ours.is_relative_to(temporary)
     if os.geteuid() == 0:
         os.chown(ours.parent, NOBODY, NOBODY)
-        assert environment.cache_folder("decode").parent != ours.parent
+        assert environment.cache_folder("native").parent != ours.parent
 
 
 def test_a_closed_home(temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
     monkeypatch.setattr(os, "supports_effective_ids", set())
-    ours = environment.cache_folder("decode")
+    ours = environment.cache_folder("native")
     assert ours.is_relative_to(temporary)
     ours.parent.rmdir()
     ours.parent.write_text("a file of that name")
-    assert environment.cache_folder("decode").parent.parent == temporary
+    assert environment.cache_folder("native").parent.parent == temporary
 
 
 def test_a_library_that_cannot_be_loaded_is_only_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a disk that is mounted noexec."""
 
-    def fails() -> None:
+    def fails(source: Path) -> None:
         raise OSError(errno.EPERM, "failed to map segment from shared object")
 
     monkeypatch.setattr("gptsmith.generation.compiled.open_library", fails)
