@@ -152,8 +152,9 @@ class Connection(H11Protocol):
         self.reading_timer = stop(self.reading_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop both timers."""
+        """Stop the timers, uvicorn's too: it would hold the closed connection until it has run."""
         super().connection_lost(exc)
+        self.timeout_keep_alive_task = stop(self.timeout_keep_alive_task)
         self.request_timer, self.reading_timer = stop(self.request_timer), stop(self.reading_timer)
 
 

@@ -1,6 +1,7 @@
 """Clients that are broken, hostile or gone: each gets an answer or is cut off, and nobody else
 notices. After every attack the server is idle, and says the same as before."""
 
+import gc
 import json
 import socket
 import struct
@@ -509,6 +510,26 @@ def test_hundreds_come_and_vanish(server: Running) -> None:
             vanish(raw)
         else:
             raw.close()
+
+
+def test_whoever_resets_after_an_answer_leaves_nothing_behind(server: Running) -> None:
+    """A closed connection is forgotten at once, not only when it would have been idle too long."""
+
+    def connections() -> int:
+        gc.collect()
+        return sum(type(each) is http.Connection for each in gc.get_objects())
+
+    server.wait_until_idle()
+    until(lambda: connections() <= 1)
+    for _ in range(20):
+        raw = connected(server)
+        raw.sendall(request(LONG | {"max_tokens": 2, "stream": True}))
+        found = b""
+        while not found.endswith(b"\r\n0\r\n\r\n"):
+            assert (part := raw.recv(1 << 16)), found
+            found += part
+        vanish(raw)
+    until(lambda: connections() <= 1, seconds=20)
 
 
 # -- too much, too late
