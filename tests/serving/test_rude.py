@@ -526,7 +526,8 @@ def test_whoever_resets_after_an_answer_leaves_nothing_behind(server: Running) -
         raw.sendall(request(LONG | {"max_tokens": 2, "stream": True}))
         found = b""
         while not found.endswith(b"\r\n0\r\n\r\n"):
-            assert (part := raw.recv(1 << 16)), found
+            part = raw.recv(1 << 16)
+            assert part, found
             found += part
         vanish(raw)
     until(lambda: connections() <= 1, seconds=20)
