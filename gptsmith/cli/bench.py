@@ -20,7 +20,7 @@ from ..config.recipe import parse_value
 from ..config.settings import Dtype, MachineSettings
 from ..config.tables import columns, spread
 from ..machine.environment import use_huge_pages
-from ..machine.terminal import tell
+from ..machine.terminal import count, tell
 from .flags import Parser, add_flags, chosen, given
 from .opening import dtype_to_use
 
@@ -243,7 +243,8 @@ def table_text(head: str, found: Figures) -> str:
     """Return the table as text, with a legend."""
     tokens = f"{found['prompt_tokens']} + {found['new_tokens']} tokens"
     head = f"{head}, {found['parameters']:,} parameters, greedy, {tokens}"
-    where = f"on {found['device']}, {found['threads']} threads, rounds: {found['rounds']}\n"
+    threads = count(found["threads"], "thread")
+    where = f"on {found['device']}, {threads}, rounds: {found['rounds']}\n"
     rows = [(x["dtype"], x["measure"], x["system"], spread(**x["value"])) for x in found["table"]]
     lines = [("dtype", "measure", "system", "value"), *rows]
     return "\n".join([head, where, *columns(lines, "<<<<"), LEGEND])

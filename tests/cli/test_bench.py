@@ -176,7 +176,7 @@ def test_the_table_as_a_person_reads_it(
     _, out, _ = bench("generate", folder, "--dtype", "float32", "--dtype", "int8")
     lines = out.splitlines()
     assert lines[0] == f"generate: {folder}, 5 parameters, greedy, 3 + 8 tokens"
-    assert lines[1] == "on cpu, 1 threads, rounds: 1"
+    assert lines[1] == "on cpu, 1 thread, rounds: 1"
     assert lines[3].split() == "dtype measure system value".split()
     assert lines[4].startswith("float32  decode, 1 row, tokens/s")
     assert [asked["rows"] for asked in told] == [1, 8, 1] * 2
