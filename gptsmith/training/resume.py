@@ -33,6 +33,8 @@ CHANGEABLE = ("machine", "report")  # sections that may change on resume; events
 # weights are drawn and how many threads encode text does not matter any more.
 WITHOUT_EFFECT = ("data", "init", "workers")
 
+VERIFIED_BYTES = 10**9  # of the data, read in one to three seconds
+
 
 def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
     """Return a run's newest intact checkpoint and its state; None and AT_THE_START without one.
@@ -119,18 +121,33 @@ def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], mo
 
     A checkpoint of an older version does not record its data: a warning says so if it `moved`.
     """
-    if not state["step"] or state.get("data") == dataset.identity:
+    if not state["step"]:
         return
-    if "data" not in state:
-        if moved:
-            warnings.warn(
-                f"{folder} does not record what its data was, so {dataset.folder} is not compared "
-                "with it",
-                stacklevel=2,
-            )
+    if "data" not in state and moved:
+        warnings.warn(
+            f"{folder} does not record what its data was, so {dataset.folder} is not compared "
+            "with it",
+            stacklevel=2,
+        )
+    recorded = state.get("data", dataset.identity)
+    parts = [part for part, value in dataset.identity.items() if recorded.get(part) != value]
+    differs = f"it has another {' and '.join(parts)}" if parts else changed_shard(dataset)
+    if not differs:
         return
-    parts = [part for part, value in dataset.identity.items() if state["data"].get(part) != value]
+    if dataset.folder == folder / "data":
+        cure = "remove that folder, and the text is prepared again"
+    else:
+        cure = "name the place of that data with --data"
     raise ValueError(
-        f"{dataset.folder} is not the data that {folder} was trained on (it has another "
-        f"{' and '.join(parts)}): name the place of that data with --data, or start another run"
+        f"{dataset.folder} is not the data that {folder} was trained on ({differs}): {cure}, or "
+        "start another run"
     )
+
+
+def changed_shard(dataset: Dataset) -> str:
+    """Return what is wrong with a shard that was changed since it was written, or ""."""
+    try:
+        dataset.verify(sample_bytes=VERIFIED_BYTES)
+    except DamagedError as error:
+        return str(error)
+    return ""

@@ -11,7 +11,7 @@ import pytest
 from gptsmith.data import shards
 from gptsmith.data.shards import Dataset, TokenStream, is_dataset
 from gptsmith.data.tokenfile import MOST_TOKENS, ShardWriter, layout
-from gptsmith.machine.files import DamagedError
+from gptsmith.machine.files import DamagedError, sha256
 
 
 def published(path: Path, tokens: list[int], *, magic: int = 20240520, version: int = 1) -> Path:
@@ -215,6 +215,17 @@ def test_dataset_that_was_changed_is_refused(tmp_path):
         info.write_text(text)
         with pytest.raises(DamagedError, match=r"dataset\.json"):
             Dataset.open(tmp_path / "data")
+
+
+def test_of_much_data_a_sample_is_verified(tmp_path, monkeypatch):
+    dataset = prepared(tmp_path / "data")
+    read = []
+    monkeypatch.setattr(shards, "sha256", lambda path: read.append(path) or sha256(path))
+    size = (tmp_path / "data" / "train_000000.bin").stat().st_size
+    for sample, wanted in ((0, 1), (10 * size, 3), (None, 3)):
+        read.clear()
+        dataset.verify(sample_bytes=sample)
+        assert len({*read}) == len(read) == wanted
 
 
 def test_folders_of_published_shards(tmp_path):

@@ -88,6 +88,41 @@ def test_data_that_moved_is_named_and_the_run_goes_on(refusal: Callable[..., str
     assert main(["train", "--resume", "run"]) == 0  # the new place is the run's
 
 
+def flip_a_byte(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1  # still an id of the vocabulary
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_flipped_byte_in_the_data_is_refused_as_other_data(
+    split: str, refusal: Callable[..., str]
+) -> None:
+    """The size is the same, and dataset.json is as it was."""
+    prepared("data", TEXT)
+    shutil.copytree("data", "copy")
+    whole, run = trained_on("data", "whole"), trained_on("data")
+    forget_after(run, 4)
+    flip_a_byte(Path(f"data/{split}_000000.bin"))
+    said = refusal("train", "--resume", "run")
+    assert "data is not the data that run was trained on" in said
+    assert f"{split}_000000.bin was changed since it was written" in said
+    assert "name the place of that data with --data" in said
+    assert main(["train", "--resume", "run", "--data", "copy"]) == 0
+    assert same_weights(whole, run)
+
+
+def test_a_runs_own_copy_of_its_text_is_made_again(refusal: Callable[..., str]) -> None:
+    whole, run = train("--save-every", "4", out="whole"), train("--save-every", "4")
+    forget_after(run, 4)
+    flip_a_byte(run / "data" / "train_000000.bin")
+    said = refusal("train", "--resume", "run")
+    assert "remove that folder, and the text is prepared again" in said
+    shutil.rmtree(said.split()[1])
+    assert main(["train", "--resume", "run"]) == 0
+    assert same_weights(whole, run)
+
+
 def test_published_shards_are_known_by_their_beginning(refusal: Callable[..., str]) -> None:
     """The header as others write it; the tokenizer's folder is not needed any more."""
 
