@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import saved
-from ..checkpoint.folder import CONFIG, WEIGHTS, WEIGHTS_INDEX, match_unpacked, read_config
+from ..checkpoint.folder import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    match_unpacked,
+    read_config,
+    verify,
+)
 from ..checkpoint.tensors import Stored
 from ..config.model import GPTConfig
 from ..machine.dtypes import nearest_dtype
@@ -32,7 +39,11 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Stored:
-    """Open the model and tokenizer of a folder, with weights in any of its file formats."""
+    """Open the model and tokenizer of a folder, with weights in any of its file formats.
+
+    DamagedError if the folder has a manifest and a file is not as it says.
+    """
+    verify(path, training=False)
     if not any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) and any(
         (path / name).is_file() for name in (PICKLED, PICKLED_INDEX)
     ):

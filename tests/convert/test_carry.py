@@ -322,6 +322,25 @@ def test_mistakes_get_one_line(
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "end", "problem"),
+    [("model.safetensors", b"~", "was changed since it was written"),
+     ("tokenizer.json", b"", "is not valid JSON")],
+)  # fmt: skip
+def test_a_damaged_folder_of_our_own_is_refused_by_name(
+    name: str,
+    end: bytes,
+    problem: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1] + end)
+    said = refused(["import", str(folder), str(tmp_path / "out")], capsys)
+    assert f"{folder / name} {problem}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_pickled_folders_say_how_they_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
