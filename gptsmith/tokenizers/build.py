@@ -169,6 +169,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    prefix = prefix_space(folder)
+    if prefix is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer.add_prefix_space = prefix
     try:
         tokenizer = Tokenizer(backend, read_usage(folder))
     except ValueError as error:
@@ -192,15 +195,17 @@ def byte_level(
     model: models.BPE,
     *,
     whole: bool = False,
+    prefix: bool = False,
     added: Iterable[AddedToken] = (),
     usage: Usage | None = None,
 ) -> Tokenizer:
     """Build a byte-level tokenizer that splits text as GPT-2 does or, if `whole`, not at all.
 
-    <|endoftext|> gets the id after the model's, and `added` tokens get those that follow.
+    `prefix` puts a space before a text that begins without one. <|endoftext|> gets the id after the
+    model's, and `added` tokens get those that follow.
     """
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not whole)
     backend.decoder = decoders.ByteLevel()
     for token in (AddedToken(END_OF_TEXT, special=True, normalized=False), *added):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
@@ -216,12 +221,30 @@ def from_files(vocabulary: Path, merges: Path) -> Tokenizer:
         pairs: Any = [tuple(line.split(" ")) for line in lines[first:] if line]
         folder = vocabulary.parent
         model, added = models.BPE(vocab=vocab, merges=pairs), added_tokens(folder)
-        built = byte_level(model, added=added.values(), usage=read_usage(folder))
+        built = byte_level(
+            model,
+            prefix=bool(prefix_space(folder)),
+            added=added.values(),
+            usage=read_usage(folder),
+        )
         if any(built.vocab[token.content] != id for id, token in added.items()):
             raise ValueError("its added tokens do not follow the vocabulary's ids")
         return built
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"{vocabulary.parent} has no valid GPT-2 vocabulary: {error}") from error
+
+
+def prefix_space(folder: Path) -> bool | None:
+    """Return whether GPT-2's class of transformers puts a space before a text: as the folder's
+    settings say, whatever tokenizer.json says. None for other classes, which use tokenizer.json.
+    """
+    model, settings = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (MODEL, TOKENIZER)
+    )
+    is_gpt2 = (folder / TOKENIZER).is_file() and model.get("model_type", "gpt2") == "gpt2"
+    name = settings.get("tokenizer_class") or ("GPT2Tokenizer" if is_gpt2 else "")
+    own = name in ("GPT2Tokenizer", "GPT2TokenizerFast")
+    return bool(settings.get("add_prefix_space")) if own else None
 
 
 def added_tokens(folder: Path) -> dict[int, AddedToken]:

@@ -54,15 +54,25 @@ def kind_of(spec: Mapping[str, Any]) -> str:
     return "bpe"
 
 
+def splitting_steps(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rules that split text before merging, in their order."""
+    splitter = spec["pre_tokenizer"]
+    if splitter is None:
+        return []
+    return splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+
+
+def adds_prefix_space(spec: Mapping[str, Any]) -> bool:
+    """Return whether a space is put before a text that begins without one."""
+    return any(step.get("add_prefix_space") for step in splitting_steps(spec))
+
+
 def splits_like(spec: Mapping[str, Any]) -> str | None:
     """Return how text is split before merging: "gpt2", "bytes" (not at all), or the rules as JSON.
 
     None if text is not converted to bytes.
     """
-    splitter = spec["pre_tokenizer"]
-    if splitter is None:
-        return None
-    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    steps = splitting_steps(spec)
     levels = [step for step in steps if step["type"] == "ByteLevel"]
     if not levels:
         return None

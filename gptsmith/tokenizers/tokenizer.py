@@ -18,7 +18,14 @@ import tiktoken
 import tokenizers
 
 from ..machine.files import write_json
-from .kinds import BYTES, SYMBOLS, kind_of, mergeable_by_rank, splits_like
+from .kinds import (
+    BYTES,
+    SYMBOLS,
+    adds_prefix_space,
+    kind_of,
+    mergeable_by_rank,
+    splits_like,
+)
 from .usage import GENERATION, TOKENIZER, Usage, write_templates
 
 END_OF_TEXT = "<|endoftext|>"
@@ -219,6 +226,8 @@ class Tokenizer:
         """Write `tokenizer.json` and what belongs to it, in Hugging Face's form."""
         usage, end = self.usage, None if self.end_of_text is None else END_OF_TEXT
         config = usage.tokenizer_config(self.vocab, end=end, context_length=context_length)
+        if adds_prefix_space(self.spec):  # transformers 4 believes this file, 5 the other
+            config["add_prefix_space"] = True
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         write_json(folder / TOKENIZER, config)
         write_templates(usage.templates, folder)

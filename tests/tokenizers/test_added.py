@@ -1,6 +1,7 @@
 """Tokens that were added to a vocabulary, and settings that vary a text's ids: as transformers
 writes them, against the ids that transformers gives."""
 
+import json
 import random
 import time
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptsmith.data import encode
 from gptsmith.data.split import Passage
@@ -24,6 +25,7 @@ from gptsmith.tokenizers import (
     learn_bpe,
     load_tokenizer,
 )
+from tests.checkpoint.test_saved import ask
 
 BASES = {
     "gpt2": gpt2_tokenizer(),
@@ -132,6 +134,62 @@ def test_dropout_is_switched_off_with_a_line() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.backend.to_str()))
+
+
+# -- a space before the text
+
+IDS = """
+import json, sys
+from transformers import AutoTokenizer
+text, *folders = sys.argv[1:]
+for folder in folders:
+    print(json.dumps(AutoTokenizer.from_pretrained(folder)(text)["input_ids"]))
+"""
+# Settings in tokenizer_config.json, whether the folder has a tokenizer.json that adds a space, and
+# whether one is added. With another class, the settings say the same: then the two versions agree.
+SPACES: list[tuple[dict[str, object], bool | None, bool]] = [
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, None, True),
+    ({"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}, None, True),
+    ({"add_prefix_space": True}, None, True),
+    ({"tokenizer_class": "GPT2Tokenizer"}, None, False),
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, False, True),
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}, True, False),
+    ({"tokenizer_class": "GPT2Tokenizer"}, True, False),
+    ({}, True, False),
+    ({"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}, True, True),
+]
+
+
+@pytest.mark.slow
+def test_a_space_is_put_before_a_text_where_transformers_does(tmp_path: Path) -> None:
+    """And what we save says so to both of its versions."""
+    base, text, folders = BASES["learned"], "the cat and\nthe word", []
+    for number, (usage, spaced, adds) in enumerate(SPACES):
+        folders.append(folder := tmp_path / str(number))
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+        (folder / "tokenizer_config.json").write_text(json.dumps(usage))
+        spec = json.loads(base.backend.to_str())
+        if spaced is None:
+            merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+            (folder / "vocab.json").write_text(json.dumps(base.vocab))
+            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        else:
+            spec["pre_tokenizer"]["add_prefix_space"] = spaced
+            (folder / "tokenizer.json").write_text(json.dumps(spec))
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.encode(text) == base.encode(" " * adds + text), usage
+        assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+        assert in_bulk(tokenizer, [text, text]) == tokenizer.encode(text) * 2
+        folders.append(saved := tmp_path / f"{number} saved")
+        saved.mkdir()
+        (saved / "config.json").write_text('{"model_type": "gpt2"}')
+        tokenizer.save(saved)
+        assert load_tokenizer(saved).fingerprint == tokenizer.fingerprint
+    ours = [load_tokenizer(folder).encode(text) for folder in folders]
+    assert [AutoTokenizer.from_pretrained(each)(text)["input_ids"] for each in folders] == ours
+    lines = ask("4.57", tmp_path, IDS, text, *map(str, folders))
+    assert list(map(json.loads, lines)) == ours
 
 
 # -- learning
