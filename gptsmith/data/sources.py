@@ -88,7 +88,7 @@ def sources_of(name: str) -> list[Source]:
     if name in BUILT_IN:
         texts = [(part, text.encode()) for part, text in BUILT_IN[name]()]
         return [Source(f"{name}/{part}", len(text), content=text) for part, text in texts]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser needs a home
     if path.is_dir():
         return sources_in(path)
     if path.exists():

@@ -153,6 +153,19 @@ def keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
 
 
+def keep_fonts() -> None:
+    """Let matplotlib keep its list of fonts in our cache if the user has no home to write to.
+
+    It would complain, and search for fonts again at every start. A variable that is set stays.
+    """
+    try:
+        usable = may_write(Path.home())
+    except RuntimeError:  # neither HOME nor an account
+        usable = False
+    if not usable:
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder("matplotlib")))
+
+
 def processor() -> str:
     """The processor's name and, on Linux, its instruction set extensions."""
     try:

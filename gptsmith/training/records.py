@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import RunSettings
+from ..machine.environment import keep_fonts
 from ..machine.files import write_text
 
 CONFIG_TOML = "config.toml"
@@ -105,6 +106,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
 
     ValueError where no record has a loss, FileNotFoundError where the folder does not exist.
     """
+    keep_fonts()
     from matplotlib.figure import Figure  # half a second to import; no window, no global state
 
     if not path.parent.is_dir():

@@ -3,6 +3,8 @@
 import errno
 import os
 import pwd
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -62,6 +64,40 @@ def test_without_a_home_the_step_is_compiled_among_temporary_files(
     (made,) = temporary.iterdir()
     assert made.stat().st_mode & 0o777 == 0o700
     assert [path.suffix for path in (made / "native").iterdir()] == [".so"]
+
+
+# A user without an account, in a container that was started with some number.
+NOBODYS = """
+import pwd, sys
+def no_account(user):
+    raise KeyError(f"getpwuid(): uid not found: {user}")
+pwd.getpwuid = no_account
+from gptsmith.cli.main import main
+sizes = "--n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --threads 1 --dtype float32"
+steps = "--batch-tokens 48 --warmup-steps 1 --steps 2 --tokenizer byte --out run"
+assert main(f"train text.txt {sizes} {steps}".split()) == 0
+assert main("plot run".split()) == 0
+assert main("sample run --max-tokens 5 --threads 1 --seed 1".split()) == 0
+assert main("prepare ~/notes --out other".split()) == 2
+"""
+
+
+@pytest.mark.slow
+def test_a_user_without_home_or_account_trains_and_samples(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODYS], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Matplotlib" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("gptsmith: no file, folder or built-in text '~/")
+    (made,) = temporary.iterdir()
+    assert {path.name for path in made.iterdir()} >= {"matplotlib"}
 
 
 @pytest.mark.parametrize("taken", ["gptsmith", "gptsmith/native"])
