@@ -1,7 +1,10 @@
 """What several tests need: small models with every dimension different, and a deaf network."""
 
+import contextlib
+import io
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from gptsmith import GPT, GPTConfig
+from gptsmith.cli.main import main
 
 # A loaded machine takes its time for an example, and for making one up.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,6 +30,11 @@ TINY: dict[str, Any] = {
     "n_head": 3,
     "n_embd": 12,
 }
+# Flags of a run that takes a fraction of a second.
+TOY = (
+    "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --steps 1 "
+    "--warmup-steps 0 --batch-tokens 32 --threads 1 --dtype float32 --sample-tokens 2"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +108,26 @@ def scrambled(config: GPTConfig, seed: int = 0) -> GPT:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+@pytest.fixture(scope="session")
+def made_toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, and a run on it of a step: what commands are tried on."""
+    place = tmp_path_factory.mktemp("toys")
+    text = "".join(f"Line {i}: the quick brown fox met {i * i} dogs.\n" for i in range(60))
+    (place / "text.txt").write_text(text)
+    words = f"train {place}/text.txt {TOY} --out {place}/run".split()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(words) == 0, said.getvalue()
+    return place
+
+
+@pytest.fixture
+def toys(made_toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the toys, which is the current folder."""
+    shutil.copytree(made_toys, tmp_path / "toys")
+    monkeypatch.chdir(tmp_path / "toys")
+    return tmp_path / "toys"
 
 
 def some_tokens(batch: int = 2, length: int = 5, vocab_size: int = 37) -> torch.Tensor:

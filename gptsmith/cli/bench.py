@@ -109,7 +109,9 @@ def run(options: argparse.Namespace) -> None:
     if options.what == "train":
         rows = wanted.row_counts() or [4]
         if len(machines) > 1 or len(rows) > 1:
-            raise ValueError("bench train measures one dtype and number of rows at a time")
+            raise ValueError(
+                "bench train measures one dtype and number of rows at a time: give one of each"
+            )
         from .timing import bench_train
 
         how = {"rows": rows[0], "steps": wanted.steps}

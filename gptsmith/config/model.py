@@ -88,10 +88,11 @@ class GPTConfig:
     def _check_heads(self) -> None:
         """Raise ValueError for heads that do not divide the channels, or one another."""
         if self.n_embd % self.n_head:
+            step = self.n_head * (2 if self.modern else 1)
             raise SettingError(
                 "n_embd",
                 f"{self.n_embd} is not a multiple of n_head {self.n_head}: "
-                f"try n_embd {-(-self.n_embd // self.n_head) * self.n_head}",
+                f"try n_embd {-(-self.n_embd // step) * step}",
             )
         if self.n_head % self.kv_heads:
             raise SettingError("n_kv_head", f"{self.n_kv_head} must divide n_head {self.n_head}")

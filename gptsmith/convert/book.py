@@ -65,7 +65,8 @@ def weights_in(path: Path) -> Path:
         return path
     files = sorted(file for file in path.glob("*") if file.suffix in ENDINGS)
     if len(files) != 1:
-        raise ValueError(f"{path} holds {len(files)} files of weights: name the one to read")
+        problem = f"{path} holds {len(files)} files of weights"
+        raise ValueError(f"{problem}: name the one to read" if files else problem)
     return files[0]
 
 

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.folder import find_model, is_run
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.dtypes import STORED
@@ -85,7 +86,8 @@ def module_of(name: str) -> Any:
 def find_source(path: Path, name: str | None) -> FormatPath:
     """Return a path with its format: the one that is named, or the one of its content.
 
-    If the path does not exist, "gpt2" and the like mean the published weights.
+    A run is its best checkpoint. If the path does not exist, "gpt2" and the like mean the published
+    weights.
     """
     if str(path) in PUBLISHED and not path.exists():
         return FormatPath(fetch_published(str(path)), "huggingface")
@@ -95,6 +97,8 @@ def find_source(path: Path, name: str | None) -> FormatPath:
         raise FileNotFoundError(f"nothing at {path}{suggestion(path.name, known)}")
     if name is not None:
         return FormatPath(path, check_name(name, READABLE, "read"))
+    if is_run(path):
+        return FormatPath(find_model(path), "huggingface")
     for name in READABLE:
         if module_of(name).recognise(path):
             return FormatPath(path, name)
@@ -103,7 +107,7 @@ def find_source(path: Path, name: str | None) -> FormatPath:
             whole = f"{path} is a part of {path.parent}, a {FORMATS[name].title}"
             raise ValueError(f"{whole}: import the folder")
     titles = ", ".join(FORMATS[name].title for name in READABLE)
-    raise ValueError(f"{path} is none of these: {titles}; --from FORMAT overrides this")
+    raise ValueError(f"{path} is none of these: {titles}; --from FORMAT says why")
 
 
 def check_name(name: str, known: list[str], what: str) -> str:

@@ -6,6 +6,7 @@ Knows nothing of other formats; `checkpoint` reads and writes the folder's files
 import json
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ def read(path: Path) -> Stored:
         stored = saved.open_folder(path, with_tokenizer=False)
         if stored.bits is not None:
             raise ValueError(
-                f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it, "
-                "use export"
+                f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it: "
+                f"`gptsmith export {quote(str(path))} OUT --to huggingface`"
             )
     return replace(stored, tokenizer=tokenizer_of(path), defaults=read_usage(path))
 

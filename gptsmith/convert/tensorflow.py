@@ -122,7 +122,10 @@ def find_index(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} has no *.index of a TensorFlow checkpoint")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} has {names}: name the one to read in its file 'checkpoint'")
+        raise ValueError(
+            f"{folder} has {names}: name the one to read in its file 'checkpoint', as in "
+            f'model_checkpoint_path: "{found[-1].stem}"'
+        )
     return found[0]
 
 

@@ -20,8 +20,10 @@ from gptsmith import GPT, GPTConfig, generate_greedy
 from gptsmith.checkpoint.folder import verify
 from gptsmith.checkpoint.saved import load_training
 from gptsmith.checkpoint.saved import save as save_checkpoint
+from gptsmith.cli.main import main
 from gptsmith.machine.files import DamagedError, written_whole
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe
+from tests.advice import cured, refusal
 from tests.conftest import TINY, scrambled
 
 TEXT = "To be, or not to be: that is the question.\n\nHAMLET:\nWhether 'tis nobler — naïve 🙂\n"
@@ -458,3 +460,38 @@ def flip(path: Path) -> None:
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# -- what is advised
+
+
+def test_what_is_advised_about_folders_works(
+    toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cured("sample rum --seed 1 --max-tokens 2".split(), "did you mean 'run'?", capsys)
+    folder = next(Path("run/checkpoints").iterdir())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.config.save_pretrained("old")
+    torch.save(theirs.state_dict(), "old/pytorch_model.bin")
+    capsys.readouterr()
+    cured(["describe", "old"], "`gptsmith import old OUT` reads them", capsys)
+    shutil.rmtree(folder / "training")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="start from it with --from"):
+        load_training(folder)
+    words = f"train text.txt --out more --from {folder} --steps 1 --warmup-steps 0 --threads 1"
+    assert main([*words.split(), "--batch-tokens", "32"]) == 0, capsys.readouterr().err
+
+
+def test_what_is_advised_about_bits_works(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize = "quantize MODEL OUT --bits 8 --tokens 8"
+    assert main(quantize.replace("MODEL", "run").replace("OUT", "small").split()) == 0
+    said = refusal("sample small --dtype int4 --seed 1".split(), capsys)
+    assert said.endswith("for 4 bits, use the original model")
+    assert main("sample run --dtype int4 --seed 1 --max-tokens 2".split()) == 0
+    config = Path("small/config.json")
+    config.write_text(config.read_text().replace('"format": 1', '"format": 9'))
+    Path("small/manifest.json").unlink()
+    assert "quantize the original again, or update" in refusal(["describe", "small"], capsys)
+    assert main(quantize.replace("MODEL", "run").replace("OUT", "again").split()) == 0
+    assert main(["describe", "again"]) == 0

@@ -5,11 +5,13 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from gptsmith.config.cost import parameter_count
 from gptsmith.config.model import PRESETS
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.machine.files import write_manifest
-from tests.conftest import processor_seconds
+from tests.advice import cured, refusal
+from tests.conftest import TOY, processor_seconds
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(60))
 V = len(set(TEXT))
@@ -1041,3 +1044,125 @@ def test_advised_commands_quote_their_paths(
     Path("pickled, old/config.json").write_text('{"model_type": "gpt2"}')
     Path("pickled, old/pytorch_model.bin").write_bytes(b"")
     assert "`gptsmith import 'pickled, old' OUT`" in refused("describe", "pickled, old")
+
+
+# -- what is advised
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("descibe run", "did you mean 'describe'?"),
+        ("describe gpt2-larg", "did you mean 'gpt2-large'?"),
+        ("sample run --topk 3 --seed 1 --max-tokens 2", "did you mean '--top-k'?"),
+        ("sample run --top-k 9999 --seed 1 --max-tokens 2", "at most the vocabulary, "),
+        (
+            "sample run --draft text --json --num-samples 2 --seed 1 --max-tokens 2",
+            "leave out --",
+        ),
+        ("prepare text.text --out OUT", "did you mean 'text.txt'?"),
+    ],
+)
+def test_what_is_advised_works(
+    words: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cured(words.split(), message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "cure"),
+    [
+        ("train text.txt --resume run --out other", "leave out the recipe, the data and --out",
+         "train --resume run"),
+        ("describe run --trace 2", "as 2x4 for 2 rows of 4 tokens", "describe run --trace 2x4"),
+        ("sample run --draft text --prompt fox --prompt dogs --seed 1", "give one --prompt",
+         "sample run --draft text --prompt fox --seed 1 --max-tokens 2"),
+        ("sample run --draft bytes --seed 1", "use a model with the same tokenizer",
+         "sample run --draft run --seed 1 --max-tokens 2"),
+        ("sample run --seed 1 --stop= --max-tokens 2", "leave it out",
+         "sample run --seed 1 --max-tokens 2"),
+        ("bench generate run --max-tokens 100 --rows 1", "lower --max-tokens",
+         "bench generate run --max-tokens 2 --rows 1 --rounds 1"),
+        ("bench generate run --optimizer muon", "use it with 'bench train'",
+         "bench train run --optimizer muon --rows 1 --steps 1 --threads 1"),
+        ("bench train run --rounds 2", "use it with 'bench generate'",
+         "bench generate run --rounds 2 --rows 1 --max-tokens 2"),
+        ("bench train run --rows 1,2", "give one of each", "bench train run --rows 1 --steps 1"),
+        ("describe run --trace 1000000000x8", "use a smaller model, batch or request",
+         "describe run --trace 1x8"),
+        ("sample mute --seed 1", "which generating text needs: add one",
+         "sample loud --seed 1 --max-tokens 2"),
+        ("train text.txt --no", "(see gptsmith train --help)", "train --help"),
+        ("evaluate run --data prepared", "prepare the text again with the model's tokenizer",
+         "evaluate run --data again"),
+        ("train text.txt TOY --out run", "`gptsmith train --resume run`", "train --resume run"),
+    ],
+)  # fmt: skip
+def test_what_is_advised_in_words_works(
+    words: str,
+    message: str,
+    cure: str,
+    toys: Path,
+    does: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where the advice is not a value that can be read from the message."""
+    last = next(Path("run/checkpoints").iterdir())
+    if "bytes" in words:
+        does("train", "text.txt", *TOY.replace("char", "byte").split(), "--out", "bytes")
+    if "mute" in words:
+        for name in ("mute", "loud"):
+            shutil.copytree(last, name)
+            Path(name, "manifest.json").unlink()
+        Path("mute/tokenizer.json").unlink()
+    if "prepared" in words:
+        does("prepare", "text.txt", "--tokenizer", "byte", "--out", "prepared")
+        does("prepare", "text.txt", "--tokenizer", "run", "--out", "again")
+    assert message in refusal(words.replace("TOY", TOY).split(), capsys)
+    does(*cure.split())
+
+
+@pytest.mark.slow
+def test_what_moved_is_where_the_message_says(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(main.__code__.co_filename).parents[2]
+    for words in ("bench serve MODEL", "bench generate m --clients 3", "bench train m --profile"):
+        program = refusal(words.split(), capsys).partition("run python ")[2].split()[0]
+        line = [sys.executable, str(root / program), "--help"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
+
+
+@pytest.mark.slow
+def test_everything_that_is_advised_after_training_works(
+    toys: Path, does: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "text.txt", *TOY.split(), "--out", "new"]) == 0
+    lines = capsys.readouterr().err.partition("Try\n")[2].splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.partition("gptsmith ")[2])
+        does(*words, *(["--max-tokens", "2"] if words[0] == "sample" else []))
+
+
+def test_every_extra_that_is_advised_exists() -> None:
+    """`pip install 'gptsmith[X]'`, with the package that was missing."""
+    package = Path(main.__code__.co_filename).parents[1]
+    texts = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
+    advised = {extra for text in texts for extra in re.findall(r"gptsmith\\?\[(\w+)\]", text)}
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"]
+    needed = {
+        "fp8": {"torchao"},
+        "gguf": {"gguf"},
+        "hub": {"huggingface_hub"},
+        "onnx": {"onnx", "onnxruntime"},
+        "parquet": {"pyarrow"},
+        "serve": {"fastapi", "uvicorn"},
+        "tensorboard": {"tensorboard"},
+        "wandb": {"wandb"},
+    }
+    assert advised == {*needed}
+    for extra, packages in needed.items():
+        names = {re.split(r"[\[<>=!~ ;]", line)[0].replace("-", "_") for line in extras[extra]}
+        assert packages <= names, extra

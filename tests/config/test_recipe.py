@@ -22,6 +22,8 @@ from gptsmith.config.recipe import (
     with_overrides,
 )
 from gptsmith.config.settings import DataSettings, RunSettings, TrainingSettings
+from tests.advice import cured
+from tests.conftest import TOY
 
 SHIPPED = {"shakespeare", "shakespeare-gpu", "gpt2-124m", "finetune-gpt2"}
 
@@ -267,3 +269,39 @@ def test_a_fresh_run_begins_with_a_recipe_a_file_data_or_settings(tmp_path: Path
     assert (found, name) == (replace(given, training=TrainingSettings(steps=5)), "plays")
     with pytest.raises(ValueError, match="n_layer cannot go with --from"):
         run_settings(text, {"n_layer": 3, "start_from": "gpt2"})
+
+
+# -- what is advised
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--n-embd 9", "try n_embd 10"),
+        ("--n-embd 10 --n-head 4 --block modern", "try n_embd 16"),
+        ("--block modern --init book", "leave it out"),
+        ("--activation relu2", "add block modern"),
+        ("--n-kv-head 1", "add block modern"),
+        ("--schedule cosin", "did you mean 'cosine'?"),
+        ("--batch-tokens 33", "try 32"),
+    ],
+)
+def test_what_is_advised_for_settings_works(
+    flags: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = TOY.split() + flags.split()
+    cured(["train", "text.txt", *words, "--out", "OUT"], message, capsys)
+
+
+def test_what_is_advised_for_a_settings_file_works(tmp_path: Path) -> None:
+    for body, message, cure in (
+        ('[model]\nposition = "rotary"\n', "use block modern, or preset modern", "block"),
+        ('[model]\nposition = "rotary"\n', "use block modern, or preset modern", "preset"),
+        ("[training]\nlearning_rat = 0.1\n", "did you mean 'learning_rate'?", ""),
+        ('[model]\npreset = "gpt2-larg"\n', "did you mean 'gpt2-large'?", ""),
+    ):
+        assert message in refusal(body, tmp_path)
+        cured_body = body.replace("position", cure).replace("rotary", "modern")
+        cured_body = cured_body.replace("rat =", "rate =").replace("larg", "large")
+        (tmp_path / "own.toml").write_text(cured_body)
+        read_toml(tmp_path / "own.toml")

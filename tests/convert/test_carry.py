@@ -33,6 +33,7 @@ from gptsmith.convert.proof import logits
 from gptsmith.machine.files import DamagedError
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer, gpt2_tokenizer
 from gptsmith.tokenizers.pickled import load_plain_pickle
+from tests.advice import cured, refusal
 from tests.checkpoint.test_saved import their_gpt2
 from tests.conftest import TINY, scrambled
 
@@ -619,3 +620,69 @@ def test_every_tokenizer_stays_itself(tmp_path: Path) -> None:
         _, again = gptsmith.load(tmp_path / f"{kind}-again")
         assert again is not None
         assert again.fingerprint == tokenizer.fingerprint
+
+
+# -- what is advised
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("import rum OUT", "did you mean 'run'?"),
+        ("import model OUT --tokenizer gpt2", "name the right tokenizer with --tokenizer, or none"),
+        ("export run OUT --to llmc", "--approximate writes the nearest model"),
+        ("import small OUT", "`gptsmith export small OUT --to huggingface`"),
+    ],
+)
+def test_what_is_advised_works(
+    words: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(next(Path("run/checkpoints").iterdir()), "model")
+    if "small" in words:
+        assert main("quantize run small --bits 8 --tokens 8".split()) == 0
+    cured(words.split(), message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "cure"),
+    [
+        ("import model/model.safetensors OUT", "import the folder", "import model OUT"),
+        ("import text.txt OUT", "--from FORMAT says why", ""),
+        ("import two OUT --from book", "name the one to read", "import two/one.pth OUT"),
+        ("import code.pth OUT", "save the state_dict alone", "import two/one.pth OUT"),
+        ("export model OUT --to llmc --approximate --shard-size 1GB", "leave that out",
+         "export model OUT --to llmc --approximate"),
+        ("export mute OUT --to gguf --approximate", "add its tokenizer.json to the folder first",
+         "export loud OUT --to gguf --approximate"),
+    ],
+)  # fmt: skip
+def test_what_is_advised_in_words_works(
+    words: str, message: str, cure: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the advice is not a value that can be read from the message."""
+    for name in ("model", "mute", "loud"):
+        shutil.copytree(next(Path("run/checkpoints").iterdir()), name)
+    for name in ("manifest.json", "tokenizer.json"):
+        Path("mute", name).unlink()
+    book = GPTConfig(**TINY, qkv_bias=False, tie_weights=False)
+    gptsmith.save(scrambled(book), None, "of the book")
+    export_model("of the book", Path("two"), to="book")
+    next(Path("two").glob("*.pth")).rename("two/one.pth")
+    if "two" in words:
+        shutil.copy("two/one.pth", "two/other.pth")
+    torch.save(torch.nn.Linear(2, 2), "code.pth")  # a whole module, which needs its class
+    assert message in refusal(words.replace("OUT", "out").split(), capsys)
+    if cure:
+        assert main(cure.replace("OUT", "out").split()) == 0, capsys.readouterr().err
+        return
+    for name in READABLE:
+        said = refusal([*words.replace("OUT", "out").split(), "--from", name], capsys)
+        assert "text.txt" in said
+        assert "none of these" not in said
+
+
+def test_a_run_is_imported_from_its_best_checkpoint(toys: Path) -> None:
+    assert main("import run out".split()) == 0
+    (checkpoint,) = Path("run/checkpoints").iterdir()
+    one, other = (load_file(folder / "model.safetensors") for folder in (checkpoint, Path("out")))
+    assert all(torch.equal(one[name], other[name]) for name in one)

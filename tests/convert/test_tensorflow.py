@@ -424,6 +424,10 @@ def test_which_checkpoint_is_read(toy: Path) -> None:
         ValueError, match=r"has model-70.index, model.ckpt.index: name the one to read"
     ):
         tensorflow.read(toy)
+    with pytest.raises(ValueError, match="name the one") as caught:
+        tensorflow.read(toy)
+    (toy / "checkpoint").write_text(str(caught.value).partition(", as in ")[2])
+    assert np.array_equal(tensorflow.read(toy).fetch("wpe.weight"), ARRAYS["model/wpe"])
     for said in ("model-70", "/elsewhere/run1/model-70", r"C:\\runs\\model-70"):
         lines = f'model_checkpoint_path: "{said}"\nall_model_checkpoint_paths: "model.ckpt"\n'
         (toy / "checkpoint").write_text(lines)

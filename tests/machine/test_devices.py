@@ -12,7 +12,8 @@ from gptsmith.cli.main import main
 from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import devices
 from gptsmith.training.trainer import multiply_in_float8
-from tests.conftest import TINY
+from tests.advice import cured, refusal
+from tests.conftest import TINY, TOY
 
 TORCHAO = Path(sys.prefix) / "torchao"  # apart: transformers imports it where it is found
 
@@ -102,3 +103,51 @@ def test_packed_weights_take_the_activations_that_are_fast(
     cpu = torch.device("cpu")
     assert devices.weight_dtype("int4", cpu) == devices.torch_dtype(devices.find_dtype("auto", cpu))
     assert devices.weight_dtype("int8", torch.device("cuda")) == torch.bfloat16
+
+
+# -- what is advised
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train text.txt TOY --device cuda --out OUT", "try cpu"),
+        ("train text.txt TOY --device mps --out OUT", "try cpu"),
+        ("train text.txt TOY --dtype fp16 --out OUT", "take bf16 or float32"),
+        ("train text.txt TOY --dtype fp8 --out OUT", "take bf16"),
+        ("sample run --dtype fp16 --seed 1 --max-tokens 2", "take bf16 or float32"),
+        ("bench generate run --dtype fp8 --rows 1 --rounds 1 --max-tokens 2", "take bf16"),
+        ("train text.txt TOY --threads 100000 --out OUT", "leave it out"),
+        pytest.param(
+            "train text.txt TOY --compile max-autotune --out OUT",
+            "take yes",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these are the messages without a GPU")
+def test_what_is_advised_about_the_machine_works(
+    words: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cured(words.replace("TOY", TOY).split(), message, capsys)
+
+
+def test_packed_weights_are_for_later(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(["bench", "train", "run", "--dtype", "int8"], capsys)
+    assert said.endswith("train in another precision, then `gptsmith quantize` the result")
+    assert main(["quantize", "run", "small", "--bits", "8", "--tokens", "8"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["quantize run OUT --bits 8 --tokens 8", "export run OUT --to onnx"]
+)
+def test_a_place_that_is_taken(words: str, toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = Path("taken")
+    taken.mkdir()
+    (taken / "notes.txt").touch()
+    said = refusal(words.replace("OUT", "taken").split(), capsys)
+    assert "choose another name, or remove it first" in said
+    assert main(words.replace("OUT", "other").split()) == 0
+    (taken / "notes.txt").unlink()
+    taken.rmdir()
+    assert main(words.replace("OUT", "taken").split()) == 0
