@@ -125,10 +125,14 @@ def test_packed_weights_take_the_activations_that_are_fast(
         ),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="these are the messages without a GPU")
 def test_what_is_advised_about_the_machine_works(
-    words: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
+    words: str,
+    message: str,
+    toys: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cured(words.replace("TOY", TOY).split(), message, capsys)
 
 
