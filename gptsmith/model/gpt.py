@@ -34,27 +34,33 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.model import GPTConfig
 from . import modern
 from .attention import Attention, by_kernel
 from .cache import KVCache
+from .dropout import UNSEEDED, BlockSeeds, Dropout, drop, seeds_by_place
 from .loss import head_loss, mean_loss
 from .placed import Placed
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, positions: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    positions: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention: softmax(q k' / sqrt(D)) v.
 
     (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
 
     The queries are at the last T of the S positions or, where rows have different lengths, at
-    `positions` (B, T). This is the definition; models use the faster functions of `attention.py`
-    unless `attend_by(attention)` chooses this one.
+    `positions` (B, T). The seeds (B,) decide which weights are dropped; without them, PyTorch's
+    generator does. This is the definition; models use the faster functions of `attention.py` unless
+    `attend_by(attention)` chooses this one.
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
@@ -63,7 +69,7 @@ def attention(
     query_positions = key_positions[S - T :] if positions is None else positions.unsqueeze(1)
     future = key_positions > query_positions.unsqueeze(-1)  # (T, S) or (B, 1, T, S)
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v  # (B, H, T, D)
+    return drop(weights, dropout, seeds) @ v  # (B, H, T, D)
 
 
 class QueryKeyValue(nn.Linear):
@@ -90,9 +96,15 @@ class CausalSelfAttention(nn.Module):
         C, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
         self.c_attn = QueryKeyValue(C, 3 * C, bias=config.has_qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        seeds: BlockSeeds = UNSEEDED,
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
@@ -102,9 +114,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             positions = cache.row_positions(T)
             k, v = cache.extend(layer, k, v)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, positions)
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, dropout, positions, seeds.weights)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
-        return self.drop(self.c_proj(y))
+        return self.drop(self.c_proj(y), seeds.attn)
 
 
 class MLP(nn.Module):
@@ -115,10 +128,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_size, bias=config.bias)
         self.activation = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
         self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=config.bias)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(self.activation(self.c_fc(x))))  # C -> M -> C
+    def forward(self, x: Tensor, seeds: BlockSeeds = UNSEEDED) -> Tensor:
+        return self.drop(self.c_proj(self.activation(self.c_fc(x))), seeds.mlp)  # C -> M -> C
 
 
 class Block(nn.Module):
@@ -131,9 +144,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        seeds: BlockSeeds = UNSEEDED,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer, seeds)
+        return x + self.mlp(self.ln_2(x), seeds)
 
 
 class Output(NamedTuple):
@@ -157,7 +176,7 @@ class GPT(Placed):
             modern.add_parts(self, config)
         else:
             self.wpe = nn.Embedding(config.context_length, config.n_embd)
-            self.drop = nn.Dropout(config.dropout)
+            self.drop = Dropout(config.dropout)
             self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -186,10 +205,13 @@ class GPT(Placed):
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
-    def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
         """Return the residual stream after the final norm.  (B, T) -> (B, T, C)
 
-        With a cache, the tokens continue the cached ones of each row and are added to them.
+        With a cache, the tokens continue the cached ones of each row and are added to them. In
+        training, `dropout_seeds` (B, P) decide what is dropped, or else PyTorch's generator.
         ValueError where they exceed the context_length or the cache.
         """
         T, seen = tokens.shape[1], 0 if cache is None else cache.length
@@ -200,26 +222,31 @@ class GPT(Placed):
         if positions is None:
             positions = torch.arange(seen, seen + T, device=tokens.device)  # (T,)
         if self.config.block == "modern":
-            x = modern.residual_stream(self, tokens, positions, cache)
+            x = modern.residual_stream(self, tokens, positions, cache, seeds)
         else:
-            x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+            of_embeddings, of_blocks = seeds_by_place(seeds, len(self.h))
+            x = self.drop(self.wte(tokens) + self.wpe(positions), of_embeddings)  # (B, T, C)
             for layer, block in enumerate(self.h):
-                x = block(x, cache, layer)
+                x = block(x, cache, layer, of_blocks[layer])
         if cache is not None:
             cache.advance(T)
         return self.ln_f(x)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        seeds: Tensor | None = None,
     ) -> Output:
         """Return logits (B, T, V) and loss () for tokens (B, T) and targets (B, T).
 
         The loss is the mean cross entropy over the targets that are not -1, in nats per token, in
         float32; it is 0 where all are -1.
         """
-        logits = self.lm_head(self.features(tokens, cache))
+        logits = self.lm_head(self.features(tokens, cache, seeds))
         return Output(logits, None if targets is None else mean_loss(logits, targets))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Return the loss of `forward` without keeping the logits.  (B, T), (B, T) -> ()"""
-        return head_loss(self.features(tokens), self.lm_head.weight, targets)
+        return head_loss(self.features(tokens, seeds=seeds), self.lm_head.weight, targets)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config.model import GPTConfig
 from .attention import Attention, by_kernel
 from .cache import KVCache
+from .dropout import UNSEEDED, BlockSeeds, Dropout, seeds_by_place
 
 THETA = 10000.0  # the slowest pair of channels turns once in about 2 pi THETA tokens
 
@@ -69,10 +70,15 @@ class GroupedAttention(nn.Module):
         self.c_attn = nn.Linear(C, sum(config.attention_rows), bias=False)
         self.qk_norm = rms_norm(config, config.head_size)
         self.c_proj = nn.Linear(C, C, bias=False)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        seeds: BlockSeeds = UNSEEDED,
     ) -> Tensor:
         (B, T, C), H, G = x.shape, self.n_head, self.kv_heads
         heads = self.c_attn(x).view(B, T, H + 2 * G, C // H)
@@ -86,8 +92,9 @@ class GroupedAttention(nn.Module):
             k, v = cache.extend(layer, k, v)  # (B, G, S, D)
         if G < H:
             k, v = (part.repeat_interleave(H // G, dim=1) for part in (k, v))  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, positions)
-        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, dropout, positions, seeds.weights)
+        return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), seeds.attn)
 
 
 class MLP(nn.Module):
@@ -98,10 +105,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_size, bias=False)
         self.activation = SquaredReLU()
         self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=False)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(self.activation(self.c_fc(x))))  # C -> M -> C
+    def forward(self, x: Tensor, seeds: BlockSeeds = UNSEEDED) -> Tensor:
+        return self.drop(self.c_proj(self.activation(self.c_fc(x))), seeds.mlp)  # C -> M -> C
 
 
 class Block(nn.Module):
@@ -115,27 +122,37 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        seeds: BlockSeeds = UNSEEDED,
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, cache, layer)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), rotation, cache, layer, seeds)
+        return x + self.mlp(self.ln_2(x), seeds)
 
 
 def add_parts(model: nn.Module, config: GPTConfig) -> None:
     """Add to a model the modules between its token embedding and its head."""
     model.ln_0 = rms_norm(config, config.n_embd)
-    model.drop = nn.Dropout(config.dropout)
+    model.drop = Dropout(config.dropout)
     model.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
     model.ln_f = rms_norm(config, config.n_embd)
 
 
 def residual_stream(
-    model: Any, tokens: Tensor, positions: Tensor, cache: KVCache | None = None
+    model: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    cache: KVCache | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Return the residual stream after the last block.  (B, T), (T,) or (B, T) -> (B, T, C)"""
+    of_embeddings, of_blocks = seeds_by_place(seeds, len(model.h))
     x = model.ln_0(model.wte(tokens))
     rotation = rotation_at(positions, model.config.head_size).to(x.dtype)
-    x = model.drop(x)
+    x = model.drop(x, of_embeddings)
     for layer, block in enumerate(model.h):
-        x = block(x, rotation, cache, layer)
+        x = block(x, rotation, cache, layer, of_blocks[layer])
     return x

@@ -116,13 +116,19 @@ class _Recorder:
         self.write("  heads joined", "concatenate the heads", (heads,), inputs[0])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout: float, positions: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float,
+        positions: Tensor | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         """Compute attention by its definition, and add its three lines.
 
         (B, H, T, D), (B, H, T, D), (B, H, T, D) -> (B, H, T, D)
         """
-        result = attention(q, k, v, dropout, positions)
+        result = attention(q, k, v, dropout, positions, seeds)
         scores = (*q.shape[:-1], k.shape[-2])
         c_attn = self.lines[-1].output
         self.lines += [

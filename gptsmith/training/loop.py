@@ -21,6 +21,7 @@ from ..data.batches import Batches
 from ..machine.devices import autocast, seed_device
 from ..machine.environment import keep_compiled_code
 from ..machine.processes import sum_over_processes
+from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
 from .optimizers import Optimizer
@@ -64,9 +65,13 @@ class Trainer:
     micro_batch: int  # rows; halved when the GPU runs out of memory
     scaler: torch.amp.GradScaler
     compiled: Compiled = "no"
+    # Whether dropout is drawn for each row of the global batch, whatever process computes it; else
+    # each process draws from PyTorch's generator.
+    dropout_by_row: bool = True
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
+        self.done = 0  # steps before the one that is computed
         self.computing_gradient = False  # in a step, whose weights are not changed yet
         self.ready: dict[int, tuple[Tensor, Tensor]] = {}  # the next step's batch, loaded ahead
 
@@ -82,25 +87,39 @@ class Trainer:
 
         (R, T), (R, T) -> (). Every counted token weighs the same, however the rows are divided into
         micro-batches and processes: each micro-batch's mean loss is weighted by its share of the
-        global batch's counted tokens.
+        global batch's counted tokens, and dropout is drawn for each row of the global batch.
         """
         self.model.zero_grad()
         counted = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
         total = torch.zeros((), device=self.device)
-        for micro_tokens, micro_targets in zip(
-            tokens.split(self.micro_batch), targets.split(self.micro_batch), strict=True
-        ):
+        parts = tokens, targets, *self.seeds(len(tokens))
+        for micro in zip(*(part.split(self.micro_batch) for part in parts), strict=True):
             if self.compiled == "max-autotune":  # its CUDA graphs reuse the memory of the last pass
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
-                loss = self.loss(micro_tokens, micro_targets)
-            loss = loss * ((micro_targets != NOT_LEARNED).sum() / counted)
+                loss = self.loss(*micro)
+            loss = loss * ((micro[1] != NOT_LEARNED).sum() / counted)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 sum_over_processes(parameter.grad)
         return sum_over_processes(total)
+
+    def seeds(self, rows: int) -> tuple[Tensor, ...]:
+        """Return dropout's seeds for the first of this process's rows.  -> (R, P), or nothing
+
+        PyTorch's generator is seeded instead where it draws the masks. No generator's state has to
+        be saved for a resume, and evaluating or sampling between two steps does not change them.
+        """
+        config, seed = self.model.config, self.settings.seed
+        if not config.dropout:
+            return ()
+        if not self.dropout_by_row:
+            seed_device(self.device, step_seed(seed, self.done, self.batches.rank))
+            return ()
+        mine = torch.from_numpy(self.batches.mine[:rows])
+        return (dropout_seeds(seed, self.done, mine, config.n_layer).to(self.device),)
 
     def gradient_in_memory(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Compute `gradient`, halving the micro-batch as often as the GPU runs out of memory."""
@@ -135,12 +154,11 @@ class Trainer:
     def step(self, done: int) -> StepReport:
         """Run the step that follows `done` steps: forward, backward, clip, update."""
         started = time.perf_counter()
-        seed_device(self.device, step_seed(self.settings.seed, done, self.batches.rank))
         rate = learning_rate(done, self.settings)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["times"]
-        self.computing_gradient = True
+        self.done, self.computing_gradient = done, True
         loss = self.gradient_in_memory(*self.batch(done))
         self.computing_gradient = False
         for optimizer in self.optimizers:
@@ -169,11 +187,7 @@ class Trainer:
 
 
 def step_seed(seed: int, done: int, rank: int) -> int:
-    """Return the seed of a step's dropout, from the run's seed, the step and the process.
-
-    No generator's state has to be saved for a resume, and evaluating or sampling between two steps
-    does not change them.
-    """
+    """Return the seed of a process's random numbers in a step."""
     return int(np.random.SeedSequence((seed, done, rank)).generate_state(1, np.uint64)[0])
 
 
