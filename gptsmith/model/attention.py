@@ -65,13 +65,12 @@ def by_blocks(
 
     (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)
     """
-    if dropout and seeds is not None:
-        assert positions is None, "seeds are for whole sequences, as in training"
-        # CUDA's autocast would compute the softmax in float32, and only in the forward pass.
-        with torch.autocast("cuda", enabled=False):
+    seeded = bool(dropout) and seeds is not None
+    assert not seeded or positions is None, "seeds are for whole sequences, as in training"
+    if seeded or (positions is None and 1 < q.shape[2] == k.shape[2]):
+        # Autocast would change types within the forward pass, but not within the backward pass.
+        with torch.autocast(q.device.type, enabled=False):
             return _Blocks.apply(q, k, v, dropout, seeds)
-    if positions is None and 1 < q.shape[2] == k.shape[2]:
-        return _Blocks.apply(q, k, v, dropout, None)
     return by_kernel(q, k, v, dropout, positions)
 
 
@@ -98,7 +97,7 @@ class _Blocks(torch.autograd.Function):
             scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=scale)  # (B H, R, E)
             p = scores.softmax(-1)
             weights.append(p)
-            if seeds is not None:
+            if dropout and seeds is not None:
                 p = _drop_part(p, dropout, seeds, start, len(q[0]))
             elif dropout:
                 # A dropout mask, scaled so that the expected weights stay the same.
@@ -123,7 +122,7 @@ class _Blocks(torch.autograd.Function):
             queries, keys, add = slice(start, end), slice(end), 0 if end == T else 1
             dp = dy[:, queries] @ v[:, keys].mT  # (B H, R, E)
             dropped = p
-            if seeds is not None:
+            if ctx.dropout and seeds is not None:
                 dropped = _drop_part(p, ctx.dropout, seeds, start, T)
                 dp = _drop_part(dp, ctx.dropout, seeds, start, T)
             elif dropout_masks:
