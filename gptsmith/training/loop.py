@@ -121,6 +121,11 @@ class Trainer:
         mine = torch.from_numpy(self.batches.mine[:rows])
         return (dropout_seeds(seed, self.done, mine, config.n_layer).to(self.device),)
 
+    @property
+    def dropout_from(self) -> str:
+        """What a checkpoint calls the way in which dropout is drawn."""
+        return "rows" if self.dropout_by_row else "processes"
+
     def gradient_in_memory(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Compute `gradient`, halving the micro-batch as often as the GPU runs out of memory."""
         while True:

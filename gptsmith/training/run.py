@@ -249,7 +249,12 @@ def save_checkpoint(run: Run) -> None:
         "step": run.done,
         "seconds": run.seconds,
         # Each step derives its random numbers from these, so no generator's state is needed.
-        "rng": {"seed": run.settings.training.seed, "step": run.done, "processes": world_size()},
+        "rng": {
+            "seed": run.settings.training.seed,
+            "step": run.done,
+            "processes": world_size(),
+            "dropout": trainer.dropout_from,
+        },
         "best": {"step": run.best_step, "validation_loss": run.best_loss},
         "micro_batch": trainer.micro_batch,
         "scaler": trainer.scaler.state_dict(),

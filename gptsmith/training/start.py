@@ -63,6 +63,10 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
     settings = replace(settings, model=config, machine=machine)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
+    if checkpoint is not None and model.config.dropout:
+        before = state.get("rng", {}).get("dropout", "processes")  # as older versions drew it
+        if before != trainer.dropout_from:
+            changes["dropout_drawn_by"] = trainer.dropout_from
     own_data = dataset.folder == folder / "data"
     check_evaluation_and_sampling(dataset, tokenizer, settings, own_data=own_data)
     if checkpoint is None:

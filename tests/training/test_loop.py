@@ -7,6 +7,7 @@ import torch
 from gptsmith import GPT, GPTConfig
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.data.batches import Batches
+from gptsmith.model.attention import WAYS
 from gptsmith.training.loop import DivergedError, Trainer, steps
 from gptsmith.training.optimizers import load_state_tensors, make_optimizers, state_tensors
 from tests.conftest import TINY
@@ -108,6 +109,41 @@ def test_dropout_of_a_step_depends_on_seed_and_step_alone() -> None:
     assert one.step(0).loss == other.step(0).loss
     torch.rand(3)
     assert one.step(1).loss == other.step(1).loss
+
+
+@pytest.mark.parametrize("attention", ["kernel", "blocks"])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_dropout_does_not_depend_on_the_micro_batch(micro_batch: int, attention: str) -> None:
+    whole, parts = make_trainer(6, 0.3), make_trainer(micro_batch, 0.3)
+    whole.model.attend_by(WAYS[attention])
+    parts.model.attend_by(WAYS[attention])
+    for done in range(4):
+        one, other = whole.step(done), parts.step(done)
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_another_step_seed_or_row_drops_other_elements() -> None:
+    trainer, other = make_trainer(dropout=0.3), make_trainer(dropout=0.3, seed=2)
+    batch = trainer.batch(0)
+    losses = {trainer.gradient(*batch).item(), other.gradient(*batch).item()}
+    trainer.done = 1
+    losses.add(trainer.gradient(*batch).item())
+    trainer.batches.mine = trainer.batches.mine + 6
+    losses.add(trainer.gradient(*batch).item())
+    assert len(losses) == 4
+
+
+def test_where_processes_draw_dropout_each_draws_its_own() -> None:
+    """As on CUDA, with PyTorch's generator."""
+    one, other = make_trainer(dropout=0.5), make_trainer(dropout=0.5)
+    one.dropout_by_row = other.dropout_by_row = False
+    torch.rand(17)  # whatever else was drawn in between
+    assert one.step(0).loss == other.step(0).loss
+    other.batches.rank = 1
+    assert one.step(1).loss != other.step(1).loss
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

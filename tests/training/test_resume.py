@@ -249,6 +249,21 @@ def test_a_run_of_an_older_version_resumes(capsys: pytest.CaptureFixture[str]) -
     assert same_weights(whole, run)
 
 
+def test_dropout_of_an_older_version_goes_on_by_row_and_is_recorded() -> None:
+    run = train("--save-every", "4")
+    forget_after(run, 4)
+    (checkpoints(run)[0] / "manifest.json").unlink()
+    path = checkpoints(run)[0] / "training" / "state.json"
+    state = json.loads(path.read_text())
+    assert state["rng"].pop("dropout") == "rows"
+    path.write_text(json.dumps(state))
+    assert main(["train", "--resume", "run"]) == 0
+    assert events(run)[-1]["changes"] == {"dropout_drawn_by": "rows"}
+    forget_after(run, 8)
+    assert main(["train", "--resume", "run"]) == 0
+    assert events(run)[-1]["changes"] == {}
+
+
 # Saves a model of 11M parameters with AdamW's state; prints what the peak of memory grew by, and
 # the sizes of all tensors and of the largest, in bytes.
 SAVING = """

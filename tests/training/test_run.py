@@ -357,25 +357,52 @@ def test_published_shards_need_a_tokenizer_and_are_checked(
     assert records(Path("run"))[-1]["validation_tokens"] == 89
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does() -> None:
-    """Rows that do not divide evenly, and a micro-batch that does not divide them either."""
-    words = ["--batch-tokens", "40", "--micro-batch", "2", "--dropout", "0"]
-    one = train(*words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "gptsmith", "train"]
+def train_in(processes: int, *words: str) -> None:
+    """`gptsmith train` in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, "text.txt", *TINY, "--steps", "8", "--out", "two", *words],
+        [*command, str(processes), "-m", "gptsmith", "train", *words],
         capture_output=True,
         text=True,
         timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    two = Path("two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_processes_learn_what_one_does(processes: int, dropout: str) -> None:
+    """Rows that do not divide evenly, and a micro-batch that does not divide them either."""
+    words = ["--batch-tokens", "40", "--micro-batch", "2", "--dropout", dropout]
+    one = train(*words)
+    train_in(processes, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    assert_same_learning(one, Path("many"))
+    assert events(Path("many"))[0]["processes"] == processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4)])
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_a_run_goes_on_in_another_number_of_processes(first: int, then: int, dropout: str) -> None:
+    words = ["--batch-tokens", "40", "--dropout", dropout, "--save-every", "3", "--keep", "9"]
+    one = train(*words)
+    train_in(first, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    for path in checkpoints(Path("many")):  # as if killed after step 3
+        if path.name > "step-00000003":
+            shutil.rmtree(path)
+    train_in(then, "--resume", "many")
+    assert_same_learning(one, Path("many"))
+    resumed = events(Path("many"))[-1]
+    assert (resumed["event"], resumed["step"], resumed["processes"]) == ("resumed", 3, then)
+
+
+def assert_same_learning(one: Path, other: Path) -> None:
+    """The same losses, and weights but for rounding."""
     for name, tensor in weights(one, 8).items():
-        torch.testing.assert_close(tensor, weights(two, 8)[name], rtol=1e-3, atol=1e-5)
-    for first, second in zip(records(one), records(two), strict=True):
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
-        assert first.get("validation_loss", 0) == pytest.approx(second.get("validation_loss", 0))
-    assert events(two)[0]["processes"] == 2
+        torch.testing.assert_close(tensor, weights(other, 8)[name], rtol=1e-3, atol=1e-5)
+    for first, second in zip(records(one), records(other), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-6)
+        found = second.get("validation_loss", 0)
+        assert first.get("validation_loss", 0) == pytest.approx(found, abs=1e-6)
