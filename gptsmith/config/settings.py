@@ -130,7 +130,9 @@ class MachineSettings:
         "rows of a batch that are computed at once (default: as suits the memory and processor)",
     )
     deterministic: bool = setting(
-        False, "bit-identical results on CUDA too, which is slower (always so on a CPU)"
+        False,
+        "on CUDA too, bit-identical results, and dropout that does not depend on the number of "
+        "processes; slower (always so on a CPU)",
     )
 
     def __post_init__(self) -> None:
