@@ -114,10 +114,19 @@ def is_kept(p: float, seeds: Tensor, where: Window, R: int, E: int) -> Tensor:
     """
     h, t, s = (torch.arange(n, dtype=torch.int32, device=seeds.device) for n in (where.H, R, E))
     elements = (h[:, None, None] * where.T + where.start + t[:, None]) * where.S + s  # (H, R, E)
-    x = elements * signed(0x9E3779B9) + seeds[:, None, None, None]  # (B, H, R, E)
-    x = (x ^ shifted(x, 16)) * signed(0x85EBCA6B)
-    x = (x ^ shifted(x, 13)) * signed(0xC2B2AE35)
-    return shifted(x ^ shifted(x, 16), 8) >= int(p * 2**24)
+    elements *= signed(0x9E3779B9)
+
+    def kept(x: Tensor) -> Tensor:
+        x ^= shifted(x, 16)
+        x *= signed(0x85EBCA6B)
+        x ^= shifted(x, 13)
+        x *= signed(0xC2B2AE35)
+        x ^= shifted(x, 16)
+        return shifted(x, 8) >= int(p * 2**24)
+
+    if seeds.device.type != "cpu" or torch.compiler.is_compiling():
+        return kept(elements + seeds[:, None, None, None])
+    return torch.stack([kept(elements + seed) for seed in seeds])  # a row fits a CPU's cache
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ def mixed(x: Tensor) -> Tensor:
 
 def shifted(x: Tensor, count: int) -> Tensor:
     """Shift integers of any shape to the right, with zeros on the left as for unsigned ones."""
-    return x >> count & (1 << x.element_size() * 8 - count) - 1
+    return (x >> count).bitwise_and_((1 << x.element_size() * 8 - count) - 1)
 
 
 def signed(x: int, bits: int = 32) -> int:
