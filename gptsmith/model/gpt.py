@@ -249,4 +249,4 @@ class GPT(Placed):
 
     def loss(self, tokens: Tensor, targets: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Return the loss of `forward` without keeping the logits.  (B, T), (B, T) -> ()"""
-        return head_loss(self.features(tokens, seeds=seeds), self.lm_head.weight, targets)
+        return head_loss(self.features(tokens, None, seeds), self.lm_head.weight, targets)
