@@ -59,7 +59,8 @@ extern "C" void drop_numbers(int bytes, const void* x, void* y, const int32_t* s
                              int64_t H, int64_t T, int64_t S, int64_t start, int64_t R, int64_t E,
                              int32_t dropped, float scale, int threads) {
     if (bytes == 4)
-        drop((const float*)x, (float*)y, seeds, rows, H, T, S, start, R, E, dropped, scale, threads);
+        drop((const float*)x, (float*)y, seeds, rows, H, T, S, start, R, E, dropped, scale,
+             threads);
     if (bytes == 2)
         drop((const uint16_t*)x, (uint16_t*)y, seeds, rows, H, T, S, start, R, E, dropped, scale,
              threads);
