@@ -41,7 +41,7 @@ from . import modern
 from .attention import Attention, by_kernel
 from .cache import KVCache
 from .dropout import UNSEEDED, BlockSeeds, Dropout, drop, seeds_by_place
-from .loss import head_loss, mean_loss
+from .loss import CrossEntropy, cross_entropy, head_loss, mean_loss
 from .placed import Placed
 
 
@@ -167,6 +167,7 @@ class GPT(Placed):
 
     h: nn.ModuleList
     ln_f: nn.Module
+    cross_entropy: CrossEntropy = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -249,4 +250,5 @@ class GPT(Placed):
 
     def loss(self, tokens: Tensor, targets: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Return the loss of `forward` without keeping the logits.  (B, T), (B, T) -> ()"""
-        return head_loss(self.features(tokens, None, seeds), self.lm_head.weight, targets)
+        features = self.features(tokens, None, seeds)
+        return head_loss(features, self.lm_head.weight, targets, self.cross_entropy)

@@ -7,6 +7,7 @@ only the gradients of the features and of the head live until the backward pass.
 Shapes:  N tokens    R tokens of a chunk    C channels    V vocabulary    P padded vocabulary
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,15 +30,43 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != NOT_LEARNED).sum().clamp(min=1)
 
 
-def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, share: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the summed cross entropy, and its gradient times `share` unless that is None.
+
+    (R, P), (R,), () -> (), (R, P). The gradient has the dtype of the logits, the sum a wider one.
+    """
+    dtype = logits.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    counted, index = targets != NOT_LEARNED, targets.clamp(min=0)[:, None]
+    logits = logits.to(wide).log_softmax(1)
+    nats = -logits.gather(1, index)[:, 0]  # (R,)
+    total = nats.where(counted, 0.0).sum()
+    if share is None:
+        return total, None
+    d_logits = logits.softmax(1)  # equal to logits.exp(), which is far slower on CPUs
+    del logits
+    d_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
+    d_logits *= (counted.to(wide) * share)[:, None]
+    return total, d_logits.to(dtype)
+
+
+CrossEntropy = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def head_loss(
+    features: Tensor, head: Tensor, targets: Tensor, way: CrossEntropy = cross_entropy
+) -> Tensor:
     """Compute `mean_loss(features @ head.T, targets)` in chunks.  (B, T, C), (V, C), (B, T) -> ()
 
-    The matrix products run in autocast's precision where autocast is on.
+    The matrix products run in autocast's precision where autocast is on. `way` computes a chunk's
+    cross entropy and gradient: as `cross_entropy`, or faster.
     """
     device, dtype = features.device.type, features.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return _HeadLoss.apply(features.flatten(0, 1), head, targets.flatten(), dtype)
+    return _HeadLoss.apply(features.flatten(0, 1), head, targets.flatten(), dtype, way)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -45,34 +74,33 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype
+        ctx: Any,
+        features: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        way: CrossEntropy,
     ) -> Tensor:
         V, needs_grad = len(head), any(ctx.needs_input_grad)
         x, weight = features.to(dtype), head.to(dtype)
         if head.is_cuda:  # GPUs multiply multiples of 64 faster; the added logits become -inf
             weight = F.pad(weight, (0, 0, 0, -V % 64))  # (P, C)
         wide = torch.promote_types(dtype, torch.float32)
-        counted = targets != NOT_LEARNED
-        count = counted.sum().clamp(min=1)
+        count = (targets != NOT_LEARNED).sum().clamp(min=1)
+        share = 1 / count.to(wide) if needs_grad else None
         total = torch.zeros((), dtype=wide, device=x.device)
         d_features = torch.empty_like(x) if needs_grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
         rows = max(1, LOGITS_AT_ONCE // V)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
-            logits = (x[chunk] @ weight.T).to(wide)  # (R, P)
+            logits = x[chunk] @ weight.T  # (R, P)
             logits[:, V:] = -torch.inf
-            index = targets[chunk].clamp(min=0)[:, None]
-            logits = logits.log_softmax(1)
-            nats = -logits.gather(1, index)[:, 0]  # (R,)
-            total += nats.where(counted[chunk], 0.0).sum()
-            if d_features is None or d_weight is None:
-                continue
-            d_logits = logits.softmax(1)  # equal to logits.exp(), which is far slower on CPUs
+            nats, d_logits = way(logits, targets[chunk], share)
             del logits
-            d_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-            d_logits *= (counted[chunk].to(wide) / count)[:, None]
-            d_logits = d_logits.to(dtype)
+            total += nats
+            if d_logits is None or d_features is None or d_weight is None:
+                continue
             d_features[chunk] = d_logits @ weight
             d_weight += d_logits.T @ x[chunk]
         if d_features is not None and d_weight is not None:
@@ -81,6 +109,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_features, d_head = ctx.saved_tensors
-        return d_features.mul_(grad), d_head.mul_(grad), None, None  # in place: they are large
+        return (
+            d_features.mul_(grad),
+            d_head.mul_(grad),
+            None,
+            None,
+            None,
+        )  # in place: they are large

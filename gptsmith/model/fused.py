@@ -1,0 +1,230 @@
+"""GPT-2's block and loss on a CPU with what lies between the matrix products in C++: fused.cpp.
+
+In small models, the many small operations of a training step take longer than its products. Here
+each of them is a piece that passes over its tensors once; the products stay PyTorch's. The results
+are those of gpt.py but for rounding, in float32 and under bfloat16 autocast. Knows nothing of how
+fused.cpp is compiled.
+
+Shapes:  B batch    T tokens    N = B T    C channels    H heads    M channels inside the MLP
+         V vocabulary
+"""
+
+from ctypes import CDLL, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .cache import KVCache
+from .dropout import UNSEEDED, BlockSeeds
+from .loss import cross_entropy
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+SUPPORTED = (torch.float32, torch.bfloat16)
+TYPES: dict[type, Any] = {int: c_int64, float: c_float, bool: c_int64}
+
+
+class Pieces(NamedTuple):
+    """The functions of fused.cpp."""
+
+    library: CDLL
+
+    def call(self, name: str, *arguments: Tensor | float | None) -> None:
+        """Call a function with tensors, None for absent ones, and numbers, as it declares them."""
+        function = getattr(self.library, name)
+        if function.argtypes is None:  # the first time
+            kinds = [TYPES.get(type(given), c_void_p) for given in arguments]
+            function.argtypes, function.restype = [*kinds, c_int64], None
+        given = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        function(*given, torch.get_num_threads())
+
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, share: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute `loss.cross_entropy`, in the place of the logits.
+
+        (R, V), (R,), () -> (), (R, V)
+        """
+        if logits.dtype not in SUPPORTED:
+            return cross_entropy(logits, targets, share)
+        nats, bits = torch.empty(len(logits)), logits.element_size() * 8
+        self.call("cross_entropy", logits, targets, share, nats, *logits.shape, bits)
+        return nats.sum(), None if share is None else logits
+
+
+class Sizes(NamedTuple):
+    """What a block's pieces need to know besides tensors."""
+
+    B: int
+    T: int
+    H: int
+    eps: float
+    tanh: bool
+    dtype: torch.dtype  # of products and what lies between them
+    dropout: float
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number of that dtype."""
+        return self.dtype.itemsize * 8
+
+    def dropping(self, seeds: Tensor | None) -> tuple[Tensor | None, int, float]:
+        """Return the arguments of a piece that drops by seeds (B,), or nothing without them."""
+        return seeds, int(self.dropout * 2**24), 1 / (1 - self.dropout)
+
+
+NO_DROPOUT = (None, 0, 1.0)
+
+
+class _Block(torch.autograd.Function):
+    """A block of gpt.py: x + attn(ln_1(x)), then that + mlp(ln_2(that)).  (N, C) -> (N, C)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pieces: Pieces,
+        sizes: Sizes,
+        seeds: BlockSeeds,
+        *weights: Tensor,
+    ) -> Tensor:
+        ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias = weights[:6]
+        ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias = weights[6:]
+        (N, C), M, dtype, bits = x.shape, len(fc), sizes.dtype, sizes.bits
+        attn, proj, fc, mlp_proj = (each.to(dtype) for each in (attn, proj, fc, mlp_proj))
+        of_weights, of_attn, of_mlp = map(sizes.dropping, seeds)
+        in_stream = (sizes.T, N, C, sizes.eps, bits)
+
+        def empty(columns: int) -> Tensor:
+            return x.new_empty(N, columns, dtype=dtype)
+
+        h_1, stats_1 = empty(C), x.new_empty(N, 2)
+        pieces.call(
+            "add_and_norm", x, None, None, *NO_DROPOUT, None, ln_1, ln_1_bias, h_1, stats_1,
+            *in_stream,
+        )  # fmt: skip
+        qkv = h_1 @ attn.T
+        y, logs = empty(C), x.new_empty(sizes.B, sizes.H, sizes.T)
+        heads = (sizes.B, sizes.T, sizes.H, C // sizes.H, bits)
+        pieces.call("attention", qkv, attn_bias, *of_weights, y, logs, *heads)
+        middle, h_2, stats_2 = torch.empty_like(x), empty(C), x.new_empty(N, 2)
+        pieces.call(
+            "add_and_norm", x, y @ proj.T, proj_bias, *of_attn, middle, ln_2, ln_2_bias, h_2,
+            stats_2, *in_stream,
+        )  # fmt: skip
+        hidden, slope = empty(M), h_2 @ fc.T
+        pieces.call("gelu", slope, fc_bias, hidden, N, M, sizes.tanh, bits)
+        out = torch.empty_like(x)
+        pieces.call(
+            "add_and_norm", middle, hidden @ mlp_proj.T, mlp_bias, *of_mlp, out, None, None,
+            None, None, *in_stream,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, stats_1, h_1, qkv, y, logs, middle, stats_2, h_2, slope, hidden,
+            ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias,
+            ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias,
+        )  # fmt: skip
+        ctx.pieces, ctx.sizes, ctx.seeds = pieces, sizes, seeds
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats_1, h_1, qkv, y, logs, middle, stats_2, h_2, slope, hidden, *weights = (
+            ctx.saved_tensors
+        )
+        ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias = weights[:6]
+        ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias = weights[6:]
+        pieces, sizes, (N, C), M = ctx.pieces, ctx.sizes, x.shape, len(fc)
+        of_weights, of_attn, of_mlp = map(sizes.dropping, ctx.seeds)
+        bits, d_out = sizes.bits, d_out.contiguous()
+
+        def branch(
+            d_stream: Tensor, dropping: tuple[Tensor | None, int, float], bias: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            if bits == 32 and bias is None and dropping[0] is None:
+                return d_stream, None
+            d, d_bias = torch.empty_like(h_1), like(bias)
+            pieces.call("branch_gradient", d_stream, *dropping, d, d_bias, sizes.T, N, C, bits)
+            return d, d_bias
+
+        def through_norm(d: Tensor, of: Tensor, stats: Tensor, norm: Tensor, bias: Tensor | None,
+                         around: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+            d_of, d_norm, d_norm_bias = torch.empty_like(of), torch.empty_like(norm), like(bias)
+            pieces.call(
+                "norm_backward", d, of, stats, norm, around, d_of, d_norm, d_norm_bias, N, C, bits
+            )
+            return d_of, d_norm, d_norm_bias
+
+        d, d_mlp_bias = branch(d_out, of_mlp, mlp_bias)
+        d_mlp_proj, d_hidden, d_fc_bias = d.T @ hidden, d @ mlp_proj, like(fc_bias)
+        pieces.call("gelu_backward", d_hidden, slope, d_fc_bias, N, M, bits)
+        d_fc = d_hidden.T @ h_2
+        d_middle, d_ln_2, d_ln_2_bias = through_norm(
+            d_hidden @ fc, middle, stats_2, ln_2, ln_2_bias, d_out
+        )
+        d, d_proj_bias = branch(d_middle, of_attn, proj_bias)
+        d_proj, d_qkv = d.T @ y, torch.empty_like(qkv)
+        heads = (sizes.B, sizes.T, sizes.H, C // sizes.H, bits)
+        pieces.call(
+            "attention_backward", qkv, attn_bias, *of_weights, y, d @ proj, logs, d_qkv, *heads
+        )
+        d_attn_bias = None if attn_bias is None else d_qkv.sum(0, dtype=torch.float32)
+        d_attn = d_qkv.T @ h_1
+        d_x, d_ln_1, d_ln_1_bias = through_norm(d_qkv @ attn, x, stats_1, ln_1, ln_1_bias, d_middle)
+        return (
+            d_x, None, None, None,
+            d_ln_1, d_ln_1_bias, d_attn.float(), d_attn_bias, d_proj.float(), d_proj_bias,
+            d_ln_2, d_ln_2_bias, d_fc.float(), d_fc_bias, d_mlp_proj.float(), d_mlp_bias,
+        )  # fmt: skip
+
+
+def like(tensor: Tensor | None) -> Tensor | None:
+    """Return an uninitialized tensor of the same shape as one of any shape; None for None."""
+    return None if tensor is None else torch.empty_like(tensor)
+
+
+class FusedBlock:
+    """Computes a block in pieces where it can, else as gpt.py does.  (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, block: Any, pieces: Pieces) -> None:
+        self.block, self.pieces = block, pieces
+
+    def __call__(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        seeds: BlockSeeds = UNSEEDED,
+    ) -> Tensor:
+        block, dtype = self.block, product_dtype(x)
+        attn, mlp = block.attn, block.mlp
+        dropout = attn.dropout if block.training else 0.0
+        drawn = dropout > 0 and any(each is None for each in seeds)  # by PyTorch's generator
+        if cache is not None or drawn or x.dtype != torch.float32 or dtype not in SUPPORTED:
+            return type(block).forward(block, x, cache, layer, seeds)
+        (B, T, C), tanh = x.shape, mlp.activation.approximate == "tanh"
+        sizes = Sizes(B, T, attn.n_head, block.ln_1.eps, tanh, dtype, dropout)
+        parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+        weights = [each for part in parts for each in (part.weight, part.bias)]
+        stream = x.reshape(-1, C).contiguous()  # (N, C)
+        seeds = seeds if dropout else UNSEEDED
+        return _Block.apply(stream, self.pieces, sizes, seeds, *weights).view(B, T, C)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which autocast multiplies a tensor of any shape."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def fuse(model: Any, library: CDLL | None) -> None:
+    """Compute a model's blocks and loss with the pieces of fused.cpp, or without for None."""
+    pieces = None if library is None else Pieces(library)
+    model.cross_entropy = cross_entropy if pieces is None else pieces.cross_entropy
+    for block in model.h:
+        block.__dict__.pop("forward", None)
+        if pieces is not None:
+            block.forward = FusedBlock(block, pieces)
