@@ -409,7 +409,7 @@ def main() -> None:
     known.add_argument("--rows", type=int, default=4, help="of a step (default: 4)")
     known.add_argument("--steps", type=int, default=10, help="that are profiled (default: 10)")
     known.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
-    add_flags(known, MachineSettings, without=("compile", "micro_batch", "deterministic"))
+    add_flags(known, MachineSettings, without=("compile", "fused", "micro_batch", "deterministic"))
     options = known.parse_args()
     if min(options.rows, options.steps) < 1:
         raise ValueError(f"{options.rows} rows, {options.steps} steps: at least 1 is needed")
@@ -417,7 +417,9 @@ def main() -> None:
     machine = chosen(options, MachineSettings)
     trainer = fresh_trainer(
         config,
-        replace(machine, compile="no"),  # the parts of a compiled model cannot be told apart
+        replace(
+            machine, compile="no", fused="no"
+        ),  # the parts of a compiled or fused model cannot be told apart
         rows=options.rows,
         optimizer=options.optimizer,
         # One more than are taken: a last step would load no batch, which has its row here.

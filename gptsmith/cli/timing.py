@@ -27,7 +27,7 @@ from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
 from ..training.loop import Trainer
-from ..training.trainer import make_trainer
+from ..training.trainer import choose_fused, make_trainer
 
 WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
 PROMPT_TOKENS, NEW_TOKENS = 32, 128  # by default, if the context has room for them
@@ -67,10 +67,11 @@ def fresh_trainer(
     device, compile = devices.prepare_machine(machine), machine.compile
     if compile == "auto":  # take what a long run would choose
         compile = "yes" if device.type == "cuda" else "no"
+    machine = choose_fused(replace(machine, compile=compile), config, device)
     run = RunSettings(
         model=config,
         training=TrainingSettings(batch_tokens=rows * config.context_length, **training),
-        machine=replace(machine, compile=compile, micro_batch=machine.micro_batch or rows),
+        machine=replace(machine, micro_batch=machine.micro_batch or rows),
     )
     tokens = RandomTokens(config.vocab_size, 4 * run.training.batch_tokens + 1)
     return make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)

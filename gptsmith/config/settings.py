@@ -123,6 +123,11 @@ class MachineSettings:
         "torch.compile; auto tries it in long runs and keeps it if it is faster; max-autotune, on "
         "CUDA, searches longer and uses CUDA graphs",
     )
+    fused: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "what lies between the matrix products of GPT-2's block in C++, on a CPU; built once per "
+        "machine in some seconds; auto does without where there is no compiler",
+    )
     attention: Attention = setting("auto", ATTENTION_HELP)
     threads: int | None = setting(None, "CPU threads (default: one per core)")
     micro_batch: int | None = setting(

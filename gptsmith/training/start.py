@@ -41,7 +41,7 @@ from .records import (
 )
 from .resume import check_same_data, newest_state, resumed_settings
 from .run import Run, point_to_newest
-from .trainer import batch_rows, make_trainer, micro_batch_rows
+from .trainer import batch_rows, choose_fused, make_trainer, micro_batch_rows
 
 
 def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
@@ -59,6 +59,9 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     model = make_model(settings, tokenizer, checkpoint, device)
     rows = batch_rows(settings.training, model.config)
     machine = replace(machine, micro_batch=micro_batch_rows(machine, model.config, rows, device))
+    if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
+        machine = replace(machine, fused="no")
+    machine = choose_fused(machine, model.config, device)
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
     config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
     settings = replace(settings, model=config, machine=machine)
@@ -73,7 +76,7 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
         check_run(settings, dataset, own_data=own_data)
     check_memory(settings, device)
     trial = try_out(trainer, display)
-    if machine.compile == "auto":
+    if machine.compile == "auto" and machine.fused == "no":
         left = settings.training.steps - state["step"]
         trial = compile_if_it_pays(trainer, display, left, trial)
     if checkpoint is not None:

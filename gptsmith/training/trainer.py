@@ -3,6 +3,10 @@
 Knows nothing of a run's folder.
 """
 
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from ..config import cost
@@ -13,12 +17,15 @@ from ..data.batches import Batches, Tokens
 from ..machine import devices
 from ..machine.dtypes import number_bytes
 from ..machine.environment import rank, world_size
+from ..machine.native import open_library
+from ..model import fused
 from ..model.attention import WAYS
 from ..model.gpt import GPT
 from .loop import Trainer
 from .optimizers import make_optimizers
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
+FUSED = Path(fused.__file__).with_suffix(".cpp")
 MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
 
 
@@ -57,6 +64,33 @@ def micro_batch_rows(
     return chosen
 
 
+def choose_fused(
+    machine: MachineSettings, config: GPTConfig, device: torch.device
+) -> MachineSettings:
+    """Return the settings with `fused` "yes" or "no"; "auto" is "yes" where that is possible.
+
+    SettingError where it is "yes" and cannot be. A warning says why "auto" does without a compiler.
+    """
+    if machine.fused == "no":
+        return machine
+    possible = device.type == "cpu" and not config.modern and machine.compile in ("auto", "no")
+    if not possible and machine.fused == "yes":
+        raise SettingError(
+            "fused", "is yes, which needs GPT-2's block on a CPU without torch.compile: take no"
+        )
+    try:
+        if possible:
+            open_library(FUSED)
+    except (ValueError, OSError) as error:
+        if machine.fused == "yes":
+            raise SettingError("fused", f"is yes, but {error}; go on with --fused no") from error
+        warnings.warn(
+            f"training does without its C++ pieces, which is slower: {error}", stacklevel=2
+        )
+        possible = False
+    return replace(machine, fused="yes" if possible else "no")
+
+
 def make_trainer(
     model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
 ) -> Trainer:
@@ -64,6 +98,8 @@ def make_trainer(
     machine = settings.machine
     assert machine.micro_batch is not None
     model.attend_by(WAYS[machine.attention])
+    if machine.fused == "yes":
+        fused.fuse(model, open_library(FUSED))
     if machine.dtype == "fp8":
         multiply_in_float8(model)
     batches = Batches(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.checkpoint.saved import load_training
 from gptsmith.cli.main import main
+from gptsmith.machine import environment
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights, train
 
 __all__ = ["here"]  # each test in a folder of its own, with a text
@@ -299,3 +300,47 @@ def test_a_save_writes_tensors_from_where_they_lie() -> None:
     model, kept = Path("saved/model.safetensors"), load_training(Path("saved"))[0]
     assert kept["exp_avg_sq.wte.weight"].shape == load_file(model)["transformer.wte.weight"].shape
     assert all(bool((tensor == 1).all()) for tensor in kept.values())
+
+
+# -- the C++ pieces of a step
+
+
+def fused_in(run: Path) -> str:
+    found = re.search(r'^fused = "(\w+)"$', (run / "config.toml").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def test_a_run_goes_on_with_the_pieces_that_it_was_trained_with() -> None:
+    first = train("--dropout", "0", out="fused")
+    plain = train("--dropout", "0", "--fused", "no", out="plain")
+    assert (fused_in(first), fused_in(plain)) == ("yes", "no")
+    for run in (first, plain):
+        forget_after(run, 4)
+        assert main(["train", "--resume", str(run)]) == 0
+    assert (fused_in(first), fused_in(plain)) == ("yes", "no")
+    assert same_weights(first, train("--dropout", "0", out="through"))
+
+
+def test_a_run_from_before_there_were_pieces_goes_on_without() -> None:
+    run = train("--fused", "no")
+    config = run / "config.toml"
+    config.write_text(re.sub("fused = .*\n", "", config.read_text()))
+    for checkpoint in checkpoints(run):
+        state = checkpoint / "training" / "state.json"
+        assert '"fused"' in state.read_text()
+    forget_after(run, 4)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert fused_in(run) == "no"
+
+
+def test_a_run_with_pieces_says_how_to_go_on_without_a_compiler(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = train()
+    forget_after(run, 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(environment, "compiler", lambda: None)
+    assert "go on with --fused no" in refusal("train", "--resume", str(run))
+    assert main(["train", "--resume", str(run), "--fused", "no"]) == 0
+    assert "fused" in events(run)[-1]["changes"]
