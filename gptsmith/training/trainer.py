@@ -5,7 +5,6 @@ Knows nothing of a run's folder.
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,6 @@ from .loop import Trainer
 from .optimizers import make_optimizers
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
-FUSED = Path(fused.__file__).with_suffix(".cpp")
 MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
 
 
@@ -80,7 +78,7 @@ def choose_fused(
         )
     try:
         if possible:
-            open_library(FUSED)
+            open_library(fused.SOURCE)
     except (ValueError, OSError) as error:
         if machine.fused == "yes":
             raise SettingError("fused", f"is yes, but {error}; go on with --fused no") from error
@@ -99,7 +97,7 @@ def make_trainer(
     assert machine.micro_batch is not None
     model.attend_by(WAYS[machine.attention])
     if machine.fused == "yes":
-        fused.fuse(model, open_library(FUSED))
+        fused.fuse(model, open_library(fused.SOURCE))
     if machine.dtype == "fp8":
         multiply_in_float8(model)
     batches = Batches(

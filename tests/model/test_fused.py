@@ -15,8 +15,9 @@ from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import environment
 from gptsmith.machine.native import open_library
 from gptsmith.model.cache import KVCache
-from gptsmith.model.fused import Pieces, fuse
-from gptsmith.training.trainer import FUSED, choose_fused
+from gptsmith.model.dropout import dropout_seeds
+from gptsmith.model.fused import SOURCE, Pieces, fuse
+from gptsmith.training.trainer import choose_fused
 from tests.conftest import scrambled
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
@@ -39,11 +40,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def library(own_cache: None) -> ctypes.CDLL:
-    return open_library(FUSED)
+    return open_library(SOURCE)
 
 
-def small_model(size: str, form: str) -> GPT:
-    config = GPTConfig(n_layer=2, vocab_size=V, dropout=0.0, **SIZES[size], **FORMS[form])
+def small_model(size: str, form: str, dropout: float = 0.0) -> GPT:
+    sizes = {"n_layer": 2, "vocab_size": V, "dropout": dropout, **SIZES[size]}
+    config = GPTConfig(**sizes, **FORMS[form])
     model = scrambled(config).train()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,10 +62,12 @@ def batch(model: GPT, rows: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def gradients(model: GPT, tokens: Tensor, targets: Tensor, *, bf16: bool = False) -> Tensor:
-    """The loss and all gradients as one float64 vector."""
+    """The loss and all gradients as one float64 vector; rows 7 and 9 of a batch, for dropout."""
     model.zero_grad()
+    rows = torch.tensor([7, 9])
+    seeds = dropout_seeds(5, 3, rows, 2) if model.config.dropout else None
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = model.loss(tokens, targets)
+        loss = model.loss(tokens, targets, seeds)
     loss.backward()
     found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     return torch.cat([each.double().flatten() for each in found])
@@ -80,10 +84,13 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_are_those_of_float64(size: str, form: str, library: ctypes.CDLL) -> None:
-    model = small_model(size, form)
+def test_gradients_are_those_of_float64(
+    size: str, form: str, dropout: float, library: ctypes.CDLL
+) -> None:
+    model = small_model(size, form, dropout)
     exact = exact_gradients(model, *batch(model))
     plain = [error(gradients(model, *batch(model), bf16=bf16), exact) for bf16 in (False, True)]
     fuse(model, library)
@@ -152,6 +159,15 @@ def test_a_loss_that_is_not_finite_is_seen(library: ctypes.CDLL) -> None:
     with torch.no_grad():
         model.h[0].mlp.c_fc.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
     assert not torch.isfinite(model.loss(*batch(model)))
+
+
+def test_dropout_of_pytorchs_generator_takes_the_plain_path(library: ctypes.CDLL) -> None:
+    model, found = small_model("odd", "gpt2", dropout=0.5), []
+    for pieces in (None, library):
+        fuse(model, pieces)
+        torch.manual_seed(8)
+        found.append(model(*batch(model)).logits)
+    assert torch.equal(*found)
 
 
 def test_with_a_cache_or_in_float64_the_plain_path_computes(library: ctypes.CDLL) -> None:
