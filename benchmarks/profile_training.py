@@ -417,9 +417,8 @@ def main() -> None:
     machine = chosen(options, MachineSettings)
     trainer = fresh_trainer(
         config,
-        replace(
-            machine, compile="no", fused="no"
-        ),  # the parts of a compiled or fused model cannot be told apart
+        # The parts of a compiled or fused model cannot be told apart.
+        replace(machine, compile="no", fused="no"),
         rows=options.rows,
         optimizer=options.optimizer,
         # One more than are taken: a last step would load no batch, which has its row here.

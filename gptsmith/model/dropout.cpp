@@ -27,10 +27,10 @@ void store(float x, uint16_t& y) {
     y = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
 }
 
-// The mixing of MurmurHash3's 32-bit finalizer.
+// The mixing of MurmurHash3's 32-bit finalizer, with the seed added twice.
 uint32_t random_bits(uint32_t seed, uint32_t element) {
     uint32_t x = element * 0x9e3779b9u + seed;
-    x = (x ^ x >> 16) * 0x85ebca6bu;
+    x = (x ^ x >> 16) * 0x85ebca6bu + seed;
     x = (x ^ x >> 13) * 0xc2b2ae35u;
     return (x ^ x >> 16) >> 8;
 }

@@ -109,24 +109,27 @@ class Window(NamedTuple):
 def is_kept(p: float, seeds: Tensor, where: Window, R: int, E: int) -> Tensor:
     """Return which of R lines of E elements are kept.  (B,) -> (B, H, R, E)
 
-    This is the definition, which dropout.cpp is held to: the element's number times an odd
-    constant, plus the seed, is mixed as by MurmurHash3's finalizer.
+    This is the definition, which dropout.cpp and fused.cpp are held to: the element's number times
+    an odd constant, plus the seed, is mixed as by MurmurHash3's finalizer. The seed is added again
+    on the way, or all masks would be windows of one sequence, of which some overlap.
     """
     h, t, s = (torch.arange(n, dtype=torch.int32, device=seeds.device) for n in (where.H, R, E))
     elements = (h[:, None, None] * where.T + where.start + t[:, None]) * where.S + s  # (H, R, E)
     elements *= signed(0x9E3779B9)
 
-    def kept(x: Tensor) -> Tensor:
+    def kept(x: Tensor, seed: Tensor) -> Tensor:
         x ^= shifted(x, 16)
         x *= signed(0x85EBCA6B)
+        x += seed
         x ^= shifted(x, 13)
         x *= signed(0xC2B2AE35)
         x ^= shifted(x, 16)
         return shifted(x, 8) >= int(p * 2**24)
 
     if seeds.device.type != "cpu" or torch.compiler.is_compiling():
-        return kept(elements + seeds[:, None, None, None])
-    return torch.stack([kept(elements + seed) for seed in seeds])  # a row fits a CPU's cache
+        seeds = seeds[:, None, None, None]
+        return kept(elements + seeds, seeds)
+    return torch.stack([kept(elements + seed, seed) for seed in seeds])  # a row fits a CPU's cache
 
 
 def mixed(x: Tensor) -> Tensor:

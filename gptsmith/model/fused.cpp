@@ -187,9 +187,10 @@ struct Dropout {
 
     // Return 0 or `scale` for each of 16 numbers.
     Floats mask(int64_t row, Naturals index) const {
-        Naturals x = index * 0x9E3779B9u + (uint32_t)seeds[row];
+        const uint32_t seed = seeds[row];
+        Naturals x = index * 0x9E3779B9u + seed;
         x ^= x >> 16;
-        x *= 0x85EBCA6Bu;
+        x = x * 0x85EBCA6Bu + seed;
         x ^= x >> 13;
         x *= 0xC2B2AE35u;
         x ^= x >> 16;

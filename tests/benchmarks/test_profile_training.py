@@ -42,7 +42,9 @@ BESIDE = ["gradient clipping", "batch loading", "everything else"]
 def trainer_of(
     optimizer: Any = "muon", dtype: Any = "float32", attention: Any = "kernel"
 ) -> Trainer:
-    machine = MachineSettings(device="cpu", dtype=dtype, attention=attention, compile="no")
+    machine = MachineSettings(
+        device="cpu", dtype=dtype, attention=attention, compile="no", fused="no"
+    )
     return fresh_trainer(TINY, machine, rows=ROWS, steps=9, optimizer=optimizer)
 
 

@@ -29,8 +29,8 @@ def some_seeds(rows: int, first: int = 0) -> Tensor:
 def murmur(element: int, seed: int) -> int:
     """24 random bits, in Python's integers."""
     x = (element * 0x9E3779B9 + seed) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = ((x ^ x >> shift) * factor) & 0xFFFFFFFF
+    for shift, factor, added in ((16, 0x85EBCA6B, seed), (13, 0xC2B2AE35, 0)):
+        x = ((x ^ x >> shift) * factor + added) & 0xFFFFFFFF
     return (x ^ x >> 16) >> 8
 
 
@@ -41,6 +41,15 @@ def test_the_mask_is_the_stated_hash() -> None:
         bits = murmur((h * T + t) * S + s, int(seeds[b]) & 0xFFFFFFFF)
         assert bool(found[b, h, t, s]) == (bits >= int(0.3 * 2**24))
     assert torch.equal(is_kept(0.3, seeds, Window(H, T, S, 2), 2, 4), found[:, :, 2:4, :4])
+
+
+def test_masks_whose_elements_meet_are_not_the_same() -> None:
+    """Two seeds whose sequences of numbers are the same but for a shift."""
+    S, shift = 10_000, 7
+    seeds = torch.tensor([1, 1 + shift * 0x9E3779B9 - 2**32 * 4], dtype=torch.int32)
+    first, second = is_kept(0.5, seeds, Window(1, 1, S, 0), 1, S).flatten(1)
+    same = (first[shift:] == second[:-shift]).double().mean()
+    assert abs(same - 0.5) < 4 * 0.5 / S**0.5
 
 
 @pytest.mark.parametrize("seed", [0, 1337, 2**63, 2**64 - 1])
