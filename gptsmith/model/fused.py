@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .cache import KVCache
 from .dropout import UNSEEDED, BlockSeeds
+from .gpt import GPT, Block
 from .loss import cross_entropy
 
 SOURCE = Path(__file__).with_name("fused.cpp")
@@ -186,28 +187,26 @@ def like(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor)
 
 
-class FusedBlock:
-    """Computes a block in pieces where it can, else as gpt.py does.  (B, T, C) -> (B, T, C)"""
+class FusedBlock(Block):
+    """A block that is computed in pieces where it can be, else as gpt.py does."""
 
-    def __init__(self, block: Any, pieces: Pieces) -> None:
-        self.block, self.pieces = block, pieces
+    pieces: Pieces
 
-    def __call__(
+    def forward(
         self,
         x: Tensor,
         cache: KVCache | None = None,
         layer: int = 0,
         seeds: BlockSeeds = UNSEEDED,
     ) -> Tensor:
-        block, dtype = self.block, product_dtype(x)
-        attn, mlp = block.attn, block.mlp
-        dropout = attn.dropout if block.training else 0.0
+        attn, mlp, dtype = self.attn, self.mlp, product_dtype(x)
+        dropout = attn.dropout if self.training else 0.0
         drawn = dropout > 0 and any(each is None for each in seeds)  # by PyTorch's generator
         if cache is not None or drawn or x.dtype != torch.float32 or dtype not in SUPPORTED:
-            return type(block).forward(block, x, cache, layer, seeds)
+            return super().forward(x, cache, layer, seeds)
         (B, T, C), tanh = x.shape, mlp.activation.approximate == "tanh"
-        sizes = Sizes(B, T, attn.n_head, block.ln_1.eps, tanh, dtype, dropout)
-        parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+        sizes = Sizes(B, T, attn.n_head, self.ln_1.eps, tanh, dtype, dropout)
+        parts = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
         weights = [each for part in parts for each in (part.weight, part.bias)]
         stream = x.reshape(-1, C).contiguous()  # (N, C)
         seeds = seeds if dropout else UNSEEDED
@@ -220,11 +219,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def fuse(model: Any, library: CDLL | None) -> None:
-    """Compute a model's blocks and loss with the pieces of fused.cpp, or without for None."""
+def fuse(model: GPT, library: CDLL | None) -> None:
+    """Compute a GPT-2's blocks and loss with the pieces of fused.cpp, or without for None."""
+    block: Any
     pieces = None if library is None else Pieces(library)
     model.cross_entropy = cross_entropy if pieces is None else pieces.cross_entropy
     for block in model.h:
-        block.__dict__.pop("forward", None)
-        if pieces is not None:
-            block.forward = FusedBlock(block, pieces)
+        # The same module, with its weights and hooks, gets another `forward`.
+        block.__class__ = Block if pieces is None else FusedBlock
+        block.pieces = pieces
