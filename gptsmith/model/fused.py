@@ -221,10 +221,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def fuse(model: GPT, library: CDLL | None) -> None:
     """Compute a GPT-2's blocks and loss with the pieces of fused.cpp, or without for None."""
-    block: Any
     pieces = None if library is None else Pieces(library)
     model.cross_entropy = cross_entropy if pieces is None else pieces.cross_entropy
     for block in model.h:
-        # The same module, with its weights and hooks, gets another `forward`.
-        block.__class__ = Block if pieces is None else FusedBlock
-        block.pieces = pieces
+        if isinstance(block, Block):  # the same module, with its weights, gets another `forward`
+            block.__class__ = Block if pieces is None else FusedBlock
+            block.pieces = pieces  # type: ignore[assignment]
