@@ -14,6 +14,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 extern "C" {
 
@@ -39,6 +42,9 @@ namespace {
 constexpr int64_t LANES = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
+typedef uint32_t Naturals __attribute__((vector_size(64)));
+
+constexpr Words COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Floats load(const float* from, int64_t count = LANES) {
     Floats vector{};
@@ -148,8 +154,9 @@ namespace {
 
 // -- matrices in panels
 //
-// A matrix (L, S) lies in memory as panels of PANEL columns: (S / PANEL, L, PANEL), padded with
-// zeros. A product reads both of its factors in that order.
+// A matrix (K, N) lies in memory as panels of PANEL columns: (N / PANEL, K, PANEL), padded with
+// zeros. In bfloat16, two rows lie in one row of words. So a product a^T b of (K, M) and (K, N)
+// reads both from one end to the other.
 
 constexpr int64_t PANEL = 32;
 #ifdef __AVX512F__
@@ -158,36 +165,69 @@ constexpr int TALL = 8, WIDE = 2;  // rows and vectors of a tile, whose sums are
 constexpr int TALL = 4, WIDE = 1;
 #endif
 
+struct Float32 {
+    typedef float Stored;
+    static constexpr int64_t ROWS = 1;  // in a row of memory
+    static Floats add(Floats sum, float a, const float* b) { return sum + a * load(b); }
+    static void get(const float* from, Floats (&rows)[1]) { rows[0] = load(from); }
+    static void put(float* to, const Floats (&rows)[1]) { store(to, rows[0]); }
+};
+
+#ifdef __AVX512BF16__
+struct Bfloat16 {
+    typedef uint32_t Stored;  // two numbers
+    static constexpr int64_t ROWS = 2;
+    static Naturals words(const uint32_t* from) {
+        Naturals found;
+        std::memcpy(&found, from, sizeof found);
+        return found;
+    }
+    static Floats add(Floats sum, uint32_t a, const uint32_t* b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a),
+                                        (__m512bh)words(b));
+    }
+    static void get(const uint32_t* from, Floats (&rows)[2]) {
+        Naturals pair = words(from);
+        rows[0] = (Floats)(pair << 16), rows[1] = (Floats)(pair & 0xffff0000);
+    }
+    static void put(uint32_t* to, const Floats (&rows)[2]) {
+        Naturals low = (Naturals)rows[0], high = (Naturals)rows[1];  // rounded to nearest, ties to even
+        low = (low + 0x7fff + (low >> 16 & 1)) >> 16;
+        high = (high + 0x7fff + (high >> 16 & 1)) & 0xffff0000;
+        Naturals pair = low | high;
+        std::memcpy(to, &pair, sizeof pair);
+    }
+};
+#endif
+
+template <class F>
 struct Panels {
-    int64_t rows, columns;  // padded to PANEL
-    std::unique_ptr<float[], void (*)(float*)> numbers;
+    typedef typename F::Stored Stored;
+    int64_t rows, columns;  // padded to whole panels
+    std::unique_ptr<Stored[], void (*)(Stored*)> numbers;
 
     Panels(int64_t rows, int64_t columns)
         : rows(whole(rows, PANEL)),
           columns(whole(columns, PANEL)),
-          numbers(new (std::align_val_t(64)) float[this->rows * this->columns],
-                  [](float* p) { operator delete[](p, std::align_val_t(64)); }) {}
+          numbers(new (std::align_val_t(64)) Stored[this->rows / F::ROWS * this->columns],
+                  [](Stored* p) { operator delete[](p, std::align_val_t(64)); }) {}
 
-    float* at(int64_t row, int64_t column) const {
-        return &numbers[column / PANEL * PANEL * rows + row * PANEL + column % PANEL];
+    Stored* at(int64_t row, int64_t column) const {
+        return &numbers[(column / PANEL * rows + row) / F::ROWS * PANEL + column % PANEL];
+    }
+
+    // Read, and write, a block of 16 rows and columns.
+    void get(int64_t row, int64_t column, Floats (&block)[LANES]) const {
+        for (int64_t r = 0; r < LANES; r += F::ROWS)
+            F::get(at(row + r, column), (Floats(&)[F::ROWS])block[r]);
+    }
+    void put(int64_t row, int64_t column, const Floats (&block)[LANES]) const {
+        for (int64_t r = 0; r < LANES; r += F::ROWS)
+            F::put(at(row + r, column), (const Floats(&)[F::ROWS])block[r]);
     }
 };
 
-// Compute a tile of a product: for R rows and V vectors of columns, sums over K terms of a(k, r)
-// times b(k, columns). From one k to the next, b moves by PANEL and a by STEP; from one r to the
-// next, a moves by the other of the two.
-template <int R, int V, int STEP>
-inline void tile(const float* a, const float* b, int64_t K, Floats (&sums)[R][V]) {
-    constexpr int64_t ACROSS = STEP == PANEL ? 1 : PANEL;
-    for (int64_t k = 0; k < K; k++, a += STEP, b += PANEL) {
-        Floats columns[V];
-        for (int v = 0; v < V; v++) columns[v] = load(b + v * LANES);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sums[r][v] += a[r * ACROSS] * columns[v];
-    }
-}
-
-// Transpose a block of 16 rows.
+// Transpose a block: exchange its quarters off the diagonal, then theirs, down to single numbers.
 inline void transpose(Floats (&rows)[LANES]) {
     for (int64_t half = LANES / 2; half; half /= 2)
         for (int64_t i = 0; i < LANES; i++)
@@ -203,127 +243,184 @@ inline void transpose(Floats (&rows)[LANES]) {
             }
 }
 
-// The symmetric out = times * a^T b + by * plus, where a and b have K rows and all else is (S, S).
-struct Symmetric {
-    const Panels &out, &a, &b;
+// out = times * a^T b + by * plus + diagonal * I. If it is known to be symmetric, its lower triangle
+// is computed, and copied to the upper one.
+template <class F>
+struct Product {
+    const Panels<F>&out, &a, &b;
     float times = 1, by = 0;
-    const Panels* plus = nullptr;
+    const Panels<F>* plus = nullptr;
+    float diagonal = 0;
 
-    // Compute the lower triangle, and copy it to the upper one.
-    void compute() const {
+    void all() const {
         for (int64_t j = 0; j < out.columns; j += WIDE * LANES)
-            for (int64_t i = j; i < out.columns; i += TALL)
+            for (int64_t i = 0; i < out.rows; i += TALL) part<WIDE>(i, j);
+    }
+
+    void symmetric() const {
+        for (int64_t j = 0; j < out.columns; j += WIDE * LANES)
+            for (int64_t i = j; i < out.rows; i += TALL)
                 i < j + LANES ? part<1>(i, j) : part<WIDE>(i, j);
-        for (int64_t i = 0; i < out.columns; i += LANES)
+        for (int64_t i = 0; i < out.rows; i += LANES)
             for (int64_t j = 0; j < i; j += LANES) {
                 Floats block[LANES];
-                for (int r = 0; r < LANES; r++) block[r] = load(out.at(i + r, j));
+                out.get(i, j, block);
                 transpose(block);
-                for (int r = 0; r < LANES; r++) store(out.at(j + r, i), block[r]);
+                out.put(j, i, block);
             }
     }
 
-    // Compute a tile of V vectors of columns, from row i and column j on.
+    // Compute a tile of TALL rows and V vectors of columns, from row i and column j on.
     template <int V>
     void part(int64_t i, int64_t j) const {
         Floats sums[TALL][V] = {};
-        tile<TALL, V, PANEL>(a.at(0, i), b.at(0, j), a.rows, sums);
-        for (int r = 0; r < TALL; r++)
-            for (int v = 0; v < V; v++) {
-                Floats sum = times * sums[r][v];
-                if (plus) sum += by * load(plus->at(i + r, j + v * LANES));
-                store(out.at(i + r, j + v * LANES), sum);
+        const typename F::Stored *down = a.at(0, i), *across = b.at(0, j);
+        for (int64_t k = 0; k < a.rows; k += F::ROWS, down += PANEL, across += PANEL)
+            for (int r = 0; r < TALL; r++)
+                for (int v = 0; v < V; v++)
+                    sums[r][v] = F::add(sums[r][v], down[r], across + v * LANES);
+        for (int v = 0; v < V; v++)
+            for (int r = 0; r < TALL; r += F::ROWS) {
+                Floats rows[F::ROWS] = {};
+                if (plus) F::get(plus->at(i + r, j + v * LANES), rows);
+                for (int n = 0; n < F::ROWS; n++) {
+                    rows[n] = times * sums[r + n][v] + by * rows[n];
+                    rows[n] += COUNT == int32_t(i + r + n - j - v * LANES) ? diagonal : 0.f;
+                }
+                F::put(out.at(i + r, j + v * LANES), rows);
             }
     }
 };
 
-// Compute out = x p, for x and out (L, S) and the symmetric p (S, S).
-void multiply(const Panels& out, const Panels& x, const Panels& p) {
-    for (int64_t j = 0; j < p.columns; j += WIDE * LANES)
-        for (int64_t i = 0; i < x.rows; i += TALL) {
-            Floats sums[TALL][WIDE] = {};
-            for (int64_t k = 0; k < x.columns; k += PANEL)
-                tile<TALL, WIDE, 1>(x.at(i, k), p.at(k, j), PANEL, sums);
-            for (int r = 0; r < TALL; r++)
-                for (int v = 0; v < WIDE; v++)
-                    store(out.at(i + r, j + v * LANES), sums[r][v]);
-        }
-}
-
 // -- Muon
 
-// Move the momentum to the gradient, and put Nesterov's mean of the two into `to`.
-void gather(const Matrix& m, float momentum, const Panels& to) {
-    bool wide = m.columns > m.rows;
-    for (int64_t i = 0; i < (wide ? to.columns : to.rows); i += LANES)
-        for (int64_t j = 0; j < (wide ? to.rows : to.columns); j += LANES) {
-            Floats block[LANES] = {};
-            for (int64_t r = 0; r < std::min(LANES, m.rows - i); r++) {
-                int64_t at = (i + r) * m.columns + j, count = m.columns - j;
-                if (count <= 0) break;
-                Floats gradient = load(m.gradient + at, count), mean = load(m.momentum + at, count);
-                mean += (gradient - mean) * (1 - momentum);
-                store(m.momentum + at, mean, count);
-                block[r] = gradient + (mean - gradient) * momentum;
-            }
-            if (wide) transpose(block);
-            for (int64_t r = 0; r < LANES; r++)
-                store(wide ? to.at(j + r, i) : to.at(i + r, j), block[r]);
-        }
-}
+struct Choices {
+    float rate, momentum, decay;
+    float quintic[3];
+    int64_t iterations;
+};
 
-// Scale the weights by `keep`, and subtract `size` times the direction.
-void apply(const Matrix& m, float keep, float size, const Panels& direction) {
-    bool wide = m.columns > m.rows;
-    for (int64_t i = 0; i < m.rows; i += LANES)
-        for (int64_t j = 0; j < m.columns; j += LANES) {
-            Floats block[LANES];
-            for (int64_t r = 0; r < LANES; r++)
-                block[r] = load(wide ? direction.at(j + r, i) : direction.at(i + r, j));
-            if (wide) transpose(block);
-            for (int64_t r = 0; r < std::min(LANES, m.rows - i); r++) {
-                int64_t at = (i + r) * m.columns + j, count = m.columns - j;
-                store(m.weight + at, keep * load(m.weight + at, count) - size * block[r], count);
+// A matrix whose singular values move to about one, (L, S) or (S, L) in the model's memory.
+template <class F>
+struct Direction {
+    const Matrix& matrix;
+    bool wide = matrix.columns > matrix.rows;
+    int64_t L = std::max(matrix.rows, matrix.columns), S = std::min(matrix.rows, matrix.columns);
+    Panels<F> tall{L, S}, flat{S, L};  // the matrix, and its transpose
+    float norm = 0;
+
+    // Move the momentum to the gradient, and take Nesterov's mean of the two.
+    void gather(float momentum) {
+        Floats squares{};
+        for (int64_t i = 0; i < (wide ? flat : tall).rows; i += LANES)
+            for (int64_t j = 0; j < (wide ? flat : tall).columns; j += LANES) {
+                Floats block[LANES] = {};
+                for (int64_t r = 0; r < std::min(LANES, matrix.rows - i); r++) {
+                    int64_t at = (i + r) * matrix.columns + j, count = matrix.columns - j;
+                    if (count <= 0) break;
+                    Floats gradient = load(matrix.gradient + at, count);
+                    Floats mean = load(matrix.momentum + at, count);
+                    mean += (gradient - mean) * (1 - momentum);
+                    store(matrix.momentum + at, mean, count);
+                    block[r] = gradient + (mean - gradient) * momentum;
+                    squares += block[r] * block[r];
+                }
+                (wide ? flat : tall).put(i, j, block);
+                transpose(block);
+                (wide ? tall : flat).put(j, i, block);
             }
+        double sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
+        norm = std::sqrt(sum) + 1e-7f;
+    }
+
+    // Scale the weights by `keep`, and subtract `size` times the direction.
+    void apply(const Panels<F>& flat, float keep, float size) const {
+        for (int64_t i = 0; i < matrix.rows; i += LANES)
+            for (int64_t j = 0; j < matrix.columns; j += LANES) {
+                Floats block[LANES];
+                flat.get(wide ? i : j, wide ? j : i, block);
+                if (!wide) transpose(block);
+                for (int64_t r = 0; r < std::min(LANES, matrix.rows - i); r++) {
+                    int64_t at = (i + r) * matrix.columns + j, count = matrix.columns - j;
+                    store(matrix.weight + at,
+                          keep * load(matrix.weight + at, count) - size * block[r], count);
+                }
+            }
+    }
+
+    void update(const Choices& choices, float size) {
+        float keep = 1 - choices.rate * choices.decay;
+        size *= std::sqrt(std::max(1.f, float(matrix.rows) / matrix.columns));
+        gather(choices.momentum);
+        if constexpr (F::ROWS == 1) {
+            apply(by_gram(choices), keep, size / norm);
+        } else {
+            apply(by_steps(choices), keep, size);
         }
-}
+    }
+
+    // With G = X^T X, every iteration multiplies X by a polynomial Q(G), and all of these commute.
+    // So X is multiplied once, by their product P; what is iterated are symmetric matrices (S, S).
+    Panels<F> by_gram(const Choices& choices) {
+        const float(&q)[3] = choices.quintic;
+        Panels<F> gram(S, S), factor(S, S), product(S, S), spare(S, S);
+        Product<F>{gram, tall, tall, 1 / norm / norm}.symmetric();
+        for (int64_t step = 0; step < choices.iterations; step++) {
+            Product<F>{factor, gram, gram, q[2], q[1], &gram, q[0]}.symmetric();
+            if (step == 0) {
+                std::copy_n(factor.at(0, 0), factor.rows * factor.columns, product.at(0, 0));
+            } else {
+                Product<F>{spare, product, factor}.symmetric();
+                std::swap(product, spare);
+            }
+            if (step == choices.iterations - 1) break;
+            Product<F>{spare, gram, factor}.symmetric();
+            Product<F>{gram, spare, factor}.symmetric();
+        }
+        Panels<F> result(S, L);
+        Product<F>{result, product, flat}.all();
+        return result;
+    }
+
+    // The same one iteration after another. In bfloat16, errors of G would grow in the way above.
+    Panels<F> by_steps(const Choices& choices) {
+        const float(&q)[3] = choices.quintic;
+        Panels<F> gram(S, S), factor(S, S), spare(S, L);
+        for (int64_t step = 0; step < choices.iterations; step++) {
+            float scale = step ? 1 : 1 / norm, square = scale * scale;
+            Product<F>{gram, tall, tall, square}.symmetric();
+            Product<F>{factor, gram, gram, q[2], q[1], &gram, q[0]}.symmetric();
+            Product<F>{spare, factor, flat, scale}.all();
+            std::swap(flat, spare);
+            if (step == choices.iterations - 1) break;
+            for (int64_t i = 0; i < flat.rows; i += LANES)
+                for (int64_t j = 0; j < flat.columns; j += LANES) {
+                    Floats block[LANES];
+                    flat.get(i, j, block);
+                    transpose(block);
+                    tall.put(j, i, block);
+                }
+        }
+        return std::move(flat);
+    }
+};
 
 }  // namespace
 
 extern "C" {
 
-// Update matrices as Muon does; see muon.py. With G = X^T X, each iteration X Q(G) of the quintic
-// only multiplies X by a polynomial of G. So X is multiplied once, by the product P of all Q, and
-// what is iterated are symmetric matrices (S, S), of which half is computed.
-void muon(const Matrix* matrices, int64_t count, float rate, float momentum, float decay,
-          const float* quintic, int64_t iterations, int64_t threads) {
+// Update matrices as muon.py does. `bf16` allows products in bfloat16, which processors with an
+// instruction for them multiply twice as fast; long matrices need fewer products in float32.
+void muon(const Matrix* matrices, int64_t count, const Choices* choices, int32_t bf16,
+          int64_t threads) {
     share(count, std::min(threads, count), [&](int64_t i) {
         const Matrix& m = matrices[i];
-        int64_t L = std::max(m.rows, m.columns), S = std::min(m.rows, m.columns);
-        Panels x(L, S), direction(L, S), g(S, S), q(S, S), p(S, S), spare(S, S);
-        gather(m, momentum, x);
-        Symmetric{g, x, x}.compute();
-        double square = 0;  // of the norm of x
-        for (int64_t n = 0; n < S; n++) square += *g.at(n, n);
-        float norm = std::sqrt(square) + 1e-7f;
-        float inverse = 1 / norm;
-        for (int64_t n = 0; n < g.rows * g.columns; n++) g.numbers[n] *= inverse * inverse;
-        for (int64_t step = 0; step < iterations; step++) {
-            Symmetric{q, g, g, quintic[2], quintic[1], &g}.compute();
-            for (int64_t n = 0; n < S; n++) *q.at(n, n) += quintic[0];
-            if (step == 0) {
-                std::copy_n(&q.numbers[0], q.rows * q.columns, &p.numbers[0]);
-            } else {
-                Symmetric{spare, p, q}.compute();
-                std::swap(p, spare);
-            }
-            if (step == iterations - 1) break;
-            Symmetric{spare, g, q}.compute();
-            Symmetric{g, spare, q}.compute();
-        }
-        multiply(direction, x, p);
-        float ratio = std::max(1.f, float(m.rows) / m.columns);
-        apply(m, 1 - rate * decay, rate * std::sqrt(ratio) * inverse, direction);
+#ifdef __AVX512BF16__
+        if (bf16 && std::max(m.rows, m.columns) < 2 * std::min(m.rows, m.columns))
+            return Direction<Bfloat16>{m}.update(*choices, choices->rate);
+#endif
+        Direction<Float32>{m}.update(*choices, choices->rate);
     });
 }
 
