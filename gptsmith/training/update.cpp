@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -227,20 +228,22 @@ struct Panels {
     }
 };
 
-// Transpose a block: exchange its quarters off the diagonal, then theirs, down to single numbers.
-inline void transpose(Floats (&rows)[LANES]) {
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < LANES; i++)
-            if (!(i & half)) {
-                Words low, high;
-                for (int lane = 0; lane < LANES; lane++) {
-                    low[lane] = lane & half ? lane - half + LANES : lane;
-                    high[lane] = lane & half ? lane + LANES : lane + half;
-                }
-                Floats a = rows[i], b = rows[i + half];
-                rows[i] = __builtin_shuffle(a, b, low);
-                rows[i + half] = __builtin_shuffle(a, b, high);
-            }
+// Exchange what lies off the diagonal between the halves of each 2 HALF rows and columns.
+template <int HALF, int... LANE>
+inline void exchange(Floats (&rows)[LANES], std::integer_sequence<int, LANE...>) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & HALF)) {
+            Floats a = rows[i], b = rows[i + HALF];
+            rows[i] = __builtin_shufflevector(a, b, (LANE & HALF ? LANE - HALF + 16 : LANE)...);
+            rows[i + HALF] =
+                __builtin_shufflevector(a, b, (LANE & HALF ? LANE + 16 : LANE + HALF)...);
+        }
+}
+
+inline void transpose(Floats (&block)[LANES]) {
+    constexpr std::make_integer_sequence<int, LANES> lanes;
+    exchange<8>(block, lanes), exchange<4>(block, lanes);
+    exchange<2>(block, lanes), exchange<1>(block, lanes);
 }
 
 // out = times * a^T b + by * plus + diagonal * I. If it is known to be symmetric, its lower triangle
@@ -272,7 +275,7 @@ struct Product {
 
     // Compute a tile of TALL rows and V vectors of columns, from row i and column j on.
     template <int V>
-    void part(int64_t i, int64_t j) const {
+    __attribute__((noinline)) void part(int64_t i, int64_t j) const {
         Floats sums[TALL][V] = {};
         const typename F::Stored *down = a.at(0, i), *across = b.at(0, j);
         for (int64_t k = 0; k < a.rows; k += F::ROWS, down += PANEL, across += PANEL)
