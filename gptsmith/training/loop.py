@@ -26,6 +26,7 @@ from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
 from .optimizers import Optimizer
 from .schedules import learning_rate
+from .update import CompiledUpdate
 
 # Steps in a row without a finite gradient after which the run has diverged. With fp16, the gradient
 # scaler may first have to halve its scale many times, from 65,536.
@@ -68,6 +69,7 @@ class Trainer:
     # Whether dropout is drawn for each row of the global batch, whatever process computes it; else
     # each process draws from PyTorch's generator.
     dropout_by_row: bool = True
+    update: CompiledUpdate | None = None  # clips the gradients, if the optimizers use it too
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
@@ -156,6 +158,11 @@ class Trainer:
             targets.to(self.device, non_blocking=True),
         )
 
+    def clip(self) -> Tensor:
+        """Scale the gradients to the norm grad_clip if theirs is larger.  -> (), their norm"""
+        clip = torch.nn.utils.clip_grad_norm_ if self.update is None else self.update.clip
+        return clip(self.model.parameters(), self.settings.grad_clip or math.inf)
+
     def step(self, done: int) -> StepReport:
         """Run the step that follows `done` steps: forward, backward, clip, update."""
         started = time.perf_counter()
@@ -168,9 +175,7 @@ class Trainer:
         self.computing_gradient = False
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.settings.grad_clip or math.inf
-        )
+        norm = self.clip()
         if done + 1 < self.settings.steps:  # load the next batch while the GPU is still busy
             self.ready[done + 1] = self.load(done + 1)
         numbers = torch.stack((loss, norm)).tolist()  # the step's only wait for the GPU

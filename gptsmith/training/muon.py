@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .update import Choices, CompiledUpdate
+
 # Jordan's coefficients of a x + b x^3 + c x^5. Applied five times, this polynomial takes every
 # singular value in (0, 1], unless it is tiny, to about one.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -28,6 +30,9 @@ class Muon:
     for a wide matrix and sqrt(R/C) times that for a tall one, so that the outputs of both change
     by as much per channel.
 
+    With `compiled`, C++ makes the same updates on a CPU, faster and, where it does not multiply in
+    bfloat16, exactly.
+
     torch.optim.Muon handles one matrix after another, which is half as fast for small ones, and it
     has no stacks.
     """
@@ -40,11 +45,13 @@ class Muon:
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         stacks: dict[Tensor, int] | None = None,
+        compiled: CompiledUpdate | None = None,
     ) -> None:
         group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), **group}]
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.stacks = stacks or {}
+        self.compiled = compiled
 
     @torch.no_grad()
     def step(self) -> None:
@@ -69,8 +76,12 @@ class Muon:
         for p in members:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        gradients = [p.grad for p in members if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in members]
+        if self.compiled is not None:
+            choices = Choices(rate, momentum, group["weight_decay"], QUINTIC, ITERATIONS)
+            self.compiled.muon(members, buffers, shape, choices)
+            return
+        gradients = [p.grad for p in members if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
         matrices = torch.cat([update.view(-1, *shape) for update in updates])  # (M, R, C)

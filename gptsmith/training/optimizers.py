@@ -14,20 +14,26 @@ from torch.optim.adamw import adamw
 from ..config.settings import TrainingSettings
 from ..model.gpt import GPT
 from .muon import Muon
+from .update import CompiledUpdate
 
 
 class AdamW:
-    """PyTorch's fused AdamW, with weight decay for matrices and embeddings only.
+    """AdamW, fused by PyTorch or, with `compiled`, in C++.
 
-    Biases and the norms' gains do not decay. Calls PyTorch's function, since importing its class
-    loads the compiler, which takes 1.4 s.
+    Weights of matrices and embeddings decay; biases and the norms' gains do not. Calls PyTorch's
+    function, since importing its class loads the compiler, which takes 1.4 s.
     """
 
-    def __init__(self, parameters: list[Tensor], settings: TrainingSettings) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        settings: TrainingSettings,
+        compiled: CompiledUpdate | None = None,
+    ) -> None:
         decayed = [p for p in parameters if p.ndim >= 2]
         plain = [p for p in parameters if p.ndim < 2]
         rate = {"lr": settings.learning_rate, "times": 1.0}
-        self.settings = settings
+        self.settings, self.compiled = settings, compiled
         self.param_groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": settings.weight_decay, **rate},
             {"params": plain, "weight_decay": 0.0, **rate},
@@ -47,22 +53,43 @@ class AdamW:
                         "exp_avg_sq": torch.zeros_like(p),
                     }
             states = [self.state[p] for p in updated]
-            adamw(
-                updated,
-                [p.grad for p in updated if p.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=self.settings.beta1,
-                beta2=self.settings.beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=self.settings.epsilon,
-                maximize=False,
+            self.update(updated, states, group["lr"], group["weight_decay"])
+
+    def update(
+        self,
+        parameters: list[Tensor],
+        states: list[dict[str, Tensor]],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Update parameters of any shapes."""
+        beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.epsilon
+        if self.compiled is not None:
+            self.compiled.adamw(
+                parameters,
+                states,
+                lr=lr,
+                betas=(beta1, beta2),
+                eps=eps,
+                weight_decay=weight_decay,
             )
+            return
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
 
 
 class Optimizer(Protocol):
@@ -79,12 +106,16 @@ class Optimizer(Protocol):
         ...
 
 
-def adamw_for_all(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+def adamw_for_all(
+    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None
+) -> list[Optimizer]:
     """Return AdamW for all parameters."""
-    return [AdamW(list(model.parameters()), settings)]
+    return [AdamW(list(model.parameters()), settings, compiled)]
 
 
-def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+def muon_for_blocks(
+    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None
+) -> list[Optimizer]:
     """Return Muon for the blocks' matrices, and AdamW for the rest."""
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     # Query, key and value lie in c_attn. With fewer heads of keys, as many heads of queries at a
@@ -99,10 +130,12 @@ def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
         stacks={
             p: pieces for name, p in model.named_parameters() if name.endswith("c_attn.weight")
         },
+        compiled=compiled,
     )
     for group in muon.param_groups:
         group["times"] = settings.muon_learning_rate / settings.learning_rate
-    return [AdamW([p for p in model.parameters() if p not in inside], settings), muon]
+    others: list[Tensor] = [p for p in model.parameters() if p not in inside]
+    return [AdamW(others, settings, compiled), muon]
 
 
 OPTIMIZERS = {
@@ -111,9 +144,14 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
-    """Return the optimizers that the settings name, which share the model's parameters."""
-    return OPTIMIZERS[settings.optimizer](model, settings)
+def make_optimizers(
+    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None = None
+) -> list[Optimizer]:
+    """Return the optimizers that the settings name, which share the model's parameters.
+
+    With `compiled`, they update the weights in C++; their state is the same.
+    """
+    return OPTIMIZERS[settings.optimizer](model, settings, compiled)
 
 
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

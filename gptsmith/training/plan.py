@@ -114,7 +114,7 @@ def dry_update(trainer: Trainer) -> None:
     originals = [weight.data for weight in weights]
     for weight in weights:
         weight.data = weight.data.clone()
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    trainer.clip()
     for optimizer in trainer.optimizers:
         optimizer.step()
     for weight, data in zip(weights, originals, strict=True):

@@ -22,6 +22,7 @@ from ..model.attention import WAYS
 from ..model.gpt import GPT
 from .loop import Trainer
 from .optimizers import make_optimizers
+from .update import CompiledUpdate
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
 MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
@@ -90,9 +91,18 @@ def choose_fused(
 
 
 def make_trainer(
-    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
+    model: GPT,
+    settings: RunSettings,
+    tokens: Tokens,
+    rows: int,
+    device: torch.device,
+    *,
+    fused: bool = False,
 ) -> Trainer:
-    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
+    """Return what the loop trains: a model on its device, with batches of `rows` windows.
+
+    `fused` clips the gradients and updates the weights in C++, on a CPU.
+    """
     machine = settings.machine
     assert machine.micro_batch is not None
     model.attend_by(WAYS[machine.attention])
@@ -108,9 +118,10 @@ def make_trainer(
         rank=rank(),
         world_size=world_size(),
     )
+    update = CompiledUpdate(bf16=machine.dtype == "bf16") if fused else None
     return Trainer(
         model=model,
-        optimizers=make_optimizers(model, settings.training),
+        optimizers=make_optimizers(model, settings.training, update),
         batches=batches,
         settings=settings.training,
         device=device,
@@ -120,6 +131,7 @@ def make_trainer(
         compiled="no" if machine.compile == "auto" else machine.compile,
         # On CUDA, the attention kernel's own dropout is faster.
         dropout_by_row=device.type != "cuda" or machine.deterministic,
+        update=update,
     )
 
 

@@ -4,10 +4,10 @@ For small models, PyTorch spends this time on the overhead of many calls. The st
 plain optimizers, so that a run may change between both. Knows nothing of schedules.
 """
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +66,18 @@ class CompiledUpdate:
         self.library.adamw.restype = None
         self.library.adamw.argtypes = [POINTER(Learned), c_int64, *[c_double] * 5, c_int64]
         self.library.muon.restype = None
-        matrices = [POINTER(Matrix), c_int64, POINTER(Choices)]
-        self.library.muon.argtypes = [*matrices, c_int32, c_int64]
+        self.library.muon.argtypes = [
+            POINTER(Matrix),
+            c_int64,
+            POINTER(Choices),
+            c_int32,
+            c_int64,
+        ]
 
     def clip(self, parameters: Iterable[Tensor], most: float) -> Tensor:
         """Clip gradients as torch.nn.utils.clip_grad_norm_ does.  -> (), their norm before"""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        described = (Gradient * len(gradients))(*[(address(g), g.numel()) for g in gradients])
+        described = array(Gradient, [(address(g), g.numel()) for g in gradients])
         return torch.tensor(self.library.clip(described, len(gradients), most, threads()))
 
     def adamw(
@@ -86,8 +91,9 @@ class CompiledUpdate:
         weight_decay: float,
     ) -> None:
         """Update parameters by AdamW."""
-        described = (Learned * len(parameters))(
-            *[
+        described = array(
+            Learned,
+            [
                 (
                     address(p),
                     address(p.grad),
@@ -97,7 +103,7 @@ class CompiledUpdate:
                     p.numel(),
                 )
                 for p, state in zip(parameters, states, strict=True)
-            ]
+            ],
         )
         self.library.adamw(described, len(described), lr, *betas, eps, weight_decay, threads())
 
@@ -119,8 +125,12 @@ class CompiledUpdate:
             for *starts, count in stacks
             for number in range(count)
         ]
-        described = (Matrix * len(matrices))(*matrices)
-        self.library.muon(described, len(matrices), choices, self.bf16, threads())
+        self.library.muon(array(Matrix, matrices), len(matrices), choices, self.bf16, threads())
+
+
+def array(kind: type[Structure], items: Sequence[tuple[int, ...]]) -> Any:
+    """Return an array of structures from the values of their fields."""
+    return (kind * len(items))(*items)  # type: ignore[misc]
 
 
 def address(tensor: Tensor | None) -> int:
