@@ -318,7 +318,8 @@ def make_parts(
     optimizers = {optimizer_name(each): each for each in trainer.optimizers}
     rates: dict[str, float | None] = dict.fromkeys(flops, rate)
     for name, optimizer in optimizers.items():
-        if isinstance(optimizer, Muon):  # it multiplies in bfloat16, whatever the run does
+        # PyTorch multiplies in bfloat16, whatever the run does; update.cpp as suits each shape.
+        if isinstance(optimizer, Muon) and optimizer.compiled is None:
             flops[name] = muon_flops(optimizer)
             rates[name] = rate if trainer.dtype == "bf16" else None
     times = {

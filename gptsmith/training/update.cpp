@@ -66,7 +66,7 @@ inline int64_t whole(int64_t count, int64_t in) { return (count + in - 1) / in *
 // -- one pass over all parameters, in pieces that threads take in turn
 
 constexpr int64_t PIECE = 1 << 14;  // numbers
-constexpr int64_t FEW = 1 << 16;    // numbers in all, for which waking other threads takes longer
+constexpr int64_t FEW = 1 << 16;    // numbers in all, of which one thread takes care faster
 
 struct Piece {
     int64_t tensor, start, end;
@@ -352,9 +352,9 @@ struct Direction {
             }
     }
 
-    void update(const Choices& choices, float size) {
+    void update(const Choices& choices) {
         float keep = 1 - choices.rate * choices.decay;
-        size *= std::sqrt(std::max(1.f, float(matrix.rows) / matrix.columns));
+        float size = choices.rate * std::sqrt(std::max(1.f, float(matrix.rows) / matrix.columns));
         gather(choices.momentum);
         if constexpr (F::ROWS == 1) {
             apply(by_gram(choices), keep, size / norm);
@@ -421,9 +421,9 @@ void muon(const Matrix* matrices, int64_t count, const Choices* choices, int32_t
         const Matrix& m = matrices[i];
 #ifdef __AVX512BF16__
         if (bf16 && std::max(m.rows, m.columns) < 2 * std::min(m.rows, m.columns))
-            return Direction<Bfloat16>{m}.update(*choices, choices->rate);
+            return Direction<Bfloat16>{m}.update(*choices);
 #endif
-        Direction<Float32>{m}.update(*choices, choices->rate);
+        Direction<Float32>{m}.update(*choices);
     });
 }
 

@@ -100,6 +100,19 @@ def test_muon_is_exact_in_float32_and_near_in_bfloat16(shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("bf16", [False, True])
+def test_singular_values_become_about_one(bf16: bool) -> None:
+    for shape in ((8, 20), (20, 8), (12, 12), (96, 80)):
+        torch.manual_seed(0)
+        u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        weight = torch.zeros(shape)
+        weight.grad = u * torch.linspace(0.05, 1, min(shape)) @ vh
+        Muon([weight], 1.0, momentum=0.0, compiled=CompiledUpdate(bf16=bf16)).step()
+        values = torch.linalg.svdvals(weight / max(1, shape[0] / shape[1]) ** 0.5)
+        assert values.max() < 1.25
+        assert values.min() > 0.6
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 def test_muon_is_the_plain_muon_within_its_rounding(bf16: bool) -> None:
     """Momentum, decay, and matrices stacked in one parameter, over several steps."""
     shapes = [(36, 12), (12, 36), (36, 12), (12, 12)]
