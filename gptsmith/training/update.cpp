@@ -140,6 +140,7 @@ void adamw(const Learned* tensors, int64_t count, double rate, double beta1, dou
         float root = 1 / std::sqrt(1 - std::pow(beta2, *t.step));
         float keep = 1 - rate * decay, new1 = 1 - beta1, old2 = beta2, new2 = 1 - beta2;
         float least = epsilon;
+#pragma omp simd
         for (int64_t n = all[i].start; n < all[i].end; n++) {
             float g = t.gradient[n];
             float mean = t.mean[n] = t.mean[n] + (g - t.mean[n]) * new1;
