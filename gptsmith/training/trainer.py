@@ -20,9 +20,9 @@ from ..machine.native import open_library
 from ..model import fused
 from ..model.attention import WAYS
 from ..model.gpt import GPT
+from . import update
 from .loop import Trainer
 from .optimizers import make_optimizers
-from .update import CompiledUpdate
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
 MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
@@ -79,7 +79,8 @@ def choose_fused(
         )
     try:
         if possible:
-            open_library(fused.SOURCE)
+            for source in (fused.SOURCE, update.SOURCE):
+                open_library(source)
     except (ValueError, OSError) as error:
         if machine.fused == "yes":
             raise SettingError("fused", f"is yes, but {error}; go on with --fused no") from error
@@ -96,17 +97,14 @@ def make_trainer(
     tokens: Tokens,
     rows: int,
     device: torch.device,
-    *,
-    fused: bool = False,
 ) -> Trainer:
-    """Return what the loop trains: a model on its device, with batches of `rows` windows.
-
-    `fused` clips the gradients and updates the weights in C++, on a CPU.
-    """
+    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
     machine = settings.machine
     assert machine.micro_batch is not None
     model.attend_by(WAYS[machine.attention])
+    compiled = None
     if machine.fused == "yes":
+        compiled = update.CompiledUpdate(bf16=machine.dtype == "bf16")
         fused.fuse(model, open_library(fused.SOURCE))
     if machine.dtype == "fp8":
         multiply_in_float8(model)
@@ -118,10 +116,12 @@ def make_trainer(
         rank=rank(),
         world_size=world_size(),
     )
-    update = CompiledUpdate(bf16=machine.dtype == "bf16") if fused else None
+    compiled = (
+        update.CompiledUpdate(bf16=machine.dtype == "bf16") if machine.fused == "yes" else None
+    )
     return Trainer(
         model=model,
-        optimizers=make_optimizers(model, settings.training, update),
+        optimizers=make_optimizers(model, settings.training, compiled),
         batches=batches,
         settings=settings.training,
         device=device,
@@ -131,7 +131,7 @@ def make_trainer(
         compiled="no" if machine.compile == "auto" else machine.compile,
         # On CUDA, the attention kernel's own dropout is faster.
         dropout_by_row=device.type != "cuda" or machine.deterministic,
-        update=update,
+        update=compiled,
     )
 
 

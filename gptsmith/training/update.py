@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..machine.native import open_library
 
-UPDATE = Path(__file__).with_name("update.cpp")
+SOURCE = Path(__file__).with_name("update.cpp")
 
 # The fields of these structures must match those of update.cpp, which says what they are.
 
@@ -60,7 +60,7 @@ class CompiledUpdate:
     """
 
     def __init__(self, *, bf16: bool = False) -> None:
-        self.bf16, self.library = bf16, open_library(UPDATE)
+        self.bf16, self.library = bf16, open_library(SOURCE)
         self.library.clip.restype = c_float
         self.library.clip.argtypes = [POINTER(Gradient), c_int64, c_float, c_int64]
         self.library.adamw.restype = None
