@@ -125,8 +125,9 @@ class MachineSettings:
     )
     fused: Literal["auto", "yes", "no"] = setting(
         "auto",
-        "what lies between the matrix products of GPT-2's block in C++, on a CPU; built once per "
-        "machine in some seconds; auto does without where there is no compiler",
+        "what lies between the matrix products of GPT-2's block, and the update of the weights, in "
+        "C++, on a CPU; built once per machine in some seconds; auto does without where there is "
+        "no compiler",
     )
     attention: Attention = setting("auto", ATTENTION_HELP)
     threads: int | None = setting(None, "CPU threads (default: one per core)")
