@@ -100,22 +100,19 @@ class Optimizer(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, dict[str, Tensor]]  # kept in checkpoints, by parameter name
+    compiled: CompiledUpdate | None  # does the same in C++, with the same state
 
     def step(self) -> None:
         """Update the parameters from their gradients."""
         ...
 
 
-def adamw_for_all(
-    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None
-) -> list[Optimizer]:
+def adamw_for_all(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
     """Return AdamW for all parameters."""
-    return [AdamW(list(model.parameters()), settings, compiled)]
+    return [AdamW(list(model.parameters()), settings)]
 
 
-def muon_for_blocks(
-    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None
-) -> list[Optimizer]:
+def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
     """Return Muon for the blocks' matrices, and AdamW for the rest."""
     matrices = [p for p in model.h.parameters() if p.ndim == 2]
     # Query, key and value lie in c_attn. With fewer heads of keys, as many heads of queries at a
@@ -130,12 +127,10 @@ def muon_for_blocks(
         stacks={
             p: pieces for name, p in model.named_parameters() if name.endswith("c_attn.weight")
         },
-        compiled=compiled,
     )
     for group in muon.param_groups:
         group["times"] = settings.muon_learning_rate / settings.learning_rate
-    others: list[Tensor] = [p for p in model.parameters() if p not in inside]
-    return [AdamW(others, settings, compiled), muon]
+    return [AdamW([p for p in model.parameters() if p not in inside], settings), muon]
 
 
 OPTIMIZERS = {
@@ -144,14 +139,9 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizers(
-    model: GPT, settings: TrainingSettings, compiled: CompiledUpdate | None = None
-) -> list[Optimizer]:
-    """Return the optimizers that the settings name, which share the model's parameters.
-
-    With `compiled`, they update the weights in C++; their state is the same.
-    """
-    return OPTIMIZERS[settings.optimizer](model, settings, compiled)
+def make_optimizers(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
+    """Return the optimizers that the settings name, which share the model's parameters."""
+    return OPTIMIZERS[settings.optimizer](model, settings)
 
 
 def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
