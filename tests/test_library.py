@@ -105,7 +105,7 @@ def test_train_takes_settings_and_shows_what_the_command_shows(
         model=gptsmith.GPTConfig(n_layer=1, n_head=2, n_embd=8, context_length=8),
         data=gptsmith.DataSettings(data="notes.txt", tokenizer="char"),
         training=gptsmith.TrainingSettings(steps=2, batch_tokens=16),
-        machine=gptsmith.MachineSettings(threads=1, dtype="float32"),
+        machine=gptsmith.MachineSettings(threads=1, dtype="float32", attention="kernel"),
         report=gptsmith.ReportSettings(sample_tokens=0),
     )
     run = gptsmith.train(settings, show=True, steps=3)

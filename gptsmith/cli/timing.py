@@ -26,10 +26,12 @@ from ..machine import devices
 from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
+from ..training.choices import choose_ways, ways
 from ..training.loop import Trainer
 from ..training.trainer import choose_fused, make_trainer
 
 WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
+LONG_RUN = 10_000  # steps, which allow for measuring
 PROMPT_TOKENS, NEW_TOKENS = 32, 128  # by default, if the context has room for them
 
 
@@ -61,20 +63,25 @@ def fresh_trainer(
 ) -> Trainer:
     """Return a trainer with random weights and tokens, whose steps take `rows` full windows.
 
-    `training` are further TrainingSettings. Unless set, a micro-batch is the whole batch.
+    `training` are further TrainingSettings. Unless set, a micro-batch is the whole batch. Precision
+    and attention are chosen as for a long run, by measuring, unless they are set.
     """
     machine = devices.choose_to_learn(settings)
     device, compile = devices.prepare_machine(machine), machine.compile
     if compile == "auto":  # take what a long run would choose
         compile = "yes" if device.type == "cuda" else "no"
-    machine = choose_fused(replace(machine, compile=compile), config, device)
+    machine = replace(machine, compile=compile, micro_batch=machine.micro_batch or rows)
+    machine = choose_fused(machine, config, device)
+    *_, way = ways(machine, config, rows, device).values()
     run = RunSettings(
         model=config,
         training=TrainingSettings(batch_tokens=rows * config.context_length, **training),
-        machine=replace(machine, micro_batch=machine.micro_batch or rows),
+        machine=way,
     )
     tokens = RandomTokens(config.vocab_size, 4 * run.training.batch_tokens + 1)
-    return make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)
+    trainer = make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)
+    choose_ways(trainer, machine, LONG_RUN)
+    return trainer
 
 
 def bench_train(
@@ -86,6 +93,11 @@ def bench_train(
     return training_figures(trainer, seconds[WARM_UP:])
 
 
+def attention_of(model: GPT) -> str:
+    """Return the name in WAYS of the implementation of attention that a model uses."""
+    return next(name for name, way in WAYS.items() if model.get_submodule("h.0.attn").attend is way)
+
+
 def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, Any]:
     """Return the figures of training, given the seconds of each step."""
     config, tokens = trainer.model.config, trainer.settings.batch_tokens
@@ -94,6 +106,7 @@ def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, An
     return {
         "device": str(trainer.device),
         "dtype": trainer.dtype,
+        "attention": attention_of(trainer.model),
         "threads": torch.get_num_threads(),
         "compiled": trainer.compiled != "no",
         "parameters": cost.parameter_count(config),

@@ -1,6 +1,6 @@
-"""Device, precision and threads.
+"""Device, precision and threads: what this machine has, and what can run on it.
 
-Every automatic choice is made here, once, and returned as settings that a run can record.
+What is fastest among it is measured elsewhere, with `chooser.py`.
 """
 
 import re
@@ -55,9 +55,9 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: Dtype, device: torch.device) -> Dtype:
-    """Return the precision of a name; "auto" takes bf16 where its matrix products are fast.
+    """Return the precision of a name, which must be possible on the device.
 
-    A CPU needs AVX512-BF16 or AMX for that; GPUs before Ampere get fp16 with a gradient scaler.
+    "auto" is the last of `precisions`: that of the activations beside packed weights.
     """
     if name == "fp16" and device.type != "cuda":
         raise SettingError(
@@ -67,51 +67,66 @@ def find_dtype(name: Dtype, device: torch.device) -> Dtype:
         device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER
     ):
         raise SettingError("dtype", "is fp8, which needs a Hopper GPU or newer: take bf16")
-    if name != "auto":
-        return name
+    return precisions(device)[-1] if name == "auto" else name
+
+
+def precisions(device: torch.device) -> list[Dtype]:
+    """Return the precisions that can run on a device, the most exact first.
+
+    This does not say which is faster. On a CPU, oneDNN must know how to multiply bf16; GPUs before
+    Ampere have fp16 instead.
+    """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        return "bf16"
-    return "float32"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ["float32", "bf16" if bf16 else "fp16"]
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ["float32", "bf16"]
+    return ["float32"]
 
 
 def choose(settings: MachineSettings) -> MachineSettings:
-    """Make the automatic choices that need no model, and return the settings with them.
+    """Return the settings for using a model, checked, with every automatic choice made.
 
-    The micro-batch and whether to compile depend on the model and are left as they are.
+    Nothing is measured here.
     """
+    settings = checked(settings)
     device = find_device(settings.device)
-    if settings.compile == "max-autotune" and device.type != "cuda":
-        raise SettingError(
-            "compile", f"is max-autotune, which is for CUDA: on {device.type} take yes"
-        )
-    dtype: Any = find_dtype(settings.dtype, device)  # also int8 or int4, for inference
+    dtype: Any = find_dtype(settings.dtype, device)  # also int8 or int4
     attention = settings.attention
-    if attention == "auto":
+    if attention == "auto":  # on CPUs, PyTorch's kernel is slow in bf16
         activations = find_dtype("auto", device) if bits_of(dtype) else dtype
         attention = "blocks" if (device.type, activations) == ("cpu", "bf16") else "kernel"
-    return replace(
-        settings,
-        # Without a GPU number, since other ranks and resumed runs may use another GPU.
-        device=device.type if settings.device == "auto" else settings.device,
-        dtype=dtype,
-        attention=attention,
-        threads=environment.checked_threads("threads", settings.threads),
-    )
+    return replace(settings, dtype=dtype, attention=attention)
 
 
 def choose_to_learn(settings: MachineSettings) -> MachineSettings:
-    """Make the same choices as `choose` for training, which refuses packed weights."""
+    """Return the settings for training, checked, with the device and the threads chosen.
+
+    What else is automatic depends on the model, and is measured (`training/choices.py`).
+    """
     if bits_of(settings.dtype):
         raise SettingError(
             "dtype",
             f"is {settings.dtype}, which is for inference: train in another precision, then "
             "`gptsmith quantize` the result",
         )
-    return choose(settings)
+    return checked(settings)
+
+
+def checked(settings: MachineSettings) -> MachineSettings:
+    """Return the settings with the device and the threads chosen; SettingError if impossible."""
+    device = find_device(settings.device)
+    if settings.compile == "max-autotune" and device.type != "cuda":
+        raise SettingError(
+            "compile", f"is max-autotune, which is for CUDA: on {device.type} take yes"
+        )
+    find_dtype(settings.dtype, device)
+    return replace(
+        settings,
+        # Without a GPU number, since other ranks and resumed runs may use another GPU.
+        device=device.type if settings.device == "auto" else settings.device,
+        threads=environment.checked_threads("threads", settings.threads),
+    )
 
 
 def prepare_machine(settings: MachineSettings) -> torch.device:

@@ -57,6 +57,15 @@ def any_process(flag: bool) -> bool:
     return bool(sum_over_processes(torch.tensor(int(flag), device=device)))
 
 
+def from_first_process(value: Item) -> Item:
+    """Return the first process's value in all of them; it must be made of JSON's types."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def wait_for_processes() -> None:
     """Wait until all processes have called this."""
     if dist.is_initialized():

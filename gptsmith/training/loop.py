@@ -69,10 +69,10 @@ class Trainer:
     # Whether dropout is drawn for each row of the global batch, whatever process computes it; else
     # each process draws from PyTorch's generator.
     dropout_by_row: bool = True
-    update: CompiledUpdate | None = None  # clips the gradients, if the optimizers use it too
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
+        self.update: CompiledUpdate | None = None  # clips the gradients
         self.done = 0  # steps before the one that is computed
         self.parameters = list(self.model.parameters())  # finding them takes 30 microseconds
         self.computing_gradient = False  # in a step, whose weights are not changed yet
@@ -163,6 +163,12 @@ class Trainer:
             tokens.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),
         )
+
+    def update_by(self, compiled: CompiledUpdate | None) -> None:
+        """Clip gradients and update weights in C++ from now on, or, with None, by PyTorch."""
+        self.update = compiled
+        for optimizer in self.optimizers:
+            optimizer.compiled = compiled
 
     def clip(self) -> Tensor:
         """Scale the gradients to the norm grad_clip if theirs is larger.  -> (), their norm"""

@@ -5,19 +5,20 @@ The time is measured on this machine, and the memory estimated. The run itself d
 
 import math
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from ..config import cost
 from ..machine import devices
+from ..machine.chooser import Choice, choose, timed
 from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
 from ..machine.processes import sum_of_numbers
 from ..machine.terminal import Display, count, duration, size
+from .choices import Measured
 from .loop import Trainer
 from .run import Run
 
@@ -25,7 +26,7 @@ LEAST_TRIALS, MOST_TRIALS = 2, 8
 # Seconds that a run must take for torch.compile, which takes half a minute, to pay off: it saves a
 # third of a step on a GPU; on a CPU a sixth where matrix products are small, and little elsewhere.
 WORTH_COMPILING = {"cuda": 120.0, "cpu": 600.0}
-FASTER = 0.95  # than this share of the eager time, or the different rounding is not worth it
+GAIN = 0.05  # of a step's time, below which the different rounding is not worth it
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Trial:
 
     gradient: float  # forward and backward of this process's rows
     update: float  # gradient clipping and the optimizers
+    choice: Choice | None = field(default=None, compare=False)  # of whether to compile, if tried
 
     @property
     def step(self) -> float:
@@ -41,8 +43,8 @@ class Trial:
         return self.gradient + self.update
 
 
-def show_plan(run: Run, trial: Trial) -> None:
-    """Show the plan of a run."""
+def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
+    """Show the plan of a run, and what was measured to choose how it computes."""
     settings, trainer = run.settings, run.trainer
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
@@ -70,6 +72,8 @@ def show_plan(run: Run, trial: Trial) -> None:
         "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",
         "run": str(run.folder),
     }
+    if measured:
+        rows["fastest"] = "; ".join(map(str, measured))
     title = "Resuming" if run.done else "Training"
     run.display.table(title, rows)
 
@@ -98,7 +102,8 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
     seconds = micro_batch * -(-rows // trainer.micro_batch), update
     # The mean over the processes, so that all make the same choices.
     totals = sum_of_numbers(seconds, trainer.device)
-    return Trial(*(total / world_size() for total in totals))
+    gradient, update = (total / world_size() for total in totals)
+    return Trial(gradient, update)
 
 
 def do_without_compiler(trainer: Trainer, display: Display, error: Exception) -> None:
@@ -127,10 +132,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     # All processes must call it equally often, as the gradients are summed over them.
     most = MOST_TRIALS if world_size() == 1 else LEAST_TRIALS
     while len(seconds) < LEAST_TRIALS or (sum(seconds) < 0.3 and len(seconds) < most):
-        started = time.perf_counter()
-        work()
-        devices.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+
+        def waited() -> None:
+            work()
+            devices.synchronize(device)
+
+        seconds.append(timed(waited))
     return statistics.median(seconds[1:])
 
 
@@ -142,15 +149,23 @@ def compile_if_it_pays(trainer: Trainer, display: Display, left: int, eager: Tri
     if eager.step * left < WORTH_COMPILING.get(trainer.device.type, math.inf):
         return eager
     display.say("trying torch.compile, since the run is long")
-    try:
-        trainer.compile("yes")
-    except Exception as error:  # it imports the compiler, which looks at the system
-        do_without_compiler(trainer, display, error)
-        return eager
-    compiled = try_out(trainer, display)
-    if trainer.compiled == "yes" and compiled.step > FASTER * eager.step:
+    trials = {"no": eager}
+
+    def measure(mode: str) -> float:
+        if mode == "no":
+            return eager.step
+        try:
+            trainer.compile("yes")
+        except Exception as error:  # it imports the compiler, which looks at the system
+            do_without_compiler(trainer, display, error)
+            return math.inf
+        trials["yes"] = try_out(trainer, display)
+        return trials["yes"].step if trainer.compiled == "yes" else math.inf
+
+    choice = choose(["no", "yes"], measure, budget=0.0, close=GAIN)
+    if choice.name == "no":
         trainer.compile("no")
-    return compiled if trainer.compiled == "yes" else eager
+    return replace(trials[choice.name], choice=choice)
 
 
 def run_seconds(run: Run, trial: Trial) -> float:

@@ -1,11 +1,11 @@
 """Open a run's folder, so that it is ready to train: new, resumed or fine-tuned.
 
 A new run is a folder with only a config.toml, so all three are opened alike, and a run that was
-killed before its first step can be resumed. Every automatic choice is made here.
+killed before its first step can be resumed. Every automatic choice is made here, and recorded.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..machine.terminal import Display, count
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenizer
 from .checks import check_memory, check_run
+from .choices import Measured, choose_ways, ways
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import (
@@ -41,7 +42,7 @@ from .records import (
 )
 from .resume import check_same_data, newest_state, resumed_settings
 from .run import Run, point_to_newest
-from .trainer import batch_rows, choose_fused, make_trainer, micro_batch_rows
+from .trainer import batch_rows, choose_fused, make_trainer
 
 
 def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
@@ -58,13 +59,13 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     check_match(dataset, tokenizer, settings)
     model = make_model(settings, tokenizer, checkpoint, device)
     rows = batch_rows(settings.training, model.config)
-    machine = replace(machine, micro_batch=micro_batch_rows(machine, model.config, rows, device))
     if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
         machine = replace(machine, fused="no")
     machine = choose_fused(machine, model.config, device)
+    *_, smallest = ways(machine, model.config, rows, device).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
     config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
-    settings = replace(settings, model=config, machine=machine)
+    settings = replace(settings, model=config, machine=smallest)
     trainer = make_trainer(model, settings, dataset.train, rows, device)
     if checkpoint is not None and model.config.dropout:
         before = state.get("rng", {}).get("dropout", "processes")  # as older versions drew it
@@ -75,10 +76,13 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     if checkpoint is None:
         check_run(settings, dataset, own_data=own_data)
     check_memory(settings, device)
+    left = settings.training.steps - state["step"]
+    machine, measured = choose_ways(trainer, machine, left)
     trial = try_out(trainer, display)
     if machine.compile == "auto" and machine.fused == "no":
-        left = settings.training.steps - state["step"]
         trial = compile_if_it_pays(trainer, display, left, trial)
+        if trial.choice is not None:
+            measured.append(Measured("compile", trial.choice, settings.training.batch_tokens))
     if checkpoint is not None:
         load_state_tensors(model, trainer.optimizers, saved.load_training(checkpoint)[0])
         if trainer.scaler.is_enabled():
@@ -98,9 +102,9 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
         saved=state["step"],
         owed=list(state["owed"]),
     )
-    show_plan(run, trial)
+    show_plan(run, trial, measured)
     if rank() == 0:
-        open_records(run, changes)
+        open_records(run, changes, measured)
     wait_for_processes()
     return run
 
@@ -220,7 +224,7 @@ def check_evaluation_and_sampling(
         tokenizer.encode(settings.report.sample_prompt)
 
 
-def open_records(run: Run, changes: Mapping[str, str]) -> None:
+def open_records(run: Run, changes: Mapping[str, str], measured: Sequence[Measured]) -> None:
     """Open the run's records, and drop those of steps after the one it resumes from."""
     folder, path = run.folder, run.folder / METRICS
     kept = []
@@ -233,4 +237,13 @@ def open_records(run: Run, changes: Mapping[str, str]) -> None:
         point_to_newest(run)
     run.recorder = Recorder(folder, kept, Watchers(folder, run.settings))
     event = "resumed" if run.done or kept else "started"
-    write_event(folder, event, step=run.done, changes=changes, processes=world_size())
+    figures = {
+        each.what: {
+            "choice": each.choice.name,
+            "tokens_per_second": each.speeds,
+            "remembered": each.choice.remembered,
+        }
+        for each in measured
+    }
+    details = {"changes": changes, "processes": world_size(), "measured": figures}
+    write_event(folder, event, step=run.done, **details)

@@ -92,20 +92,11 @@ def choose_fused(
 
 
 def make_trainer(
-    model: GPT,
-    settings: RunSettings,
-    tokens: Tokens,
-    rows: int,
-    device: torch.device,
+    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
 ) -> Trainer:
     """Return what the loop trains: a model on its device, with batches of `rows` windows."""
     machine = settings.machine
     assert machine.micro_batch is not None
-    model.attend_by(WAYS[machine.attention])
-    compiled = None
-    if machine.fused == "yes":
-        compiled = update.CompiledUpdate(bf16=machine.dtype == "bf16")
-        fused.fuse(model, open_library(fused.SOURCE))
     if machine.dtype == "fp8":
         multiply_in_float8(model)
     batches = Batches(
@@ -116,23 +107,37 @@ def make_trainer(
         rank=rank(),
         world_size=world_size(),
     )
-    compiled = (
-        update.CompiledUpdate(bf16=machine.dtype == "bf16") if machine.fused == "yes" else None
-    )
-    return Trainer(
+    trainer = Trainer(
         model=model,
-        optimizers=make_optimizers(model, settings.training, compiled),
+        optimizers=make_optimizers(model, settings.training),
         batches=batches,
         settings=settings.training,
         device=device,
         dtype=machine.dtype,
         micro_batch=machine.micro_batch,
-        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == "fp16"),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
         compiled="no" if machine.compile == "auto" else machine.compile,
         # On CUDA, the attention kernel's own dropout is faster.
         dropout_by_row=device.type != "cuda" or machine.deterministic,
-        update=compiled,
     )
+    use(trainer, machine)
+    return trainer
+
+
+def use(trainer: Trainer, machine: MachineSettings) -> None:
+    """Let a trainer compute in the precision, pieces, attention and micro-batch of the settings.
+
+    All must be chosen, and fp8 stays as `make_trainer` made it.
+    """
+    assert machine.micro_batch is not None
+    trainer.model.attend_by(WAYS[machine.attention])
+    if trainer.model.config.block == "gpt2":
+        fused.fuse(trainer.model, open_library(fused.SOURCE) if machine.fused == "yes" else None)
+    bf16 = machine.dtype == "bf16"
+    trainer.update_by(update.CompiledUpdate(bf16=bf16) if machine.fused == "yes" else None)
+    trainer.dtype, trainer.micro_batch = machine.dtype, machine.micro_batch
+    scaled = machine.dtype == "fp16"
+    trainer.scaler = torch.amp.GradScaler(trainer.device.type, enabled=scaled)
 
 
 def multiply_in_float8(model: GPT, *, emulate: bool = False) -> None:

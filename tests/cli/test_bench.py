@@ -15,6 +15,7 @@ from gptsmith.cli.timing import fitting, generation_figures, random_prompt
 from gptsmith.config.tables import spread, three_digits
 from tests.conftest import TINY, scrambled
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FIGURES = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",

@@ -33,7 +33,8 @@ TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" 
 V = len(set(TEXT))
 TINY = (
     "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --steps 4 "
-    "--batch-tokens 32 --evaluate-every 2 --threads 1 --dtype float32 --sample-tokens 5"
+    "--batch-tokens 32 --evaluate-every 2 --threads 1 --dtype float32 --attention kernel "
+    "--sample-tokens 5"
 ).split()
 PLAN = ("Training", "Resuming", "  ", "step ")  # how lines begin that may come before an error
 NOBODY = 65534

@@ -57,7 +57,7 @@ WORDS = (
     "--tokenizer char --n-layer 2 --n-head 4 --n-kv-head 2 --n-embd 16 --context-length 8 "
     "--block modern --dropout 0.1 "
     "--batch-tokens 48 --warmup-steps 2 --evaluate-every 4 --sample-tokens 5 --threads 1 "
-    "--dtype float32 --keep 2 --steps 8"
+    "--dtype float32 --attention kernel --keep 2 --steps 8"
 ).split()
 
 parametrize_forms = pytest.mark.parametrize("form", FORMS)

@@ -25,7 +25,7 @@ STEPS = 12
 OPTIONS = (
     "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --dropout 0.2 "
     f"--steps {STEPS} --batch-tokens 32 --warmup-steps 2 --evaluate-every 3 --save-every 2 "
-    "--sample-tokens 5 --keep 2 --threads 1 --dtype float32"
+    "--sample-tokens 5 --keep 2 --threads 1 --dtype float32 --attention kernel"
 ).split()
 
 

@@ -30,7 +30,7 @@ TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" f
 TINY = (
     "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --dropout 0.1 "
     "--batch-tokens 48 --warmup-steps 2 --evaluate-every 4 --sample-tokens 5 --threads 1 "
-    "--dtype float32 --keep 2"
+    "--dtype float32 --attention kernel --keep 2"
 ).split()
 
 

@@ -156,8 +156,7 @@ def test_the_number_of_threads_does_not_change_a_bit(bf16: bool) -> None:
 
 def compiled_trainer(optimizer: str) -> Trainer:
     trainer = make_trainer(optimizer=optimizer, grad_clip=0.3, learning_rate=0.01)
-    trainer.update = CompiledUpdate()
-    trainer.optimizers = make_optimizers(trainer.model, trainer.settings, trainer.update)
+    trainer.update_by(CompiledUpdate())
     return trainer
 
 
