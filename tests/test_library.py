@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "evaluate_every": 3,
     "threads": 1,
     "dtype": "float32",
+    "attention": "kernel",
     "sample_tokens": 5,
 }
 

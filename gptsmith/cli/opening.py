@@ -45,9 +45,13 @@ def open_writer(options: Namespace, name: str) -> Any:
     folder, model, tokenizer = open_model(options, name)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
-    from ..generation.compiled import open_decoder
+    from ..generation.compiled import CompiledDecoder, open_decoder
+    from ..generation.crossover import tune
 
-    decoder = open_decoder(model, chosen(options, InferenceSettings).compile)
+    settings = chosen(options, InferenceSettings)
+    decoder = open_decoder(model, settings.compile)
+    if settings.dtype == "auto" and isinstance(decoder, CompiledDecoder):
+        tune(decoder)
     return folder, model, tokenizer, decoder
 
 

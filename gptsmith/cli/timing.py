@@ -20,7 +20,8 @@ from ..checkpoint.saved import load_folder
 from ..config import cost
 from ..config.model import GPTConfig
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
-from ..generation.compiled import open_decoder
+from ..generation.compiled import CompiledDecoder, open_decoder
+from ..generation.crossover import tune
 from ..generation.writing import timed_tokens
 from ..machine import devices
 from ..model.attention import WAYS
@@ -159,6 +160,8 @@ def bench_generate(
     model = model_to_time(config, machine, device, folder)
     prompt = random_prompt(config.vocab_size, rows, prompt_tokens).to(device)
     decoder = open_decoder(model, machine.compile)
+    if isinstance(decoder, CompiledDecoder):
+        tune(decoder)
     timed_tokens(model, prompt, min(WARM_UP_TOKENS, max_tokens), decoder=decoder)
     times, tokens = timed_tokens(model, prompt, max_tokens, decoder=decoder)
     return {

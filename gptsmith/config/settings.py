@@ -19,7 +19,6 @@ Split = Literal["train", "validation"]
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps; auto takes CUDA, else MPS, else the CPU"
 ATTENTION_HELP = (
     "kernel: PyTorch's fused attention; blocks: matrix products over blocks of queries; auto takes "
-    "blocks for bf16 on a CPU"
 )
 
 
@@ -115,25 +114,27 @@ class MachineSettings:
     device: str = setting("auto", DEVICE_HELP, metavar="DEVICE")
     dtype: Literal["auto", "float32", "bf16", "fp16", "fp8"] = setting(
         "auto",
-        "precision of matrix products; auto takes bf16 where the processor is fast at it; fp8 is "
-        "bf16 with the products of the blocks in 8 bits, on Hopper GPUs and newer",
+        "precision of matrix products; auto takes float32 or bf16 (fp16 on GPUs without it), "
+        "whichever is measured to be faster for the model; fp8 is bf16 with the products of the "
+        "blocks in 8 bits, on Hopper GPUs and newer",
     )
     compile: Literal["auto", "yes", "no", "max-autotune"] = setting(
         "auto",
-        "torch.compile; auto tries it in long runs and keeps it if it is faster; max-autotune, on "
-        "CUDA, searches longer and uses CUDA graphs",
+        "torch.compile; auto measures it in long runs and keeps it if it is faster; max-autotune, "
+        "on CUDA, searches longer and uses CUDA graphs",
     )
     fused: Literal["auto", "yes", "no"] = setting(
         "auto",
         "what lies between the matrix products of GPT-2's block, and the update of the weights, in "
-        "C++, on a CPU; built once per machine in some seconds; auto does without where there is "
-        "no compiler",
+        "C++, on a CPU; built once per machine in some seconds; auto takes it where it can be built "
+        "and is measured to be faster",
     )
-    attention: Attention = setting("auto", ATTENTION_HELP)
+    attention: Attention = setting("auto", f"{ATTENTION_HELP}the faster, as measured")
     threads: int | None = setting(None, "CPU threads (default: one per core)")
     micro_batch: int | None = setting(
         None,
-        "rows of a batch that are computed at once (default: as suits the memory and processor)",
+        "rows of a batch that are computed at once (default: the most that fit the memory or, on a "
+        "CPU, the fastest of a few sizes, as measured)",
     )
     deterministic: bool = setting(
         False,
@@ -153,14 +154,15 @@ class InferenceSettings:
     dtype: Literal["auto", "float32", "bf16", "fp16", "int8", "int4"] | None = setting(
         None,
         "precision of weights and matrix products; int8 and int4 quantize the weights; auto takes "
-        "the fastest that keeps the model's loss (default: float32, or as a quantized model is)",
+        "the fastest that keeps the model's loss, both as measured (default: float32, or as a "
+        "quantized model is)",
     )
     compile: Literal["auto", "yes", "no"] = setting(
         "auto",
         "compiled decoding step: C++ on a CPU, built once per machine in some seconds, or a CUDA "
         "graph on a GPU; auto does without where there is none",
     )
-    attention: Attention = setting("auto", ATTENTION_HELP)
+    attention: Attention = setting("auto", f"{ATTENTION_HELP}blocks for bf16 on a CPU")
     threads: int | None = setting(None, "CPU threads (default: one per core)")
 
     def __post_init__(self) -> None:

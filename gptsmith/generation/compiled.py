@@ -11,7 +11,7 @@ import ctypes
 import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from ..machine.native import open_library
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 from ..model.quantized import PackedLinear
+from .crossover import remembered_rows
 from .graphs import GraphDecoder
 
 STEP = Path(__file__).with_name("step.cpp")
 
-# PyTorch is faster for more rows than these; packed weights it first has to unpack.
+# PyTorch is faster for more rows than these, where nothing was measured (`crossover.py`); packed
+# weights it first has to unpack.
 MOST_ROWS, MOST_ROWS_PACKED = 64, 192
 
 
@@ -143,8 +145,14 @@ class CompiledDecoder:
 
     def takes(self, tokens: int) -> bool:
         """Whether it reads that many tokens faster than PyTorch."""
+        return tokens <= self.most_rows
+
+    @cached_property
+    def most_rows(self) -> int:
+        """The most tokens that it reads faster than PyTorch, as measured on this machine, or else
+        as where we measured it."""
         packed = isinstance(self.model.lm_head, PackedLinear)
-        return tokens <= (MOST_ROWS_PACKED if packed else MOST_ROWS)
+        return remembered_rows(self.model) or (MOST_ROWS_PACKED if packed else MOST_ROWS)
 
     @torch.inference_mode()
     def logits(

@@ -117,13 +117,10 @@ def is_figure(value: Any) -> bool:
 
 
 def remember(question: str, about: Any, figures: Mapping[str, float]) -> None:
-    """Remember figures by name on disk; a warning where that is not possible."""
+    """Remember figures, which are positive, by name on disk."""
     path = environment.cache_folder(FOLDER) / file_name(question, about)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(dict(figures)))
-    except OSError as error:
-        warnings.warn(f"what was measured could not be remembered: {error}", stacklevel=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(dict(figures)))
 
 
 def file_name(question: str, about: Any) -> str:
@@ -138,7 +135,8 @@ def file_name(question: str, about: Any) -> str:
 def once(question: str, about: Any, names: Sequence[str], measured: Callable[[], Choice]) -> Choice:
     """Return the choice among these candidates by the figures on disk, else by `measured`.
 
-    What it finds is remembered. Several processes of a run take what the first of them remembers.
+    What that finds is remembered, or a warning says why not. The processes of a run take what the
+    first of them remembers.
     """
     about = (about, tuple(names))
     known = from_first_process(recall(question, about))
@@ -147,5 +145,8 @@ def once(question: str, about: Any, names: Sequence[str], measured: Callable[[],
         return Choice(preferred(seconds), seconds, remembered=True)
     choice = measured()
     if choice.seconds and environment.rank() == 0:
-        remember(question, about, choice.seconds)
+        try:
+            remember(question, about, choice.seconds)
+        except OSError as error:
+            warnings.warn(f"the choice of {choice.name} could not be cached: {error}", stacklevel=2)
     return choice

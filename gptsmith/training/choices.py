@@ -17,7 +17,7 @@ from ..config.settings import MachineSettings
 from ..machine import devices
 from ..machine.chooser import Choice, choose, once, timed
 from ..machine.environment import world_size
-from ..machine.processes import sum_of_numbers
+from ..machine.processes import from_first_process, sum_of_numbers
 from .loop import Trainer
 from .trainer import micro_batch_rows, use
 
@@ -114,9 +114,10 @@ def choose_ways(
     found = [timing.choose_way(what, candidates, few)]
     chosen = candidates[found[0].choice.name]
     if asked.micro_batch is None and on_cpu:
-        assert chosen.micro_batch is not None
-        candidates = sizes(chosen, T)
-        found.append(timing.choose_size(candidates, chosen.micro_batch))
+        # What memory is free may differ between processes, and all must measure the same.
+        rows = from_first_process(chosen.micro_batch or rows)
+        candidates = sizes(replace(chosen, micro_batch=rows), T)
+        found.append(timing.choose_size(candidates, rows))
         chosen = candidates[found[1].choice.name]
     use(trainer, chosen)
     trainer.model.zero_grad()
@@ -151,8 +152,8 @@ class Timing:
         return self.choose("micro-batch", candidates, tokens, self.measured_if_quick)
 
     def pass_tokens(self, rows: int) -> int:
-        """Return the tokens of a pass of so many rows, or of all that this process has."""
-        rows = min(rows, len(self.trainer.batches.mine))
+        """Return the tokens of a pass of so many rows, or of all that each process has."""
+        rows = min(rows, self.trainer.batches.rows // world_size())
         return rows * self.trainer.model.config.context_length
 
     def choose(

@@ -573,7 +573,7 @@ def test_auto_remembers_its_choice(
     assert said == f"dtype int8: {kl}, and 2.0 times as fast\n"
     assert measured == [4, 8]
 
-    for path in (model.parent / "cache" / "gptsmith" / "dtype").iterdir():
+    for path in (model.parent / "cache" / "gptsmith" / "speed").iterdir():
         path.write_text("{")  # damaged: measured again
     assert precision.fastest(model, cpu) == choice
     assert measured == [4, 8] * 2

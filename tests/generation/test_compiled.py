@@ -23,7 +23,7 @@ from gptsmith.generation import compiled
 from gptsmith.generation.compiled import CompiledDecoder, open_decoder
 from gptsmith.generation.drafts import FromText
 from gptsmith.generation.writing import generate_tokens
-from gptsmith.machine import environment, native
+from gptsmith.machine import chooser, environment, native
 from gptsmith.model.cache import KVCache
 from gptsmith.model.quantized import PackedEmbedding, PackedLinear, pack_model, unpack
 from gptsmith.tokenizers import byte_tokenizer
@@ -234,7 +234,8 @@ def test_numbers_that_are_none_are_not_hidden(bits: int | None) -> None:
         assert not read(spoilt, some_text(1, 2), [2]).isfinite().any()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "FOLDER", str(tmp_path))  # nothing was measured
     model, decoder = opened("gpt2")
     cache = KVCache(model.config, 1, capacity=3)
     decoder.logits([3, 1], [0, 0], [0, 1], [1], cache)

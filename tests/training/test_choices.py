@@ -1,0 +1,253 @@
+"""What is automatic in a run is measured, recorded, and never measured again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptsmith.cli.main import main
+from gptsmith.config.recipe import read_toml, recipes
+from gptsmith.config.settings import MachineSettings
+from gptsmith.machine import devices
+from gptsmith.training import choices
+from gptsmith.training.choices import choose_ways, sizes, ways
+from gptsmith.training.loop import Trainer
+from tests.training.test_loop import make_trainer
+from tests.training.test_run import TEXT, TINY, events, here, records, same_weights
+
+__all__ = ["here"]  # each test in a folder of its own, with a text
+
+AUTO = [word for word in TINY if word not in ("--dtype", "float32", "--attention", "kernel")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is measured is remembered by one test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gptsmith" / "speed"
+
+
+@pytest.fixture(autouse=True)
+def both_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that can multiply bf16, whatever the machine of the tests can."""
+    monkeypatch.setattr(devices, "precisions", lambda device: ["float32", "bf16"])
+
+
+class Slowed:
+    """A machine whose passes take, by its own clock, what its precision and attention say.
+
+    A pass takes so long for each row, and each micro-batch a little more.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float]) -> None:
+        self.speeds, self.now, self.passes = speeds, 0.0, list[str]()
+        original = Trainer.gradient
+
+        def gradient(trainer: Trainer, tokens: Tensor, targets: Tensor) -> Tensor:
+            attention = trainer.model.get_submodule("h.0.attn").attend
+            name = f"{trainer.dtype}, {attention.__name__.removeprefix('by_')}"  # type: ignore[operator, union-attr]
+            self.passes.append(name)
+            micro_batches = -(-len(tokens) // trainer.micro_batch)
+            self.now += self.speeds[name] * (len(tokens) + 0.5 * micro_batches)
+            return original(trainer, tokens, targets)
+
+        monkeypatch.setattr(Trainer, "gradient", gradient)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+SPEEDS = {"float32, kernel": 2.0, "float32, blocks": 2.2, "bf16, kernel": 3.0, "bf16, blocks": 4.0}
+FAST_BF16 = {**SPEEDS, "bf16, blocks": 1.0}
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float], **asked: Any) -> str:
+    Slowed(monkeypatch, speeds)
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1, **asked))
+    way, measured = choose_ways(trainer := make_trainer(), machine, steps=10_000)
+    assert trainer.dtype == way.dtype
+    assert all(each.choice.seconds for each in measured)
+    return f"{way.dtype}, {way.attention}"
+
+
+def test_where_bf16_is_slow_it_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, SPEEDS) == "float32, kernel"
+
+
+def test_where_bf16_is_fast_it_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, FAST_BF16) == "bf16, blocks"
+
+
+def test_what_is_asked_for_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, FAST_BF16, dtype="float32") == "float32, kernel"
+    assert chosen(monkeypatch, FAST_BF16, attention="kernel") == "float32, kernel"
+    assert chosen(monkeypatch, SPEEDS, dtype="bf16", attention="blocks") == "bf16, blocks"
+
+
+def test_what_can_run_is_not_more_than_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, machine = make_trainer().model.config, MachineSettings(threads=1)
+    names = [f"{dtype}, {path}" for dtype in ("float32", "bf16") for path in ("kernel", "blocks")]
+    assert list(ways(machine, config, 6, CPU)) == names
+    monkeypatch.setattr(devices, "precisions", lambda device: ["float32"])
+    assert list(ways(machine, config, 6, CPU)) == ["float32, kernel", "float32, blocks"]
+    monkeypatch.setattr(devices, "available_memory", lambda device: 1 << 40)
+    assert list(ways(machine, config, 6, torch.device("cuda"))) == ["float32, kernel"]
+
+
+def test_micro_batches_are_halved_down_to_a_few_thousand_tokens() -> None:
+    way = MachineSettings(micro_batch=100)
+    assert list(sizes(way, 128)) == ["100 rows", "50 rows", "25 rows"]
+    assert list(sizes(way, 64)) == ["100 rows", "50 rows"]
+    assert list(sizes(way, 8)) == ["100 rows"]
+    assert list(sizes(MachineSettings(micro_batch=1), 4096)) == ["1 rows"]
+
+
+def test_the_largest_micro_batch_is_taken_where_it_is_as_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choices, "LEAST_MICRO_BATCH", 11)
+    monkeypatch.setattr(choices, "SECONDS", 1e3)
+    Slowed(monkeypatch, SPEEDS)
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1))
+    way, measured = choose_ways(make_trainer(), machine, steps=10_000)
+    assert way.micro_batch == 6
+    assert [each.what for each in measured] == ["precision and attention", "micro-batch"]
+    speeds = measured[1].speeds
+    assert list(speeds) == ["6 rows", "3 rows", "2 rows"]
+    assert speeds["6 rows"] == pytest.approx(66 / (2.0 * 6.5), abs=0.1)
+
+
+def test_a_short_run_measures_less_and_remembers_nothing(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """The share of its tokens, but for passes of LEAST_TOKENS."""
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1))
+    for steps, most in ((8, 9), (2000, 2000 * choices.SHARE)):
+        slowed = Slowed(monkeypatch, SPEEDS)
+        choose_ways(make_trainer(), machine, steps=steps)
+        assert 5 <= len(slowed.passes) <= most
+        assert cache.exists() == (steps == 2000)
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+
+
+# -- whole runs
+
+
+def train(*words: str, out: str = "run", steps: int = 8) -> Path:
+    assert main(["train", *words, "--steps", str(steps), "--out", out]) == 0
+    return Path(out)
+
+
+def measured_by(run: Path) -> dict[str, Any]:
+    return dict(events(run)[0]["measured"])
+
+
+def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> float:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(choices.Timing, "seconds", never)
+
+
+def test_measuring_changes_nothing_and_is_recorded_shown_and_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train("text.txt", *AUTO)
+    (figures,) = measured_by(run).values()
+    machine = read_toml(run / "config.toml").machine
+    assert figures["choice"] == f"{machine.dtype}, {machine.attention}"
+    assert list(figures["tokens_per_second"]) == list(SPEEDS)
+    shown = capsys.readouterr().err
+    speed = figures["tokens_per_second"][figures["choice"]]
+    assert f"precision and attention: {figures['choice']}, {speed:,.0f} tokens/s (" in shown
+
+    no_measuring(monkeypatch)
+    named = ["--dtype", machine.dtype, "--attention", machine.attention]
+    assert same_weights(run, train("text.txt", *AUTO, *named, out="named"))
+    again = train(str(run / "config.toml"), out="again")
+    assert same_weights(run, again)
+    assert measured_by(again) == {}
+
+
+def test_resuming_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    through = train("text.txt", *AUTO, "--schedule", "constant", out="through")
+    machine = read_toml(through / "config.toml").machine
+    named = ["--dtype", machine.dtype, "--attention", machine.attention]
+    half = train("text.txt", *AUTO, *named, "--schedule", "constant", steps=4, out="half")
+    no_measuring(monkeypatch)
+    assert main(["train", "--resume", "half", "--steps", "8"]) == 0
+    assert same_weights(through, half)
+    assert [r["loss"] for r in records(half)] == [r["loss"] for r in records(through)]
+    assert events(half)[-1]["measured"] == {}
+
+
+def test_what_is_remembered_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setattr(choices, "SHARE", 1e3)
+    first = measured_by(train("text.txt", *AUTO))
+    no_measuring(monkeypatch)
+    second = measured_by(train("text.txt", *AUTO, out="second"))
+    (before,), (after,) = first.values(), second.values()
+    assert (before["remembered"], after["remembered"]) == (False, True)
+    assert before | {"remembered": True} == after
+    (path,) = cache.iterdir()  # the figures decide, so others are another choice
+    figures = json.loads(path.read_text())
+    path.write_text(json.dumps(figures | {"bf16, kernel": min(figures.values()) / 2}))
+    third = train("text.txt", *AUTO, out="third")
+    machine = read_toml(third / "config.toml").machine
+    assert (machine.dtype, machine.attention) == ("bf16", "kernel")
+
+
+@pytest.mark.slow
+def test_two_processes_agree() -> None:
+    """Each has its own text of the event, and rank 0's is on disk; the losses are the same."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "gptsmith", "train"]
+    words = [*AUTO, "--steps", "8", "--dropout", "0"]
+    done = subprocess.run(
+        [*command, "text.txt", *words, "--out", "two"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    machine = read_toml(Path("two/config.toml")).machine
+    named = ["--dtype", machine.dtype, "--attention", machine.attention]
+    one = train("text.txt", *AUTO, "--dropout", "0", *named)
+    for first, second in zip(records(one), records(Path("two")), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_no_recipe_fixes_what_is_measured(name: str) -> None:
+    machine = read_toml(recipes()[name]).machine
+    assert (machine.dtype, machine.attention, machine.micro_batch) == ("auto", "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dtype fp16 --device cpu", "--dtype is fp16, which needs CUDA: on cpu take bf16"),
+        ("--dtype fp8 --device cpu", "--dtype is fp8, which needs a Hopper GPU"),
+        ("--dtype bf61", "did you mean 'bf16'?"),
+        ("--attention block", "did you mean 'blocks'?"),
+    ],
+)
+def test_what_cannot_be_chosen_is_one_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.txt").write_text(TEXT)
+    assert main(["train", "text.txt", *AUTO, *words.split(), "--out", "run"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not Path("run").exists()
