@@ -31,7 +31,7 @@ VERSION = 1  # of these files; to be raised where code becomes faster or slower 
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that was chosen, and the median seconds of each, in the order of preference."""
+    """The chosen candidate, and the typical seconds of each, in the order of preference."""
 
     name: str
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -52,18 +52,19 @@ def choose(
     fastest, it is chosen. `measure` does the work of a candidate once and returns its seconds; inf
     says that it cannot be done. Every candidate is timed once; then slow ones are dropped, and the
     others timed for so many `rounds` or until the `budget`, in seconds, is spent. The budget counts
-    what `measure` returns, so that processes with the same times make the same choice.
+    each candidate's best time so far: processes with the same figures then make the same choice,
+    and an interruption by other programs does not end the measuring.
     """
     if len(names) == 1:
         return Choice(names[0])
     times: dict[str, list[float]] = {name: [measure(name)] for name in names}
     running = without_slow(times, names, SLOW_AT_FIRST)
-    spent = sum(map(sum, times.values()))
+    spent = sum(map(min, times.values()))
     for _ in range(rounds):
         for name in sorted(running, key=lambda name: min(times[name])):  # the slow have less to win
-            if len(running) > 1 and spent + times[name][-1] <= budget:
+            if len(running) > 1 and spent + min(times[name]) <= budget:
                 times[name].append(measure(name))
-                spent += times[name][-1]
+                spent += min(times[name])
         running = without_slow(times, running, SLOW)
     seconds = {name: typical(each) for name, each in times.items()}
     return Choice(preferred(seconds, close), seconds)
@@ -78,8 +79,11 @@ def without_slow(
 
 
 def typical(times: Sequence[float]) -> float:
-    """Return the median time, without that of the warm-up where there are others."""
-    return median(times[1:] or times)
+    """Return the median time without that of the warm-up; of fewer than three, the best of all.
+
+    Other programs only make it slower, and a median of so few would not leave that out.
+    """
+    return median(times[1:]) if len(times) > 3 else min(times)
 
 
 def preferred(seconds: Mapping[str, float], close: float = CLOSE) -> str:

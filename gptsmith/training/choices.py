@@ -21,7 +21,7 @@ from ..machine.processes import from_first_process, sum_of_numbers
 from .loop import Trainer
 from .trainer import micro_batch_rows, use
 
-SECONDS = 1.0  # of measuring a choice, if two passes of each candidate take no longer
+SECONDS = 1.5  # of measuring a choice, if two passes of each candidate take no longer
 SHARE = 0.03  # of the run's tokens, that measuring may compute
 PASS_TOKENS = 2048  # of a timed pass on a CPU, where more would change the order of few candidates
 LEAST_TOKENS = 64  # of a timed pass in a very short run

@@ -62,6 +62,21 @@ def test_speeds_that_differ_by_more_than_noise_are_told_apart(order: list[float]
     assert machine.done.count("1.0") == 1 + chooser.ROUNDS
 
 
+@pytest.mark.parametrize("when", range(9))
+@pytest.mark.parametrize("budget", [0.0, 5.0, 20.0])
+def test_an_interruption_changes_nothing(when: int, budget: float) -> None:
+    """Of any pass but the only one of a candidate."""
+    if budget == 0.0 and when < 3:
+        return
+    passes, speeds = [0], {"a": 1.2, "b": 1.0, "c": 1.1}
+
+    def measure(name: str) -> float:
+        passes[0] += 1
+        return speeds[name] + (100.0 if passes[0] == when + 1 else 0.0)
+
+    assert choose(list(speeds), measure, budget=budget).name == "b"
+
+
 def test_one_is_not_measured() -> None:
     machine = Machine({"only": 1.0})
     assert choose(["only"], lambda name: machine.work(name) or 1.0, budget=1.0) == Choice("only")
