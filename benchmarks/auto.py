@@ -3,28 +3,29 @@
     python benchmarks/auto.py                           five models, from 2x96 to 124M
     python benchmarks/auto.py --models 4x192 --rounds 5
 
-The ways are those of `gptsmith train`: precision, attention and micro-batch. Each model is one
-trainer, whose whole steps (forward, backward and update) are timed in every way in turn; so is
-*auto*, the way that is chosen for a long run without anything remembered. The table has medians
-over the rounds, after a step that warms up; *of the best* is the time of the fastest way divided by
-that of auto.
+The ways are those of `gptsmith train`: precision, attention or the fused pieces, and micro-batch.
+Each model is one trainer, whose whole steps (forward, backward and update) are timed in every way
+in turn; so is *auto*, the way that is chosen for a long run without anything remembered. The table
+has medians over the rounds, after a step that warms up; *of the best* is the time of the fastest
+way divided by that of auto.
 """
 
 import os
 import statistics
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from results import Results, Row, carry_out, parser
 
-from gptsmith.cli.timing import LONG_RUN, attention_of, fresh_trainer
+from gptsmith.cli.timing import LONG_RUN, fresh_trainer
 from gptsmith.config.model import MODERN, GPTConfig
 from gptsmith.config.settings import MachineSettings
 from gptsmith.config.tables import columns
-from gptsmith.machine import chooser, devices
-from gptsmith.training.choices import choose_ways, sizes, ways
+from gptsmith.machine import devices
+from gptsmith.training.choices import choose_ways, possible, sizes, ways
 from gptsmith.training.loop import Trainer
 from gptsmith.training.trainer import use
 
@@ -60,21 +61,20 @@ def measure(name: str, machine: MachineSettings, rounds: int, results: Results) 
     """Time a step of a model in every way, and in the way that is chosen, in turn."""
     config, rows = MODELS[name]
     trainer = fresh_trainer(
-        config, replace(machine, dtype="float32", attention="kernel"), rows=rows, steps=LONG_RUN
+        config,
+        replace(machine, dtype="float32", attention="kernel", fused="no"),
+        rows=rows,
+        steps=LONG_RUN,
     )
-    machine = devices.choose_to_learn(machine)
-    seconds = chooser.timed(lambda: choose_ways(trainer, machine, LONG_RUN))
-    attention = attention_of(trainer.model)
-    chosen = f"{trainer.dtype}, {attention}, {trainer.micro_batch} rows"
-    auto = replace(
-        machine,
-        dtype=trainer.dtype,  # type: ignore[arg-type]
-        attention=attention,  # type: ignore[arg-type]
-        micro_batch=trainer.micro_batch,
-    )
+    machine = possible(devices.choose_to_learn(machine), config, trainer.device)
+    started = time.perf_counter()
+    auto, _ = choose_ways(trainer, machine, LONG_RUN)
+    seconds = time.perf_counter() - started
+    every = all_ways(trainer, machine)
+    chosen = next(way for way, settings in every.items() if settings == auto)
     results.add({"model": name, "chosen": chosen, "choosing_seconds": seconds})
     for round in range(rounds + 1):
-        for way, settings in {**all_ways(trainer, machine), "auto": auto}.items():
+        for way, settings in {**every, "auto": auto}.items():
             use(trainer, settings)
             step = trainer.step(round).seconds
             if round:

@@ -27,9 +27,9 @@ from ..machine import devices
 from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
-from ..training.choices import choose_ways, ways
+from ..training.choices import choose_ways, possible, ways
 from ..training.loop import Trainer
-from ..training.trainer import choose_fused, make_trainer
+from ..training.trainer import make_trainer
 
 WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
 LONG_RUN = 10_000  # steps, which allow for measuring
@@ -72,7 +72,7 @@ def fresh_trainer(
     if compile == "auto":  # take what a long run would choose
         compile = "yes" if device.type == "cuda" else "no"
     machine = replace(machine, compile=compile, micro_batch=machine.micro_batch or rows)
-    machine = choose_fused(machine, config, device)
+    machine = possible(machine, config, device)
     *_, way = ways(machine, config, rows, device).values()
     run = RunSettings(
         model=config,
@@ -108,6 +108,7 @@ def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, An
         "device": str(trainer.device),
         "dtype": trainer.dtype,
         "attention": attention_of(trainer.model),
+        "fused": "forward" in vars(trainer.model.h[0]),
         "threads": torch.get_num_threads(),
         "compiled": trainer.compiled != "no",
         "parameters": cost.parameter_count(config),

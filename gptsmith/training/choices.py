@@ -4,7 +4,7 @@ These are the precision, the implementation of attention and the size of a micro
 not change: gradients are discarded, and each step seeds its own random numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -19,7 +19,7 @@ from ..machine.chooser import Choice, choose, once, timed
 from ..machine.environment import world_size
 from ..machine.processes import from_first_process, sum_of_numbers
 from .loop import Trainer
-from .trainer import micro_batch_rows, use
+from .trainer import choose_fused, micro_batch_rows, use
 
 SECONDS = 1.5  # of measuring a choice, if two passes of each candidate take no longer
 SHARE = 0.03  # of the run's tokens, that measuring may compute
@@ -53,13 +53,10 @@ class Measured(NamedTuple):
         )
 
 
-# What may be "auto": the name of its field, and of the choice.
-AUTOMATIC = {"dtype": "precision", "attention": "attention"}
-
-
-def automatic(machine: MachineSettings) -> list[str]:
-    """Return the names of the fields that are to be chosen among `ways`."""
-    return [name for name in AUTOMATIC if getattr(machine, name) == "auto"]
+def possible(machine: MachineSettings, config: GPTConfig, device: torch.device) -> MachineSettings:
+    """Return the settings with `fused` "auto" only where both ways can run, or SettingError."""
+    can = choose_fused(machine, config, device).fused == "yes"
+    return machine if can else replace(machine, fused="no")
 
 
 def ways(
@@ -68,19 +65,31 @@ def ways(
     """Return the ways to compute a batch of `rows` on a device, without an "auto" but for compile.
 
     The order is that of preference: float32 first, which is more exact, and PyTorch's attention.
+    The fused pieces have an attention of their own. `machine` must be `possible`.
     """
-    # Only a CPU's small micro-batches have room for all attention weights, which blocks keep.
-    attentions = ["kernel", "blocks"] if device.type == "cpu" else ["kernel"]
-    possible: dict[str, Sequence[Any]] = {
-        "dtype": devices.precisions(device),
-        "attention": attentions,
-    }
-    fields, found = automatic(machine), {}
-    for values in product(*(possible[field] for field in fields)):
-        way = replace(machine, **dict(zip(fields, values, strict=True)))
+    dtypes: Any = devices.precisions(device) if machine.dtype == "auto" else [machine.dtype]
+    attentions: list[Any] = [machine.attention]
+    if machine.attention == "auto":  # only a CPU has room for the weights that blocks keep
+        attentions = ["kernel", "blocks"] if device.type == "cpu" else ["kernel"]
+    paths: dict[str, dict[str, Any]] = {}
+    if machine.fused != "yes":
+        paths = {name: {"attention": name, "fused": "no"} for name in attentions}
+    if machine.fused != "no":
+        paths["fused"] = {"attention": attentions[0], "fused": "yes"}
+    found = {}
+    for dtype, path in product(dtypes, paths):
+        parts = [dtype] * (len(dtypes) > 1) + [path] * (len(paths) > 1)
+        way = replace(machine, dtype=dtype, **paths[path])
         micro_batch = micro_batch_rows(way, config, rows, device)
-        found[", ".join(values)] = replace(way, micro_batch=micro_batch)
+        found[", ".join(parts)] = replace(way, micro_batch=micro_batch)
     return found
+
+
+def question(candidates: Ways) -> str:
+    """Return what differs between candidates, in words."""
+    fields: dict[str, set[Any]] = {"precision": {way.dtype for way in candidates.values()}}
+    fields["attention"] = {(way.attention, way.fused) for way in candidates.values()}
+    return " and ".join(name for name, values in fields.items() if len(values) > 1)
 
 
 def sizes(way: MachineSettings, context_length: int) -> dict[str, MachineSettings]:
@@ -108,10 +117,9 @@ def choose_ways(
     timing = Timing(trainer, tokens_left=int(SHARE * run_tokens))
     T, rows = trainer.model.config.context_length, trainer.batches.rows
     candidates = ways(asked, trainer.model.config, rows, trainer.device)
-    what = " and ".join(AUTOMATIC[field] for field in automatic(asked))
     on_cpu = trainer.device.type == "cpu"
     few = max(1, PASS_TOKENS // T) if on_cpu else rows
-    found = [timing.choose_way(what, candidates, few)]
+    found = [timing.choose_way(question(candidates), candidates, few)]
     chosen = candidates[found[0].choice.name]
     if asked.micro_batch is None and on_cpu:
         # What memory is free may differ between processes, and all must measure the same.

@@ -28,7 +28,7 @@ from ..machine.terminal import Display, count
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenizer
 from .checks import check_memory, check_run
-from .choices import Measured, choose_ways, ways
+from .choices import Measured, choose_ways, possible, ways
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
 from .records import (
@@ -42,7 +42,7 @@ from .records import (
 )
 from .resume import check_same_data, newest_state, resumed_settings
 from .run import Run, point_to_newest
-from .trainer import batch_rows, choose_fused, make_trainer
+from .trainer import batch_rows, make_trainer
 
 
 def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
@@ -61,7 +61,7 @@ def open_run(folder: Path, display: Display, choices: Mapping[str, Any]) -> Run:
     rows = batch_rows(settings.training, model.config)
     if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
         machine = replace(machine, fused="no")
-    machine = choose_fused(machine, model.config, device)
+    machine = possible(machine, model.config, device)
     *_, smallest = ways(machine, model.config, rows, device).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
     config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
