@@ -1,6 +1,6 @@
 """Time training and generation, with random weights and tokens, which take as long as real ones.
 
-Knows nothing of runs, flags or output.
+Knows nothing of runs, flags or how figures are shown.
 """
 
 import json
@@ -24,6 +24,7 @@ from ..generation.compiled import CompiledDecoder, open_decoder
 from ..generation.crossover import tune
 from ..generation.writing import timed_tokens
 from ..machine import devices
+from ..machine.terminal import tell
 from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
@@ -65,7 +66,7 @@ def fresh_trainer(
     """Return a trainer with random weights and tokens, whose steps take `rows` full windows.
 
     `training` are further TrainingSettings. Unless set, a micro-batch is the whole batch. Precision
-    and attention are chosen as for a long run, by measuring, unless they are set.
+    and attention are chosen as for a long run, by measuring, unless they are set; a line says so.
     """
     machine = devices.choose_to_learn(settings)
     device, compile = devices.prepare_machine(machine), machine.compile
@@ -81,7 +82,8 @@ def fresh_trainer(
     )
     tokens = RandomTokens(config.vocab_size, 4 * run.training.batch_tokens + 1)
     trainer = make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)
-    choose_ways(trainer, machine, LONG_RUN)
+    for measured in choose_ways(trainer, machine, LONG_RUN)[1]:
+        tell(str(measured))
     return trainer
 
 
