@@ -22,9 +22,7 @@ from .processes import from_first_process
 
 ROUNDS = 5  # timings of a candidate, after one that warms up
 CLOSE = 0.03  # gains below this share are noise, or not worth leaving the preferred candidate
-# A candidate is dropped once its best time exceeds the median of the fastest by this factor; after
-# the warm-up, in which libraries may still prepare kernels, by a larger one.
-SLOW, SLOW_AT_FIRST = 1.25, 3.0
+SLOW = 1.25  # times the fastest's typical time: a candidate that is always slower is dropped
 FOLDER = "speed"  # of the cache, with a file for each question
 VERSION = 1  # of these files; to be raised where code becomes faster or slower than they say
 
@@ -50,32 +48,24 @@ def choose(
 
     `names` are in the order of preference: where an earlier one is within the share `close` of the
     fastest, it is chosen. `measure` does the work of a candidate once and returns its seconds; inf
-    says that it cannot be done. Every candidate is timed once; then slow ones are dropped, and the
-    others timed for so many `rounds` or until the `budget`, in seconds, is spent. The budget counts
-    each candidate's best time so far: processes with the same figures then make the same choice,
-    and an interruption by other programs does not end the measuring.
+    says that it cannot be done. Every candidate is timed once, to warm up; then all are timed for
+    so many `rounds` or until the `budget`, in seconds, is spent, and slow ones are dropped after
+    each. The budget counts each candidate's best time so far: processes with the same figures then
+    make the same choice, and an interruption by other programs does not end the measuring.
     """
     if len(names) == 1:
         return Choice(names[0])
     times: dict[str, list[float]] = {name: [measure(name)] for name in names}
-    running = without_slow(times, names, SLOW_AT_FIRST)
-    spent = sum(map(min, times.values()))
+    running, spent = list(names), 0.0
     for _ in range(rounds):
         for name in sorted(running, key=lambda name: min(times[name])):  # the slow have less to win
-            if len(running) > 1 and spent + min(times[name]) <= budget:
+            if len(running) > 1 and spent < budget:
                 times[name].append(measure(name))
                 spent += min(times[name])
-        running = without_slow(times, running, SLOW)
+        limit = SLOW * min(map(typical, times.values()))
+        running = [name for name in running if min(times[name]) <= limit]
     seconds = {name: typical(each) for name, each in times.items()}
     return Choice(preferred(seconds, close), seconds)
-
-
-def without_slow(
-    times: Mapping[str, Sequence[float]], names: Sequence[str], factor: float
-) -> list[str]:
-    """Return the candidates whose best time is within a factor of the fastest's typical time."""
-    limit = factor * min(typical(times[name]) for name in names)
-    return [name for name in names if min(times[name]) <= limit]
 
 
 def typical(times: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from .trainer import choose_fused, micro_batch_rows, use
 
 SECONDS = 1.5  # of measuring a choice, if two passes of each candidate take no longer
 SHARE = 0.03  # of the run's tokens, that measuring may compute
-PASS_TOKENS = 2048  # of a timed pass on a CPU, where more would change the order of few candidates
+PASS_TOKENS = 1024  # of a timed pass on a CPU, where more would change the order of few candidates
 LEAST_TOKENS = 64  # of a timed pass in a very short run
 LEAST_MICRO_BATCH = 2048  # tokens; below, a CPU's many small operations take longer
 MOST_SIZES = 3  # of micro-batches that are compared
@@ -195,12 +195,19 @@ class Timing:
         return self.measured(candidates, tokens)
 
     def measured(self, candidates: Ways, tokens: int) -> Choice:
-        """Measure the candidates by passes of so many tokens."""
-        names = list(candidates)
-        first = self.seconds(candidates[names[0]], tokens)  # where libraries warm up, too
-        budget = min(
-            max(SECONDS, 2 * len(names) * first), max(0, self.tokens_left) / tokens * first
-        )
+        """Measure the candidates by passes of so many tokens.
+
+        Where these take seconds, small passes warm the machine up, and each is timed once.
+        """
+        names, few, budget = list(candidates), min(tokens, 2 * LEAST_TOKENS), 0.0
+        self.seconds(candidates[names[0]], few)
+        if self.seconds(candidates[names[0]], few) * tokens / few > SECONDS:
+            for name in names[1:]:
+                self.seconds(candidates[name], few)
+        else:
+            first = self.seconds(candidates[names[0]], tokens)
+            passes = min(max(SECONDS / first, len(names)), self.tokens_left / tokens - len(names))
+            budget = passes * first
         return choose(names, lambda name: self.seconds(candidates[name], tokens), budget=budget)
 
     def seconds(self, way: MachineSettings, tokens: int) -> float:

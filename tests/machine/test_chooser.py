@@ -57,8 +57,7 @@ def test_speeds_that_differ_by_more_than_noise_are_told_apart(order: list[float]
     machine = Machine({str(each): each for each in order}, noise=0.05, warm_up=0.5)
     with pytest.MonkeyPatch.context() as patch:
         assert machine.chosen(patch, budget=100.0).name == "1.0"
-    assert machine.done.count("9.0") == 1  # dropped at once
-    assert machine.done.count("2.0") == 2  # and after a round
+    assert machine.done.count("9.0") == machine.done.count("2.0") == 2  # dropped after a round
     assert machine.done.count("1.0") == 1 + chooser.ROUNDS
 
 
@@ -98,7 +97,7 @@ def test_a_close_call_is_for_the_preferred(
 
 def test_the_budget_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine({"a": 1.0, "b": 1.0, "c": 1.1})
-    machine.chosen(monkeypatch, budget=5.1)
+    machine.chosen(monkeypatch, budget=1.5)
     assert machine.done == ["a", "b", "c", "a", "b"]
     machine.now = 0.0
     machine.done.clear()
