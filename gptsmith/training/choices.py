@@ -54,7 +54,12 @@ class Measured(NamedTuple):
 
 
 def possible(machine: MachineSettings, config: GPTConfig, device: torch.device) -> MachineSettings:
-    """Return the settings with `fused` "auto" only where both ways can run, or SettingError."""
+    """Return the settings with `fused` "auto" only where both ways can run, or SettingError.
+
+    The pieces attend in their own way, so that a named attention means to do without them.
+    """
+    if machine.fused == "auto" and machine.attention != "auto":
+        machine = replace(machine, fused="no")
     can = choose_fused(machine, config, device).fused == "yes"
     return machine if can else replace(machine, fused="no")
 

@@ -30,7 +30,8 @@ def test_every_way_and_auto_take_turns(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["model"] for row in rows if "chosen" in row] == ["toy", "other"]
     ways = [row["way"] for row in rows if row["model"] == "toy" and "way" in row]
-    names = [f"{dtype}, {path}" for dtype in ("float32", "bf16") for path in ("kernel", "blocks")]
+    paths = ("kernel", "blocks", "fused")
+    names = [f"{dtype}, {path}" for dtype in ("float32", "bf16") for path in paths]
     assert ways == [*(f"{name}, 6 rows" for name in names), "auto"] * 2
     shown = capsys.readouterr().out
     assert "of the best" in shown

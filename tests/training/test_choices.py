@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,22 @@ import torch
 from torch import Tensor
 
 from gptsmith.cli.main import main
+from gptsmith.config.model import MODERN, GPTConfig
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
-from gptsmith.machine import devices
+from gptsmith.machine import chooser, devices
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
+from gptsmith.training.trainer import use
+from tests.conftest import TINY as TOY
 from tests.training.test_loop import make_trainer
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights
 
 __all__ = ["here"]  # each test in a folder of its own, with a text
 
 AUTO = [word for word in TINY if word not in ("--dtype", "float32", "--attention", "kernel")]
+AUTO += ["--fused", "no"]  # which needs a compiler; test_the_fused_pieces_are_a_candidate has it
 CPU = torch.device("cpu")
 
 
@@ -69,7 +74,7 @@ FAST_BF16 = {**SPEEDS, "bf16, blocks": 1.0}
 
 def chosen(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float], **asked: Any) -> str:
     Slowed(monkeypatch, speeds)
-    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1, **asked))
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1, fused="no", **asked))
     way, measured = choose_ways(trainer := make_trainer(), machine, steps=10_000)
     assert trainer.dtype == way.dtype
     assert all(each.choice.seconds for each in measured)
@@ -91,13 +96,46 @@ def test_what_is_asked_for_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_can_run_is_not_more_than_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, machine = make_trainer().model.config, MachineSettings(threads=1)
+    config, machine = make_trainer().model.config, MachineSettings(threads=1, fused="no")
     names = [f"{dtype}, {path}" for dtype in ("float32", "bf16") for path in ("kernel", "blocks")]
     assert list(ways(machine, config, 6, CPU)) == names
     monkeypatch.setattr(devices, "precisions", lambda device: ["float32"])
     assert list(ways(machine, config, 6, CPU)) == ["float32, kernel", "float32, blocks"]
     monkeypatch.setattr(devices, "available_memory", lambda device: 1 << 40)
     assert list(ways(machine, config, 6, torch.device("cuda"))) == ["float32, kernel"]
+
+
+def test_the_fused_pieces_are_a_candidate(
+    monkeypatch: pytest.MonkeyPatch, compiled_folder: Path
+) -> None:
+    """Where they can be built; a slow machine or another block does without."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
+    config, machine = make_trainer().model.config, MachineSettings(threads=1)
+    assert choices.possible(machine, config, CPU) == machine
+    names = ["kernel", "blocks", "fused"]
+    float32 = MachineSettings(threads=1, dtype="float32")
+    assert list(ways(float32, config, 6, CPU)) == names
+    assert choices.question(ways(float32, config, 6, CPU)) == "attention"
+    assert list(ways(MachineSettings(threads=1, fused="yes"), config, 6, CPU)) == [
+        "float32",
+        "bf16",
+    ]
+    modern = GPTConfig(**TOY | MODERN)
+    assert choices.possible(machine, modern, CPU).fused == "no"
+    for fast in names:
+        monkeypatch.setattr(chooser, "FOLDER", str(compiled_folder / fast))
+        trainer = make_trainer()
+
+        def seconds(timing: Any, way: MachineSettings, tokens: int, *, fast: str = fast) -> float:
+            use(timing.trainer, way)
+            timing.trainer.gradient(*timing.trainer.load(0))
+            return 1.0 if fast == ("fused" if way.fused == "yes" else way.attention) else 1.5
+
+        monkeypatch.setattr(choices.Timing, "seconds", seconds)
+        asked = devices.choose_to_learn(replace(float32, device="cpu"))
+        way, _ = choose_ways(trainer, asked, steps=10_000)
+        assert ("fused" if way.fused == "yes" else way.attention) == fast
+        assert ("forward" in vars(trainer.model.h[0])) == (fast == "fused")
 
 
 def test_micro_batches_are_halved_down_to_a_few_thousand_tokens() -> None:
@@ -114,7 +152,7 @@ def test_the_largest_micro_batch_is_taken_where_it_is_as_fast(
     monkeypatch.setattr(choices, "LEAST_MICRO_BATCH", 11)
     monkeypatch.setattr(choices, "SECONDS", 1e3)
     Slowed(monkeypatch, SPEEDS)
-    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1))
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1, fused="no"))
     way, measured = choose_ways(make_trainer(), machine, steps=10_000)
     assert way.micro_batch == 6
     assert [each.what for each in measured] == ["precision and attention", "micro-batch"]
@@ -127,7 +165,7 @@ def test_a_short_run_measures_less_and_remembers_nothing(
     monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """The share of its tokens, but for passes of LEAST_TOKENS."""
-    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1))
+    machine = devices.choose_to_learn(MachineSettings(device="cpu", threads=1, fused="no"))
     for steps, most in ((8, 9), (2000, 2000 * choices.SHARE)):
         slowed = Slowed(monkeypatch, SPEEDS)
         choose_ways(make_trainer(), machine, steps=steps)
