@@ -100,9 +100,10 @@ def test_what_can_run_is_not_more_than_the_device_has(monkeypatch: pytest.Monkey
     names = [f"{dtype}, {path}" for dtype in ("float32", "bf16") for path in ("kernel", "blocks")]
     assert list(ways(machine, config, 6, CPU)) == names
     monkeypatch.setattr(devices, "precisions", lambda device: ["float32"])
-    assert list(ways(machine, config, 6, CPU)) == ["float32, kernel", "float32, blocks"]
+    assert list(ways(machine, config, 6, CPU)) == ["kernel", "blocks"]
     monkeypatch.setattr(devices, "available_memory", lambda device: 1 << 40)
-    assert list(ways(machine, config, 6, torch.device("cuda"))) == ["float32, kernel"]
+    (way,) = ways(machine, config, 6, torch.device("cuda")).values()
+    assert (way.dtype, way.attention) == ("float32", "kernel")
 
 
 def test_the_fused_pieces_are_a_candidate(

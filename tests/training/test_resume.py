@@ -312,14 +312,15 @@ def fused_in(run: Path) -> str:
 
 
 def test_a_run_goes_on_with_the_pieces_that_it_was_trained_with() -> None:
-    first = train("--dropout", "0", out="fused")
+    pieces = ("--dropout", "0", "--fused", "yes")
+    first = train(*pieces, out="fused")
     plain = train("--dropout", "0", "--fused", "no", out="plain")
     assert (fused_in(first), fused_in(plain)) == ("yes", "no")
     for run in (first, plain):
         forget_after(run, 4)
         assert main(["train", "--resume", str(run)]) == 0
     assert (fused_in(first), fused_in(plain)) == ("yes", "no")
-    assert same_weights(first, train("--dropout", "0", out="through"))
+    assert same_weights(first, train(*pieces, out="through"))
 
 
 def test_a_run_from_before_there_were_pieces_goes_on_without() -> None:
@@ -337,7 +338,7 @@ def test_a_run_from_before_there_were_pieces_goes_on_without() -> None:
 def test_a_run_with_pieces_says_how_to_go_on_without_a_compiler(
     refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = train()
+    run = train("--fused", "yes")
     forget_after(run, 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr(environment, "compiler", lambda: None)
