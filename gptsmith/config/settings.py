@@ -126,8 +126,8 @@ class MachineSettings:
     fused: Literal["auto", "yes", "no"] = setting(
         "auto",
         "what lies between the matrix products of GPT-2's block, and the update of the weights, in "
-        "C++, on a CPU; built once per machine in some seconds; auto takes it where it can be built "
-        "and is measured to be faster",
+        "C++, on a CPU; built once per machine in some seconds; auto takes it where it can be "
+        "built and is measured to be faster",
     )
     attention: Attention = setting("auto", f"{ATTENTION_HELP}the faster, as measured")
     threads: int | None = setting(None, "CPU threads (default: one per core)")
