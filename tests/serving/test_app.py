@@ -18,6 +18,7 @@ from gptsmith.config.settings import SamplingSettings
 from gptsmith.serving.answers import ChatCompletion, Completion
 from gptsmith.serving.chat import ChatTemplate
 from gptsmith.serving.errors import ErrorResponse
+from gptsmith.serving.worker import suitable_slots
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer
 from tests.conftest import TINY, scrambled, until
 from tests.serving.running import Running, serving
@@ -809,3 +810,61 @@ def test_a_long_text_is_read_aside_while_others_go_on() -> None:
             return meanwhile
 
         assert asyncio.run(both()) >= 20
+
+
+# -- what is advised
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("route", "said", "message", "cure"),
+    [
+        ("completions", {"temprature": 1}, "did you mean 'temperature'?", {"temperature": 1}),
+        ("completions", {"best_of": 2, "stream": True}, "leave it or stream out", {"best_of": 2}),
+        ("completions", {"best_of": 2, "stream": True}, "leave it or stream out", {"stream": True}),
+        ("completions", {"stream_options": {"include_usage": True}}, "leave it out", {}),
+        ("completions", {"suffix": "x"}, "leave it out", {}),
+        ("completions", {"prompt": "x" * 49}, "shorten it", {"prompt": "x" * 47}),
+        ("completions", {"prompt": "x" * (1 << 20)}, "send less at once", {}),
+        ("completions", {"prompt": [259]}, "0 to 258 are needed", {"prompt": [258]}),
+        ("completions", {"logit_bias": {"259": 1}}, "0 to 258", {"logit_bias": {"258": 1}}),
+        ("completions", {"model": "gpt-4"}, "use 'toy'", {"model": "toy"}),
+        ("chat/completions", {"top_logprobs": 2}, "needs logprobs true: set it",
+         {"top_logprobs": 2, "logprobs": True}),
+        ("chat/completions", {"max_tokens": 1, "max_completion_tokens": 1}, "give only one",
+         {"max_completion_tokens": 1}),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "leave it out, or send []", {}),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "or send []", {"tools": []}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ufdd0"}]}, "remove it",
+         {"messages": HI}),
+    ],
+)  # fmt: skip
+def test_what_is_advised_is_accepted(
+    route: str, said: dict, message: str, cure: dict, server: Running, talker: Running
+) -> None:
+    place = talker if route.startswith("chat") else server
+    body = {"model": "toy", "max_tokens": 1}
+    body |= {"messages": HI} if route.startswith("chat") else {"prompt": "hi"}
+    if "max_completion_tokens" in said:
+        del body["max_tokens"]
+    found = httpx2.post(f"{place.url}/v1/{route}", json=body | said)
+    assert found.status_code >= 400
+    assert message in found.json()["error"]["message"]
+    found = httpx2.post(f"{place.url}/v1/{route}", json=body | cure)
+    assert found.status_code == 200, found.text
+
+
+def test_where_the_server_says_that_something_is(server: Running) -> None:
+    said = httpx2.get(f"{server.url}/v1/complete").json()["error"]["message"]
+    assert said.endswith("see /docs")
+    assert httpx2.get(f"{server.url}/docs").status_code == 200
+    said = httpx2.get(f"{server.url}/v1/completions").json()["error"]["message"]
+    assert said.endswith("use POST")
+
+
+def test_fewer_slots_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptsmith.serving.worker.available_memory", lambda device: 30_000)
+    with pytest.raises(ValueError, match="choose fewer slots"):
+        suitable_slots(MODEL, None, 9)
+    assert suitable_slots(MODEL, None, suitable_slots(MODEL, None)) >= 1
