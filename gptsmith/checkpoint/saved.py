@@ -5,6 +5,7 @@ Knows nothing of training: an optimizer is just more tensors, its state just mor
 
 import warnings
 from collections.abc import Container, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from ..config.cost import components
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
 from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
+from ..machine.environment import cores
 from ..machine.files import read_json, write_json, written_whole
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
 from ..tokenizers.usage import GENERATION, IDS
 from .config_json import quantized_json, to_hugging_face
-from .folder import CONFIG, find_model, read_folder, safetensors_header
+from .folder import CONFIG, find_model, is_run, pointed_to, read_folder, safetensors_header
 from .names import PREFIX, TensorMatch, full_name, hugging_face
 from .safetensors import entries_of, fetch_from, write_safetensors, write_shards
 from .tensors import (
@@ -40,6 +42,7 @@ from .tensors import (
 
 OPTIMIZER = "training/optimizer.safetensors"
 STATE = "training/state.json"
+MOST_READERS = 4
 
 
 # -- writing
@@ -145,24 +148,39 @@ def load(
 
     `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
     quantized folder stays packed unless `unpacked`. The tokenizer is None if the folder has none.
-    Files listed in a manifest are verified first.
+    Files listed in a manifest are verified, while they are read.
     """
-    return load_folder(find_model(name), device=device, dtype=dtype, bits=bits, unpacked=unpacked)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "bits": bits, "unpacked": unpacked}
+    likely = Path(name)
+    if is_run(likely):
+        likely = pointed_to(likely, "best") or likely
+    with ThreadPoolExecutor(1) as pool:
+        finding = pool.submit(find_model, name)
+        try:
+            loaded = load_folder(likely, **how)
+        except (ValueError, OSError):
+            return load_folder(finding.result(), **how)  # or the error of verifying it
+        folder = finding.result()
+    return loaded if folder == likely else load_folder(folder, **how)
 
 
 def load_folder(
     folder: Path,
     *,
+    tokenizer: Tokenizer | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
     unpacked: bool = False,
 ) -> tuple[GPT, Tokenizer | None]:
-    """As `load`, for a folder that `find_model` returned."""
-    stored = open_folder(folder)
+    """As `load`, for a folder that `find_model` returned; `tokenizer` if it was loaded before."""
+    stored = open_folder(folder, with_tokenizer=tokenizer is None)
+    if tokenizer is not None:
+        check_pair(stored.config, tokenizer, folder)
+        stored = replace(stored, tokenizer=tokenizer)
     if bits is not None:
         stored = packing(stored, bits)
-    model = build(stored, device=device, dtype=dtype, unpacked=unpacked)
+    model = build(stored, device=device, dtype=dtype, unpacked=unpacked, readers=cores())
     return model, stored.tokenizer
 
 
@@ -251,15 +269,21 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     unpacked: bool = False,
+    readers: int = 1,
 ) -> GPT:
-    """Read a stored model into memory, in evaluation mode; packed unless `unpacked`."""
+    """Read a stored model into memory, in evaluation mode; packed unless `unpacked`.
+
+    `readers` tensors are read at a time: most of the time goes to the system, which finds memory
+    for them and transposes them into it.
+    """
     model = without_weights(stored.config).to(dtype)
     packed = stored.bits is not None and not unpacked
     if packed:
         put_all_packed(model, stored, torch.device(device))
-    weights = {}
-    for name in [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
-        weights[name] = stored.tensor(name).to(dtype).contiguous()
+    names = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    with ThreadPoolExecutor(min(readers, MOST_READERS)) as pool:
+        tensors = pool.map(lambda name: stored.tensor(name).to(dtype).contiguous(), names)
+        weights = dict(zip(names, tensors, strict=True))
     model.load_state_dict(weights, assign=True, strict=False)  # packed matrices are there already
     if not packed:
         model.tie_weights()

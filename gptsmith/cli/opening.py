@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint.folder import find_model, read_bits
 from ..config.settings import InferenceSettings, MachineSettings
+from ..machine.environment import importing
 from ..machine.terminal import tell
 from .flags import chosen
 
@@ -19,12 +20,13 @@ def open_model(options: Namespace, name: str) -> Any:
     """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype."""
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        verifying = pool.submit(find_model, name)
-        from ..checkpoint.saved import load_folder
-        from ..machine import devices
-        from ..model.attention import WAYS
+        opening = pool.submit(verified, name)
+        with importing():
+            from ..checkpoint.saved import load_folder
+            from ..machine import devices
+            from ..model.attention import WAYS
 
-        folder = verifying.result()
+        folder, tokenizer = opening.result()
     settings = chosen(options, InferenceSettings)
     machine = devices.choose(
         MachineSettings(
@@ -35,9 +37,18 @@ def open_model(options: Namespace, name: str) -> Any:
         )
     )
     device = devices.prepare_machine(machine)
-    model, tokenizer = load_folder(folder, **devices.loading(machine.dtype, device))
+    how = devices.loading(machine.dtype, device)
+    model, tokenizer = load_folder(folder, tokenizer=tokenizer, **how)
     model.attend_by(WAYS[machine.attention])
     return folder, model, tokenizer
+
+
+def verified(name: str) -> tuple[Path, Any]:
+    """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch."""
+    from ..tokenizers import load_tokenizer
+
+    folder = find_model(name)
+    return folder, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def open_writer(options: Namespace, name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from ..config.fields import setting
 from ..config.model import FORMER_SWITCHES
 from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
-from ..machine.environment import rank
+from ..machine.environment import importing, rank
 from ..machine.terminal import Display, count
 from .flags import Parser, UsageError, add_flags, chosen, given
 
@@ -67,7 +67,8 @@ def run(options: Namespace) -> int:
     elif options.what or folders.out:
         raise UsageError("--resume names the run: leave out the recipe, the data and --out")
 
-    from ..training.train import continue_run, next_run_folder, train_fresh
+    with importing():
+        from ..training.train import continue_run, next_run_folder, train_fresh
 
     display = Display(quiet=rank() != 0)
     if folders.resume is not None:

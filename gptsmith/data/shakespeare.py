@@ -42,13 +42,15 @@ def plays() -> Iterator[tuple[str, str]]:
 
 def plain_text(markdown: str) -> str:
     """Convert a play to plain text: "SPEAKER:" above each speech, [stage directions], headings."""
-    text = re.sub(" ?— ?", "—", html.unescape(markdown)).translate(TYPOGRAPHY)
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = html.unescape(markdown).replace(" —", "—").replace("— ", "—").translate(TYPOGRAPHY)
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     text = HEADING.sub("", text)
     text = SPEAKER.sub(lambda match: match[1].replace(":", "") + ":", text)
     text = DIRECTION.sub(lambda match: direction(match[1]), LOST_MARK.sub("_", text))
     text = ESCAPE.sub("", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip("\n") + "\n"
 
 
 def direction(marked: str) -> str:

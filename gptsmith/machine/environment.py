@@ -4,12 +4,14 @@ Works without PyTorch, so that text can be prepared without it; devices.py has w
 """
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -102,6 +104,22 @@ def set_malloc_options(options: dict[int, int]) -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         for option, value in options.items():
             ctypes.CDLL(None).mallopt(option, value)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Pause Python's garbage collector while modules are imported, and spare it their objects.
+
+    It would search all that was imported so far again and again: a tenth of PyTorch's import.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def use_huge_pages() -> None:

@@ -46,8 +46,8 @@ def kind_of(spec: Mapping[str, Any]) -> str:
                 f"the tokenizer's added token {token!r} is a token of its BPE too, with other text"
             )
     specials = {token["content"] for token in spec["added_tokens"]}
-    odd = [t for t in model["vocab"] if t not in specials and not all(c in BYTES for c in t)]
-    if odd or splits_like(spec) is None:
+    characters = {*"".join(model["vocab"].keys() - specials)}
+    if characters - BYTES.keys() or splits_like(spec) is None:
         raise ValueError(
             "the tokenizer is a BPE, but not a byte-level one: only those are supported"
         )

@@ -166,6 +166,43 @@ def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
     assert min(seconds) < 0.5
 
 
+# What takes long to import, and neither sampling nor the way to the first step of training needs.
+HEAVY = {
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx"),
+    *("sympy", "scipy", "pandas", "matplotlib", "pyarrow", "transformers", "huggingface_hub"),
+    *("pydantic", "starlette", "uvicorn", "gguf", "onnx", "onnxruntime", "wandb"),
+    *("gptsmith.convert", "gptsmith.serving"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sample run --seed 1 --max-tokens 2 --threads 1",
+        f"train text.txt {TOY} --out new",
+    ],
+)
+def test_nothing_is_imported_that_is_not_needed(words: str, toys: Path) -> None:
+    code = (
+        "import sys\n"
+        "from gptsmith.cli.main import main\n"
+        "def imported(run=None):\n"
+        "    print('imported', *sys.modules)\n"
+        "    sys.exit()\n"
+        "if sys.argv[1] == 'train':\n"
+        "    from gptsmith.training import train\n"
+        "    train.follow = imported\n"  # where the first step would follow
+        "main(sys.argv[1:])\n"
+        "imported()\n"
+    )
+    line = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    modules = {*done.stdout.partition("imported ")[2].split()}
+    assert "torch" in modules
+    assert not modules & HEAVY
+
+
 def test_no_words_at_all_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: gptsmith" in "".join(capsys.readouterr())
