@@ -263,6 +263,18 @@ def test_damage_is_found(saved: Path, damage: Callable[[Path], None], message: s
         verify(saved)
 
 
+@pytest.mark.parametrize("flipped", [True, False])
+def test_load_reads_while_it_verifies_and_returns_nothing_damaged(
+    flipped: bool, saved: Path
+) -> None:
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content if flipped else content[:-99])
+    with pytest.raises(DamagedError, match=r"its SHA-256 differs|but was written with"):
+        gptsmith.load(saved)
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
 def test_training_files_are_only_verified_for_training(saved: Path, name: str) -> None:
     flip(saved / "training" / name)
