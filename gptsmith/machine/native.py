@@ -5,6 +5,7 @@ Knows nothing of what is in them.
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ def open_library(source: Path) -> ctypes.CDLL:
 
     ValueError where there is no compiler, or it fails; OSError where the library cannot be loaded.
     """
-    made_from = repr((source.read_bytes(), FLAGS, environment.processor()))
+    made_from = repr((contents(source), FLAGS, environment.processor()))
     name = f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
     path = environment.cache_folder("native") / name
     if path.is_file() and not is_whole(path):
@@ -29,6 +30,13 @@ def open_library(source: Path) -> ctypes.CDLL:
     if not path.is_file():
         compile_library(source, path)
     return ctypes.CDLL(str(path))
+
+
+def contents(source: Path) -> list[bytes]:
+    """Return the text of a C++ file and of the files beside it that it includes."""
+    text = source.read_bytes()
+    included = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
+    return [text, *(part for name in included for part in contents(source.parent / name.decode()))]
 
 
 def is_whole(path: Path) -> bool:
