@@ -160,20 +160,22 @@ struct Packed {
 
 // -- inputs, in the order in which a product reads them
 
-// Rows of the matrix, and vectors of inputs of as many rows, that are multiplied with one another:
-// their partial sums are held in registers.
+// Vectors of inputs, of as many rows or of half as many, that are multiplied by a vector of weights.
 #ifdef __AVX512F__
-constexpr int AT_ONCE = 2, WIDEST = 8;
+constexpr int WIDEST = 8;
 #else
-constexpr int AT_ONCE = 2, WIDEST = 2;
+constexpr int WIDEST = 2;
 #endif
 constexpr int64_t BLOCKS = 3;        // of 16 rows, that a thread multiplies by all inputs in turn
 constexpr int64_t MANY = 8;          // input rows for which the threads share what is cheap, too
 constexpr int64_t AHEAD = 16 << 10;  // bytes: how far ahead weights are prefetched
 
-// The largest number of input rows in a tile.
+// The largest number of input rows in a tile, and how many rows of the matrix RS of them are
+// multiplied by at a time: the partial sums have to fit the registers.
 template <class F>
 constexpr int TILE = WIDEST / F::SUMS;
+template <class F, int RS>
+constexpr int AT_ONCE = RS == TILE<F> ? 2 : 4;
 
 struct alignas(64) Line {  // loads that cross cache lines take twice as long
     float numbers[LANES];
@@ -298,12 +300,12 @@ inline void multiply(typename F::Sum (&sums)[MS][RS * F::SUMS],
     }
 }
 
-// Multiply AT_ONCE rows of a matrix, from row m on, by RS rows of inputs, from row r on. Each of the
+// Multiply some rows of a matrix, from row m on, by RS rows of inputs, from row r on. Each of the
 // totals is a vector of partial sums.
 template <class F, int RS>
 void product_of(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_t ahead,
                 Floats (*total)[LANES]) {
-    constexpr int MS = AT_ONCE;
+    constexpr int MS = AT_ONCE<F, RS>;
     typedef typename F::Held Held;
     int64_t lanes = F::PACKED ? w.lanes : w.columns;
     int64_t parts = F::PACKED ? w.columns / lanes / 4 / F::FIELDS : 1;
@@ -362,7 +364,7 @@ void multiply_16(const Matrix& w, int64_t m, const Inputs& in, int64_t r, int64_
                  const Outputs& out) {
     Floats totals[RS][LANES];
     int64_t count = std::min<int64_t>(LANES, w.rows - m);
-    for (int64_t i = 0; i < count; i += AT_ONCE)
+    for (int64_t i = 0; i < count; i += AT_ONCE<F, RS>)
         product_of<F, RS>(w, m + i, in, r, ahead, (Floats(*)[LANES])&totals[0][i]);
     Floats bias = w.bias ? load<Floats>(w.bias + m, count) : Floats{};
     for (int j = 0; j < RS && r + j < R; j++) {
