@@ -24,6 +24,10 @@ check: .venv/test
 soak: .venv/test
 	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
 
+# The compiled step on processors of other kinds, emulated.
+other-processors: .venv/test | system-other-processors
+	$(BIN)/pytest tests/processors
+
 # Measuring tools, which need the machine for themselves.
 test-benchmarks: .venv/test
 	$(BIN)/pytest tests/benchmarks
@@ -87,9 +91,10 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 
-system-demo system-test:
+system-demo system-test system-other-processors:
 	@.ci/system-packages $(@:system-%=%)
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo test quick check soak clients test-benchmarks clean system-demo system-test
+.PHONY: demo test quick check soak clients other-processors test-benchmarks clean \
+	system-demo system-test system-other-processors

@@ -252,7 +252,8 @@ float order_packed(const Matrix& w, const float* from, float* to, float* offsets
 template <class F>
 void make_room_for(const Matrix& w, int64_t R, Inputs& in) {
     auto grow = [](auto& vector, size_t size) { vector.resize(std::max(vector.size(), size)); };
-    int64_t padded = divided(R, TILE<F>) * TILE<F>;
+    int64_t last = (std::max<int64_t>(R, 1) - 1) % TILE<F> + 1;  // rows of the last tile
+    int64_t padded = R - last + tile_of<F>(last);
     grow(in.ordered, across<F>(w) * padded);
     grow(in.offsets, F::PACKED ? divided(w.lanes, LANES) * padded * LANES : 0);
     grow(in.scales, padded);

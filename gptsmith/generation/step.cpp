@@ -189,7 +189,7 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
     };
     Thread::Shared shared;
     Inputs all;
-    make_all_room(all);
+    if (R >= MANY) make_all_room(all);
 #pragma omp parallel num_threads(threads)
     {
         Thread thread(shared);
