@@ -1,8 +1,8 @@
 // Products of one to many rows of inputs and a matrix, whose rows the threads share.
 //
-// Several rows of the matrix are multiplied by a tile of input rows at a time. The partial sums stay
-// in registers, so each vector that is loaded is used several times. A row's numbers are always
-// added in the same order: vector by vector along the columns, then across the lanes of the vector.
+// Several rows of the matrix are multiplied by a tile of input rows at a time. The partial sums
+// stay in registers, so each vector that is loaded is used several times. A row's numbers are
+// always added in the same order: vector by vector along the columns, then across the lanes.
 //
 // Shapes:  R rows of inputs    M rows of a matrix    K its columns
 
@@ -112,8 +112,9 @@ struct Bfloat16 : Float32 {
 };
 #endif
 
-// Unsigned integers of 8 or 4 bits, several in each word of 32 bits. A field has four of them, one in
-// each byte of the word. Inputs are integers of 16 bits. All sums are exact until they are scaled.
+// Unsigned integers of 8 or 4 bits, several in each word of 32 bits. A field has four of them, one
+// in each byte of the word. Inputs are integers of 16 bits. All sums are exact until they are
+// scaled.
 template <int BITS>
 struct Packed {
     typedef int32_t Stored;
@@ -160,7 +161,8 @@ struct Packed {
 
 // -- inputs, in the order in which a product reads them
 
-// Vectors of inputs, of as many rows or of half as many, that are multiplied by a vector of weights.
+// Vectors of inputs that are multiplied by a vector of weights. Each is of another row; a row of
+// inputs of packed numbers has two.
 #ifdef __AVX512F__
 constexpr int WIDEST = 8;
 #else
@@ -387,7 +389,8 @@ auto multiply_tile(int64_t rows) {
 
 // Multiply R rows of inputs by a matrix. The threads share blocks of its rows.
 template <class F>
-void multiply_all(Thread& thread, const Matrix& w, const Inputs& in, int64_t R, const Outputs& out) {
+void multiply_all(Thread& thread, const Matrix& w, const Inputs& in, int64_t R,
+                  const Outputs& out) {
     int64_t block = std::clamp<int64_t>(thread.piece(w.rows) / LANES, 1, BLOCKS) * LANES;
     thread.share(divided(w.rows, block), [&](int64_t item) {
         int64_t first = item * block, end = std::min(first + block, w.rows);
@@ -415,7 +418,7 @@ inline void make_room(const Matrix& w, int64_t R, Inputs& in) {
     in_format(w, [&](auto format) { make_room_for<decltype(format)>(w, R, in); });
 }
 
-// Multiply inputs (R, K), whose row r `row(r)` returns, by a matrix -> (R, M). The threads share the
+// Multiply inputs (R, K), whose row r `row(r)` returns, by a matrix -> (R, M). Threads share
 // copying of many rows; of a few, each thread copies all for itself, which needs no waiting.
 template <class Row>
 void product(Thread& thread, const Matrix& w, int64_t R, Row row, Inputs& own, Inputs& shared,

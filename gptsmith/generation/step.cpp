@@ -1,8 +1,8 @@
 // One forward pass of GPT-2 on a CPU. Each of a few rows is one token, at a position of one of the
 // texts in the KV cache.
 //
-// Each weight is read from memory once for up to eight rows, in the format in which it is stored:
-// float32, bfloat16, or several small integers in a word. The numbers of a row are always summed in
+// Each weight is read from memory once for all rows, in the format in which it is stored: float32,
+// bfloat16, or several small integers in a word (products.h). The numbers of a row are always summed in
 // the same order, so its logits do not depend, to the bit, on the other rows or on the number of
 // threads.
 //
@@ -183,7 +183,8 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
     auto make_all_room = [&](Inputs& in) {
         for (int64_t layer = 0; layer < model.n_layer; layer++) {
             const Layer& w = model.layers[layer];
-            for (auto each : {&w.c_attn, &w.c_proj, &w.c_fc, &w.mlp_c_proj}) make_room(*each, R, in);
+            for (auto matrix : {&w.c_attn, &w.c_proj, &w.c_fc, &w.mlp_c_proj})
+                make_room(*matrix, R, in);
         }
         make_room(model.head, rows.wanted, in);
     };
