@@ -26,6 +26,7 @@ from ..generation.writing import timed_tokens
 from ..machine import devices
 from ..machine.terminal import tell
 from ..model.attention import WAYS
+from ..model.fused import FusedBlock
 from ..model.gpt import GPT
 from ..model.quantized import pack_model
 from ..training.choices import choose_ways, possible, ways
@@ -110,7 +111,7 @@ def training_figures(trainer: Trainer, seconds: Sequence[float]) -> dict[str, An
         "device": str(trainer.device),
         "dtype": trainer.dtype,
         "attention": attention_of(trainer.model),
-        "fused": "forward" in vars(trainer.model.h[0]),
+        "fused": isinstance(trainer.model.h[0], FusedBlock),
         "threads": torch.get_num_threads(),
         "compiled": trainer.compiled != "no",
         "parameters": cost.parameter_count(config),

@@ -18,6 +18,7 @@ from gptsmith.config.model import MODERN, GPTConfig
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
 from gptsmith.machine import chooser, devices
+from gptsmith.model.fused import FusedBlock
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
@@ -121,6 +122,8 @@ def test_the_fused_pieces_are_a_candidate(
         "float32",
         "bf16",
     ]
+    named = MachineSettings(threads=1, attention="kernel")
+    assert choices.possible(named, config, CPU).fused == "no"
     modern = GPTConfig(**TOY | MODERN)
     assert choices.possible(machine, modern, CPU).fused == "no"
     for fast in names:
@@ -136,7 +139,7 @@ def test_the_fused_pieces_are_a_candidate(
         asked = devices.choose_to_learn(replace(float32, device="cpu"))
         way, _ = choose_ways(trainer, asked, steps=10_000)
         assert ("fused" if way.fused == "yes" else way.attention) == fast
-        assert ("forward" in vars(trainer.model.h[0])) == (fast == "fused")
+        assert isinstance(trainer.model.h[0], FusedBlock) == (fast == "fused")
 
 
 def test_micro_batches_are_halved_down_to_a_few_thousand_tokens() -> None:
