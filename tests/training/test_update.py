@@ -206,7 +206,8 @@ def test_a_model_without_some_gradients_is_updated() -> None:
     graded = dict(model.named_parameters())
     for name in ("wpe.weight", "h.0.mlp.c_fc.weight"):
         graded[name].grad = torch.ones_like(graded[name])
-    for optimizer in make_optimizers(model, settings, CompiledUpdate()):
+    for optimizer in make_optimizers(model, settings):
+        optimizer.compiled = CompiledUpdate()
         optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"wpe.weight", "h.0.mlp.c_fc.weight"}
