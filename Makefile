@@ -96,5 +96,4 @@ system-demo system-test system-other-processors:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo test quick check soak clients other-processors test-benchmarks clean \
-	system-demo system-test system-other-processors
+.PHONY: demo test quick check soak clients other-processors test-benchmarks clean system-demo system-test system-other-processors
