@@ -19,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-#include "vectors.h"
+#include "../machine/vectors.h"
 
 extern "C" {
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dropout.h"
+
 namespace {
 
 float wide(float x) { return x; }
@@ -27,14 +29,6 @@ void store(float x, uint16_t& y) {
     y = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
 }
 
-// The mixing of MurmurHash3's 32-bit finalizer, with the seed added twice.
-uint32_t random_bits(uint32_t seed, uint32_t element) {
-    uint32_t x = element * 0x9e3779b9u + seed;
-    x = (x ^ x >> 16) * 0x85ebca6bu + seed;
-    x = (x ^ x >> 13) * 0xc2b2ae35u;
-    return (x ^ x >> 16) >> 8;
-}
-
 template <typename Number>
 void drop(const Number* x, Number* y, const int32_t* seeds, int64_t rows, int64_t H, int64_t T,
           int64_t S, int64_t start, int64_t R, int64_t E, uint32_t dropped, float scale,
@@ -47,7 +41,7 @@ void drop(const Number* x, Number* y, const int32_t* seeds, int64_t rows, int64_
         Number* to = y + line * E;
 #pragma omp simd
         for (int32_t s = 0; s < int32_t(E); s++) {
-            const float kept = random_bits(seed, first + s) >= dropped ? wide(from[s]) * scale : 0;
+            const float kept = random_bits(first + s, seed) >= dropped ? wide(from[s]) * scale : 0;
             store(kept, to[s]);
         }
     }

@@ -19,52 +19,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "../machine/vectors.h"
+#include "dropout.h"
 
 namespace {
 
 // -- vectors
 
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef uint32_t Naturals __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-// Load `count` numbers into a vector, and fill the rest with zeros.
-template <class Vector, class Number>
-inline Vector load(const Number* from, int64_t count = LANES) {
-    Vector vector{};
-    if (count >= LANES) {
-        std::memcpy(&vector, from, sizeof vector);
-    } else {
-        std::memcpy(&vector, from, count * sizeof(Number));
-    }
-    return vector;
-}
-
-template <class Vector, class Number>
-inline void store(Number* to, Vector vector, int64_t count = LANES) {
-    if (count >= LANES) {
-        std::memcpy(to, &vector, sizeof vector);
-    } else {
-        std::memcpy(to, &vector, count * sizeof(Number));
-    }
-}
-
 inline Floats filled(float x) { return Floats{} + x; }
-
-inline float sum(Floats v) {
-    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    return v[0];
-}
 
 inline float largest(Floats v) {
     Floats w = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -72,24 +36,6 @@ inline float largest(Floats v) {
     float most = v[0];
     for (int i = 1; i < LANES / 2; i++) most = most < v[i] ? v[i] : most;
     return most;
-}
-
-inline Floats from_bfloat16(Halves numbers) {
-    return (Floats)(__builtin_convertvector(numbers, Naturals) << 16);
-}
-
-// Round to nearest, ties to even. Each number's bfloat16 is then in the upper half of its word.
-inline Naturals rounded(Floats numbers) {
-    Naturals bits = (Naturals)numbers;
-    return bits + 0x7fff + ((bits >> 16) & 1);
-}
-
-inline Halves to_bfloat16(Floats numbers) {
-#ifdef __AVX512BF16__
-    return (Halves)_mm512_cvtneps_pbh((__m512)numbers);
-#else
-    return __builtin_convertvector(rounded(numbers) >> 16, Halves);
-#endif
 }
 
 // Compute 2^x, as 2^n * 2^r with n = round(x) and the Taylor series of e^(r ln 2), |r| <= 1/2.
@@ -179,7 +125,6 @@ inline void add_to(float* sums, Floats x) { store(sums, load<Floats>(sums) + x);
 
 // -- dropout
 
-// The mask is a hash of a number's index in its row of the batch; model/dropout.py has the same.
 struct Dropout {
     const int32_t* seeds;  // (B,), one for each row, or null: nothing is dropped
     int64_t threshold;    // probability * 2^24
@@ -187,14 +132,8 @@ struct Dropout {
 
     // Return 0 or `scale` for each of 16 numbers.
     Floats mask(int64_t row, Naturals index) const {
-        const uint32_t seed = seeds[row];
-        Naturals x = index * 0x9E3779B9u + seed;
-        x ^= x >> 16;
-        x = x * 0x85EBCA6Bu + seed;
-        x ^= x >> 13;
-        x *= 0xC2B2AE35u;
-        x ^= x >> 16;
-        return (x >> 8) >= (uint32_t)threshold ? filled(scale) : Floats{};
+        Naturals bits = random_bits(index, (uint32_t)seeds[row]);
+        return bits >= (uint32_t)threshold ? filled(scale) : Floats{};
     }
     static Naturals from(uint32_t first, uint32_t step = 1) {
         return Naturals{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * step + first;

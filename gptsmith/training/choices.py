@@ -27,6 +27,7 @@ PASS_TOKENS = 1024  # of a timed pass on a CPU, where more would change the orde
 LEAST_TOKENS = 64  # of a timed pass in a very short run
 LEAST_MICRO_BATCH = 2048  # tokens; below, a CPU's many small operations take longer
 MOST_SIZES = 3  # of micro-batches that are compared
+SHOWN = 2  # other candidates in the plan; all are recorded
 
 Ways = Mapping[str, MachineSettings]  # candidates by name, in the order of preference
 
@@ -46,10 +47,13 @@ class Measured(NamedTuple):
     def __str__(self) -> str:
         """Say what was chosen: "precision: float32, 13,100 tokens/s (bf16 7,900)"."""
         chosen, speeds = self.choice.name, self.speeds
-        others = [f"{name} {speed:,.0f}" for name, speed in speeds.items() if name != chosen]
+        others = sorted(speeds.keys() - {chosen}, key=lambda name: -speeds[name])
+        shown = [f"{name} {speeds[name]:,.0f}" for name in others[:SHOWN]]
+        if len(others) > SHOWN:
+            shown.append(f"{len(others) - SHOWN} slower")
         earlier = ", measured earlier" if self.choice.remembered else ""
         return (
-            f"{self.what}: {chosen}, {speeds[chosen]:,.0f} tokens/s ({'; '.join(others)}){earlier}"
+            f"{self.what}: {chosen}, {speeds[chosen]:,.0f} tokens/s ({'; '.join(shown)}){earlier}"
         )
 
 

@@ -68,12 +68,11 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
         f"micro-batch of {count(machine.micro_batch, 'row')}"
         + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
+        **({"fastest": "; ".join(map(str, measured))} if measured else {}),
         "memory": f"about {size(memory)} on the device, in addition to PyTorch itself",
         "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",
         "run": str(run.folder),
     }
-    if measured:
-        rows["fastest"] = "; ".join(map(str, measured))
     title = "Resuming" if run.done else "Training"
     run.display.table(title, rows)
 

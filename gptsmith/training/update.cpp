@@ -15,9 +15,8 @@
 #include <new>
 #include <utility>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "../machine/vectors.h"
 
 extern "C" {
 
@@ -40,26 +39,9 @@ struct Matrix {  // one of Muon's
 
 namespace {
 
-constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef uint32_t Naturals __attribute__((vector_size(64)));
-
 constexpr Words COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline Floats load(const float* from, int64_t count = LANES) {
-    Floats vector{};
-    if (count >= LANES) {
-        std::memcpy(&vector, from, sizeof vector);
-    } else {
-        std::memcpy(&vector, from, count * sizeof(float));
-    }
-    return vector;
-}
-
-inline void store(float* to, Floats vector, int64_t count = LANES) {
-    std::memcpy(to, &vector, std::min(count, LANES) * sizeof(float));
-}
+inline Floats load(const float* from, int64_t count = LANES) { return load<Floats>(from, count); }
 
 inline int64_t whole(int64_t count, int64_t in) { return (count + in - 1) / in * in; }
 
@@ -319,7 +301,7 @@ struct Direction {
         for (int64_t i = 0; i < (wide ? flat : tall).rows; i += LANES)
             for (int64_t j = 0; j < (wide ? flat : tall).columns; j += LANES) {
                 Floats block[LANES] = {};
-                for (int64_t r = 0; r < std::min(LANES, matrix.rows - i); r++) {
+                for (int64_t r = 0; r < std::min<int64_t>(LANES, matrix.rows - i); r++) {
                     int64_t at = (i + r) * matrix.columns + j, count = matrix.columns - j;
                     if (count <= 0) break;
                     Floats gradient = load(matrix.gradient + at, count);
@@ -345,7 +327,7 @@ struct Direction {
                 Floats block[LANES];
                 flat.get(wide ? i : j, wide ? j : i, block);
                 if (!wide) transpose(block);
-                for (int64_t r = 0; r < std::min(LANES, matrix.rows - i); r++) {
+                for (int64_t r = 0; r < std::min<int64_t>(LANES, matrix.rows - i); r++) {
                     int64_t at = (i + r) * matrix.columns + j, count = matrix.columns - j;
                     store(matrix.weight + at,
                           keep * load(matrix.weight + at, count) - size * block[r], count);

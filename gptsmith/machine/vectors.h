@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -73,10 +76,18 @@ inline Floats from_bfloat16(Halves numbers) {
     return (Floats)(__builtin_convertvector(numbers, Naturals) << 16);
 }
 
-// Round to nearest, ties to even.
-inline Halves to_bfloat16(Floats numbers) {
+// Round to nearest, ties to even. Each number's bfloat16 is then in the upper half of its word.
+inline Naturals rounded(Floats numbers) {
     Naturals bits = (Naturals)numbers;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+inline Halves to_bfloat16(Floats numbers) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)numbers);
+#else
+    return __builtin_convertvector(rounded(numbers) >> 16, Halves);
+#endif
 }
 
 // Compute e^x as 2^n * e^r with n = round(x / ln 2). A short Taylor series is enough for e^r, since
