@@ -120,6 +120,7 @@ def test_train_takes_settings_and_shows_what_the_command_shows(
     assert model.config.vocab_size == tokenizer.vocab_size == len(set(TEXT))
 
 
+@pytest.mark.slow
 def test_train_goes_on_with_a_run() -> None:
     through = gptsmith.train("notes.txt", out="through", **SMALL)
     half = gptsmith.train("notes.txt", out="half", **SMALL, save_every=3)

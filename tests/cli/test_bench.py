@@ -51,6 +51,7 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
 # -- one measurement
 
 
+@pytest.mark.slow
 def test_a_folder_is_measured_with_its_own_weights(folder: Path, bench: Callable[..., Any]) -> None:
     words = "--rows 3 --prompt-tokens 4 --max-tokens 7 --threads 1 --json".split()
     status, out, err = bench("generate", folder, *words)
@@ -72,6 +73,7 @@ def test_one_measurement_shows_no_tokens(folder: Path, bench: Callable[..., Any]
     assert "tokens" not in shown
 
 
+@pytest.mark.slow
 def test_training_is_timed_with_the_optimizer_asked_for(
     folder: Path, bench: Callable[..., Any]
 ) -> None:

@@ -1136,6 +1136,7 @@ def test_what_is_advised_works(
         ("train text.txt TOY --out run", "`gptsmith train --resume run`", "train --resume run"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_is_advised_in_words_works(
     words: str,
     message: str,

@@ -674,6 +674,7 @@ def test_a_lying_header_is_refused_at_once(data: bytes, message: str, tmp_path: 
         read(tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
 def test_any_byte_may_be_wrong(whole: bytes, tmp_path: Path) -> None:
     """The file is read, or refused: no other error, no hang."""
     path, chance = tmp_path / "m.gguf", random.Random(1)

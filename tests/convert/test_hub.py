@@ -231,6 +231,7 @@ def test_without_the_library_one_line_says_what_to_do(monkeypatch: pytest.Monkey
 # -- by the real client
 
 
+@pytest.mark.slow
 def test_what_is_needed_is_downloaded_and_nothing_else(
     files: dict[str, bytes], server: Hub, tmp_path: Path
 ) -> None:
@@ -368,6 +369,7 @@ def test_a_server_that_dies_in_the_middle(
     assert is_our_model(found)
 
 
+@pytest.mark.slow
 def test_a_repository_or_a_file_that_is_not_there(server: Hub, tmp_path: Path) -> None:
     found, said = fetch(tmp_path, server, "gpt2-xl")
     assert found == ""

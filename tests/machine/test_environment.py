@@ -53,6 +53,7 @@ def test_the_usual_folder(tmp_path: Path, temporary: Path, monkeypatch: pytest.M
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_home_the_step_is_compiled_among_temporary_files(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

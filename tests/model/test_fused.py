@@ -87,6 +87,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_gradients_are_those_of_float64(
     size: str, form: str, dropout: float, library: ctypes.CDLL
 ) -> None:
@@ -219,6 +220,7 @@ SETTINGS = MachineSettings(device="cpu", dtype="float32")
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=8, context_length=8, vocab_size=V)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_pieces_where_they_can_be() -> None:
     assert choose_fused(SETTINGS, CONFIG, CPU).fused == "yes"
     assert choose_fused(replace(SETTINGS, fused="no"), CONFIG, CPU).fused == "no"

@@ -230,6 +230,7 @@ def test_resuming_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert events(half)[-1]["measured"] == {}
 
 
+@pytest.mark.slow
 def test_what_is_remembered_is_not_measured_again(
     monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:

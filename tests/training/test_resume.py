@@ -96,6 +96,7 @@ def flip_a_byte(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.slow
 def test_a_flipped_byte_in_the_data_is_refused_as_other_data(
     split: str, refusal: Callable[..., str]
 ) -> None:
@@ -189,6 +190,7 @@ def closing_advice(run: Path, said: str, name: str) -> list[str]:
     return shlex.split(line.partition("gptsmith ")[2])
 
 
+@pytest.mark.slow
 def test_a_constant_run_becomes_the_longer_one(
     capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
 ) -> None:
@@ -311,6 +313,7 @@ def fused_in(run: Path) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_pieces_that_it_was_trained_with() -> None:
     pieces = ("--dropout", "0", "--fused", "yes")
     first = train(*pieces, out="fused")

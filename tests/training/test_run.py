@@ -254,6 +254,7 @@ def test_two_processes_cannot_train_one_run(capsys: pytest.CaptureFixture[str]) 
     assert "is being trained by another process" in said
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_with_advice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +301,7 @@ def follow_advice(said: str) -> None:
     assert main(shlex.split(command[1])) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_worse_than_a_guess_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     train("--learning-rate", "30", "--min-learning-rate", "15", "--warmup-steps", "0")
     said = capsys.readouterr().err
