@@ -66,6 +66,7 @@ def test_a_folder_is_measured_with_its_own_weights(folder: Path, bench: Callable
     assert all(found[name] > 0 for name in FIGURES)
 
 
+@pytest.mark.slow
 def test_one_measurement_shows_no_tokens(folder: Path, bench: Callable[..., Any]) -> None:
     _, out, _ = bench("generate", folder, "--rows", 1, "--threads", 1)
     shown = {line.strip().partition("  ")[0] for line in out.splitlines()[1:]}

@@ -172,6 +172,7 @@ def peak_allocation(step: Callable[[], Any]) -> int:
         (SMALL | {"block": "modern", "n_kv_head": 2}, 2),
     ],
 )
+@pytest.mark.slow
 def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
     """The estimate for 7 rows against the peak of a forward and backward pass."""
     config = GPTConfig(**sizes, context_length=128)

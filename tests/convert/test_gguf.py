@@ -175,6 +175,7 @@ BOUNDS = {"float32": 0.002, "fp16": 0.005, "bf16": 0.03, "q8_0": 0.1}
     ("form", "dtype"),
     [(form, d) for form in FORMS for d in DTYPES if form == "gpt2" or d in ("float32", "q8_0")],
 )
+@pytest.mark.slow
 def test_llama_cpp_computes_what_we_compute(form: str, dtype: str, tmp_path: Path) -> None:
     model = scrambled(GPTConfig(**(SIZES | FORMS[form])))
     write(stored(model, letters(37)), tmp_path / "m.gguf", dtype)

@@ -168,6 +168,7 @@ def test_a_header_that_lies_is_refused(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(end=st.integers(0, 30000), word=st.integers(1, 7), value=st.integers(-(2**31), 2**31 - 1))
+@pytest.mark.slow
 def test_cut_and_garbled_files_are_refused(
     end: int, word: int, value: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

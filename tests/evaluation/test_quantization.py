@@ -467,6 +467,7 @@ def test_a_quantized_folder_is_its_own_precision_or_unpacked(
     )
 
 
+@pytest.mark.slow
 def test_training_takes_no_packed_weights_but_starts_from_them_unpacked(
     model: Path, quantized: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_is_remembered_is_used_and_else_the_constants() -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.slow
 def test_both_ways_read_the_same_tokens(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In as many rows as the context needs; the logits agree."""
     decoder = open_decoder(scrambled(GPTConfig(**TINY)), "yes")

@@ -237,6 +237,7 @@ def drafted(model: GPT, job: Job) -> Job:
 
 @pytest.mark.parametrize("in_chunks", [True, False])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_drafts_beside_others_change_nothing(way: str, in_chunks: bool) -> None:
     model, engine = engine_of(way, in_chunks=in_chunks)
     jobs = some_jobs(9)

@@ -118,13 +118,10 @@ def test_packed_weights_take_the_activations_that_are_fast(
         ("sample run --dtype fp16 --seed 1 --max-tokens 2", "take bf16 or float32"),
         ("bench generate run --dtype fp8 --rows 1 --rounds 1 --max-tokens 2", "take bf16"),
         ("train text.txt TOY --threads 100000 --out OUT", "leave it out"),
-        pytest.param(
-            "train text.txt TOY --compile max-autotune --out OUT",
-            "take yes",
-            marks=pytest.mark.slow,
-        ),
+        ("train text.txt TOY --compile max-autotune --out OUT", "take yes"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_advised_about_the_machine_works(
     words: str,
     message: str,

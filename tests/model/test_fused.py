@@ -100,6 +100,7 @@ def test_gradients_are_those_of_float64(
     assert ours[1] < 1.5 * plain[1]
 
 
+@pytest.mark.slow
 def test_every_gradient_is_small_in_error(library: ctypes.CDLL) -> None:
     """One by one, so that no small tensor hides behind a large one."""
     model = small_model("odd", "gpt2")

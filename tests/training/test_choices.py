@@ -107,6 +107,7 @@ def test_what_can_run_is_not_more_than_the_device_has(monkeypatch: pytest.Monkey
     assert (way.dtype, way.attention) == ("float32", "kernel")
 
 
+@pytest.mark.slow
 def test_the_fused_pieces_are_a_candidate(
     monkeypatch: pytest.MonkeyPatch, compiled_folder: Path
 ) -> None:
