@@ -187,6 +187,7 @@ def test_a_model_of_gigabytes_is_traced_without_them() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_a_trace_of_gpt2_fits_a_terminal() -> None:
     text = render(list(trace(GPTConfig(n_layer=1), 2, 4)))
     assert "(2, 12, 4, 64)" in text

@@ -286,6 +286,7 @@ def test_a_fresh_run_begins_with_a_recipe_a_file_data_or_settings(tmp_path: Path
         ("--batch-tokens 33", "try 32"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_advised_for_settings_works(
     flags: str, message: str, toys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

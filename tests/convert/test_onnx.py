@@ -119,6 +119,7 @@ class Cached:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_onnxruntime_computes_the_models_logits(form: str, folders: Callable[..., Path]) -> None:
     model = model_of(form)
     folder = folders(form)

@@ -198,6 +198,7 @@ def plain_copy(model: GPT, packed: GPT) -> GPT:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_packed_model_is_the_plain_one_with_rounded_weights(name: str, bits: int) -> None:
     model = scrambled(MODELS[name])
     packed = copy.deepcopy(model)

@@ -397,6 +397,7 @@ def test_an_upgrade_to_what_is_not_spoken_is_not_made(server: Running) -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /hea", request(PLAIN)[:-5]], ids=["nothing", "half a head", "half a body"]
 )
+@pytest.mark.slow
 def test_who_begins_and_does_not_go_on_is_cut_off(
     server: Running, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:

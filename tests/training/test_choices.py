@@ -199,6 +199,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices.Timing, "seconds", never)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_and_is_recorded_shown_and_repeated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +220,7 @@ def test_measuring_changes_nothing_and_is_recorded_shown_and_repeated(
     assert measured_by(again) == {}
 
 
+@pytest.mark.slow
 def test_resuming_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     through = train("text.txt", *AUTO, "--schedule", "constant", out="through")
     machine = read_toml(through / "config.toml").machine

@@ -52,6 +52,7 @@ def test_nanogpts_data_of_characters_is_read_with_its_meta_pkl() -> None:
     assert load_tokenizer(Path("more")).fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.slow
 def test_numpy_shards_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     """As build-nanogpt saves them."""
     Path("edu").mkdir()

@@ -62,6 +62,7 @@ def trained_on(place: str, out: str = "run", *words: str) -> Path:
     [(TEXT.replace("fox", "cat"), "byte", "another train and validation"),
      (TEXT, "char", "another tokenizer and train and validation")],
 )  # fmt: skip
+@pytest.mark.slow
 def test_other_data_in_the_same_place_is_refused(
     text: str, tokenizer: str, differs: str, refusal: Callable[..., str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_other_data_in_the_same_place_is_refused(
     assert len(events(run)) == 1
 
 
+@pytest.mark.slow
 def test_data_that_moved_is_named_and_the_run_goes_on(refusal: Callable[..., str]) -> None:
     prepared("data", TEXT)
     whole, run = trained_on("data", "whole"), trained_on("data")
@@ -114,6 +116,7 @@ def test_a_flipped_byte_in_the_data_is_refused_as_other_data(
     assert same_weights(whole, run)
 
 
+@pytest.mark.slow
 def test_a_runs_own_copy_of_its_text_is_made_again(refusal: Callable[..., str]) -> None:
     whole, run = train("--save-every", "4", out="whole"), train("--save-every", "4")
     forget_after(run, 4)
@@ -219,6 +222,7 @@ def test_a_wsd_run_becomes_longer_until_it_decays(refusal: Callable[..., str]) -
     assert same_weights(whole, run, 24)
 
 
+@pytest.mark.slow
 def test_a_cosine_run_is_advised_to_start_from_its_weights(
     capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
 ) -> None:
@@ -236,6 +240,7 @@ def test_a_cosine_run_is_advised_to_start_from_its_weights(
     assert records(second)[0]["validation_loss"] == pytest.approx(best, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     """Its checkpoints have neither the data nor the newer settings."""
     prepared("data", TEXT)

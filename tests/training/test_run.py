@@ -314,6 +314,7 @@ def test_a_run_that_ends_worse_than_a_guess_says_so(capsys: pytest.CaptureFixtur
     assert "uniform guess" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     run = train(steps=30)
     best = min(r["validation_loss"] for r in records(run) if "validation_loss" in r)
