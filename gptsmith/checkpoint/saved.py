@@ -158,8 +158,8 @@ def load(
         finding = pool.submit(find_model, name)
         try:
             loaded = load_folder(likely, **how)
-        except (ValueError, OSError):
-            return load_folder(finding.result(), **how)  # or the error of verifying it
+        except Exception:  # perhaps by a damaged file, which verifying names; or it comes again
+            return load_folder(finding.result(), **how)
         folder = finding.result()
     return loaded if folder == likely else load_folder(folder, **how)
 
