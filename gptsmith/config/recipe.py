@@ -230,6 +230,8 @@ def to_toml(settings: RunSettings) -> str:
             for field in fields(part)
             if (value := getattr(part, field.name)) is not None or field.default is not None
         }
+    if settings.finetune.task is None:
+        del document["finetune"]  # nothing is learned from examples
     heading = "# Everything needed to repeat this run:  gptsmith train config.toml\n\n"
     text = heading + tomli_w.dumps(document)
     try:

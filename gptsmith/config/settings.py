@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from .fields import Bytes, SettingError, above, at_least, fraction, setting, within
+from .finetune import FinetuneSettings
 from .model import GPTConfig
 
 Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]  # every precision
@@ -206,6 +207,7 @@ class RunSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
