@@ -20,6 +20,7 @@ from ..checkpoint.saved import load_folder
 from ..config import cost
 from ..config.model import GPTConfig
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
+from ..data.batches import Batches
 from ..generation.compiled import CompiledDecoder, open_decoder
 from ..generation.crossover import tune
 from ..generation.writing import timed_tokens
@@ -31,6 +32,7 @@ from ..model.gpt import GPT
 from ..model.quantized import pack_model
 from ..training.choices import choose_ways, possible, ways
 from ..training.loop import Trainer
+from ..training.task import CountedTargets
 from ..training.trainer import make_trainer
 
 WARM_UP, WARM_UP_TOKENS = 2, 8  # steps and tokens that are not timed, since they allocate memory
@@ -82,7 +84,9 @@ def fresh_trainer(
         machine=way,
     )
     tokens = RandomTokens(config.vocab_size, 4 * run.training.batch_tokens + 1)
-    trainer = make_trainer(fresh_model(config).to(device).train(), run, tokens, rows, device)
+    batches = Batches(tokens, config.context_length, rows, seed=run.training.seed)
+    model = fresh_model(config).to(device).train()
+    trainer = make_trainer(model, run, batches, CountedTargets(), device)
     for measured in choose_ways(trainer, machine, LONG_RUN)[1]:
         tell(str(measured))
     return trainer

@@ -61,6 +61,15 @@ class Batches:
         windows = np.stack([self.window(start) for start in starts])  # (R, T + 1)
         return windows[:, :-1], windows[:, 1:]
 
+    @property
+    def row_tokens(self) -> int:
+        """The tokens of every row."""
+        return self.context_length
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of a step's global batch."""
+        return self.rows * self.context_length
+
     def start(self, index: int) -> int:
         """Return the start in the stream of the run's window number `index`, from 0."""
         epoch, place = divmod(index, self.windows)

@@ -122,10 +122,11 @@ def choose_ways(
     """
     compiled = trainer.compiled
     trainer.compile("no")  # compiling every way would take minutes
-    run_tokens = steps * trainer.settings.batch_tokens / world_size()
+    T, rows = trainer.batches.row_tokens, trainer.batches.rows
+    run_tokens = steps * T * rows / world_size()
     timing = Timing(trainer, tokens_left=int(SHARE * run_tokens))
-    T, rows = trainer.model.config.context_length, trainer.batches.rows
-    candidates = ways(asked, trainer.model.config, rows, trainer.device)
+    config = replace(trainer.model.config, context_length=T)
+    candidates = ways(asked, config, rows, trainer.device)
     on_cpu = trainer.device.type == "cpu"
     few = max(1, PASS_TOKENS // T) if on_cpu else rows
     found = [timing.choose_way(question(candidates), candidates, few)]
@@ -171,7 +172,7 @@ class Timing:
     def pass_tokens(self, rows: int) -> int:
         """Return the tokens of a pass of so many rows, or of all that each process has."""
         rows = min(rows, self.trainer.batches.rows // world_size())
-        return rows * self.trainer.model.config.context_length
+        return rows * self.trainer.batches.row_tokens
 
     def choose(
         self,
@@ -191,7 +192,14 @@ class Timing:
         else:
             # Not `init`, which says how weights are drawn.
             config = replace(self.trainer.model.config, init="gpt2")
-            about = (asdict(config), asdict(candidates[names[0]]), tokens, world_size())
+            about = (
+                asdict(config),
+                asdict(candidates[names[0]]),
+                tokens,
+                type(self.trainer.objective).__name__,
+                sum(parameter.numel() for parameter in self.trainer.parameters),
+                world_size(),
+            )
             work = partial(measured, candidates, tokens)
             choice = once(what.replace(" ", "-"), about, names, work)
         return Measured(what, choice, tokens * world_size())
@@ -222,9 +230,9 @@ class Timing:
     def seconds(self, way: MachineSettings, tokens: int) -> float:
         """Return the seconds of a pass of so many tokens; the mean over the processes."""
         trainer = self.trainer
-        T = trainer.model.config.context_length
+        T = trainer.batches.row_tokens
         rows, length = max(1, tokens // T), min(T, tokens)
-        batch = [part[:rows, :length].contiguous() for part in trainer.load(0)]
+        batch = [part[:rows, ..., :length].contiguous() for part in trainer.load(0)]
         trainer.model.train()
         use(trainer, way)
         self.tokens_left -= tokens

@@ -8,8 +8,9 @@ Shapes:  R rows of this process's share of the batch    T tokens    V vocabulary
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,15 +18,14 @@ import torch
 from torch import Tensor
 
 from ..config.settings import TrainingSettings
-from ..data.batches import Batches
 from ..machine.devices import autocast, seed_device
 from ..machine.environment import keep_compiled_code
 from ..machine.processes import sum_over_processes
 from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
-from ..model.loss import NOT_LEARNED
 from .optimizers import Optimizer
 from .schedules import learning_rate
+from .task import Batches, CountedTargets, Objective
 from .update import CompiledUpdate
 
 # Steps in a row without a finite gradient after which the run has diverged. With fp16, the gradient
@@ -55,7 +55,7 @@ class StepReport:
 
 @dataclass
 class Trainer:
-    """A model, its optimizers and its batches, with the settings of a training step."""
+    """A model, its objective, optimizers and batches, with the settings of a training step."""
 
     model: GPT
     optimizers: list[Optimizer]
@@ -69,39 +69,42 @@ class Trainer:
     # Whether dropout is drawn for each row of the global batch, whatever process computes it; else
     # each process draws from PyTorch's generator.
     dropout_by_row: bool = True
+    objective: Objective = field(default_factory=CountedTargets)
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
         self.update: CompiledUpdate | None = None  # clips the gradients
         self.done = 0  # steps before the one that is computed
-        self.parameters = list(self.model.parameters())  # finding them takes 30 microseconds
+        # Those that learn; finding them takes 30 microseconds.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.computing_gradient = False  # in a step, whose weights are not changed yet
-        self.ready: dict[int, tuple[Tensor, Tensor]] = {}  # the next step's batch, loaded ahead
+        self.ready: dict[int, tuple[Tensor, ...]] = {}  # the next step's batch, loaded ahead
 
     def compile(self, mode: Compiled) -> None:
         """Turn torch.compile on or off for the loss."""
-        self.compiled, self.loss = mode, self.model.loss
+        self.compiled, loss = mode, partial(self.objective.loss, self.model)
+        self.loss: Callable[..., Tensor] = loss
         if mode != "no":
             keep_compiled_code()
             self.loss = torch.compile(self.loss, mode=None if mode == "yes" else mode)
 
-    def gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def gradient(self, *batch: Tensor) -> Tensor:
         """Accumulate the gradient of the global batch's mean loss; return that loss.
 
-        (R, T), (R, T) -> (). Every counted token weighs the same, however the rows are divided into
-        micro-batches and processes: each micro-batch's mean loss is weighted by its share of the
-        global batch's counted tokens, and dropout is drawn for each row of the global batch.
+        (R, ...) each -> (). All that is counted weighs the same, however the rows are divided into
+        micro-batches and processes: each micro-batch's mean loss is weighted by its share of what
+        the global batch counts, and dropout is drawn for each row of the global batch.
         """
         self.forget_gradients()
-        counted = sum_over_processes((targets != NOT_LEARNED).sum()).clamp(min=1)
+        counted = sum_over_processes(self.objective.counted(*batch)).clamp(min=1)
         total = torch.zeros((), device=self.device)
-        parts = tokens, targets, *self.seeds(len(tokens))
+        parts = *batch, *self.seeds(len(batch[0]))
         for micro in zip(*(part.split(self.micro_batch) for part in parts), strict=True):
             if self.compiled == "max-autotune":  # its CUDA graphs reuse the memory of the last pass
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
                 loss = self.loss(*micro)
-            loss = loss * ((micro[1] != NOT_LEARNED).sum() / counted)
+            loss = loss * (self.objective.counted(*micro) / counted)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for parameter in self.parameters:
@@ -134,11 +137,11 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def gradient_in_memory(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def gradient_in_memory(self, *batch: Tensor) -> Tensor:
         """Compute `gradient`, halving the micro-batch as often as the GPU runs out of memory."""
         while True:
             try:
-                return self.gradient(tokens, targets)
+                return self.gradient(*batch)
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise ValueError(
@@ -150,19 +153,16 @@ class Trainer:
             self.forget_gradients()
             torch.cuda.empty_cache()
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return this process's tokens and targets of a step, from 0.  -> (R, T), (R, T)"""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Return this process's part of a step's batch, from 0.  -> (R, ...) each"""
         return self.ready.pop(step, None) or self.load(step)
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """Read a batch and start copying it to the device.  -> (R, T), (R, T)"""
-        tokens, targets = (torch.from_numpy(array) for array in self.batches.at(step))
+    def load(self, step: int) -> tuple[Tensor, ...]:
+        """Read a batch and start copying it to the device.  -> (R, ...) each"""
+        parts = [torch.from_numpy(array) for array in self.batches.at(step)]
         if self.device.type == "cuda":  # copies from pinned memory are asynchronous
-            tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        return (
-            tokens.to(self.device, non_blocking=True),
-            targets.to(self.device, non_blocking=True),
-        )
+            parts = [part.pin_memory() for part in parts]
+        return tuple(part.to(self.device, non_blocking=True) for part in parts)
 
     def update_by(self, compiled: CompiledUpdate | None) -> None:
         """Clip gradients and update weights in C++ from now on, or, with None, by PyTorch."""
@@ -201,7 +201,7 @@ class Trainer:
             loss=numbers[0],
             grad_norm=numbers[1],
             learning_rate=rate,
-            tokens=self.batches.rows * self.batches.context_length,
+            tokens=self.batches.tokens(done),
             seconds=time.perf_counter() - started,
             micro_batch=self.micro_batch,
             skipped=skipped,

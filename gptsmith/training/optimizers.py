@@ -108,13 +108,13 @@ class Optimizer(Protocol):
 
 
 def adamw_for_all(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
-    """Return AdamW for all parameters."""
-    return [AdamW(list(model.parameters()), settings)]
+    """Return AdamW for all parameters that learn."""
+    return [AdamW([p for p in model.parameters() if p.requires_grad], settings)]
 
 
 def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
     """Return Muon for the blocks' matrices, and AdamW for the rest."""
-    matrices = [p for p in model.h.parameters() if p.ndim == 2]
+    matrices = [p for p in model.h.parameters() if p.ndim == 2 and p.requires_grad]
     # Query, key and value lie in c_attn. With fewer heads of keys, as many heads of queries at a
     # time make one matrix, so that all pieces have the same shape.
     pieces = model.config.n_head // model.config.kv_heads + 2
@@ -125,12 +125,15 @@ def muon_for_blocks(model: GPT, settings: TrainingSettings) -> list[Optimizer]:
         momentum=settings.muon_momentum,
         weight_decay=settings.weight_decay,
         stacks={
-            p: pieces for name, p in model.named_parameters() if name.endswith("c_attn.weight")
+            p: pieces
+            for name, p in model.named_parameters()
+            if name.endswith("c_attn.weight") and p in inside
         },
     )
     for group in muon.param_groups:
         group["times"] = settings.muon_learning_rate / settings.learning_rate
-    return [AdamW([p for p in model.parameters() if p not in inside], settings), muon]
+    rest: list[Tensor] = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    return [AdamW(rest, settings), muon]
 
 
 OPTIMIZERS = {

@@ -49,8 +49,6 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     config, machine, training = settings.model, settings.machine, settings.training
     assert machine.micro_batch is not None
     assert machine.threads is not None
-    tokens = training.steps * training.batch_tokens
-    held_out = run.dataset.validation
     bytes_each = number_bytes(machine.dtype)
     memory = cost.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
     left = training.steps - run.done
@@ -59,11 +57,7 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
         f"{count(config.n_layer, 'layer')}, {count(config.n_head, 'head')}, "
         f"{count(config.n_embd, 'channel')}, context {config.context_length}, "
         f"vocabulary {config.vocab_size:,}",
-        "data": f"{len(run.dataset.train):,} training tokens, "
-        + ("none held out" if held_out is None else count(len(held_out), "validation token")),
-        "steps": f"{training.steps:,} of {count(training.batch_tokens, 'token')}, "
-        f"{tokens:,} in all: {tokens / len(run.dataset.train):.1f} epochs"
-        + (f"; {count(run.done, 'step')} done" if run.done else ""),
+        **run.task.plan(run.done),
         "machine": f"{trainer.device}, {machine.dtype}, {count(machine.threads, 'thread')}, "
         f"micro-batch of {count(machine.micro_batch, 'row')}"
         + ("" if machine.compile == "no" else ", compiled")
@@ -86,14 +80,14 @@ def try_out(trainer: Trainer, display: Display) -> Trial:
     is not compiled.
     """
     rows = len(trainer.batches.mine)
-    tokens, targets = (batch[: trainer.micro_batch] for batch in trainer.load(0))
+    batch = [part[: trainer.micro_batch] for part in trainer.load(0)]
     trainer.model.train()
     if trainer.compiled != "no":
         try:
-            trainer.gradient_in_memory(tokens, targets)
+            trainer.gradient_in_memory(*batch)
         except Exception as error:  # the compiler's errors have no class in common
             do_without_compiler(trainer, display, error)
-    micro_batch = seconds_of(lambda: trainer.gradient_in_memory(tokens, targets), trainer.device)
+    micro_batch = seconds_of(lambda: trainer.gradient_in_memory(*batch), trainer.device)
     update = seconds_of(partial(dry_update, trainer), trainer.device)
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
@@ -114,7 +108,7 @@ def do_without_compiler(trainer: Trainer, display: Display, error: Exception) ->
 
 def dry_update(trainer: Trainer) -> None:
     """Clip the gradients and update the weights as a step does, then restore the weights."""
-    weights = list(trainer.model.parameters())
+    weights = trainer.parameters
     originals = [weight.data for weight in weights]
     for weight in weights:
         weight.data = weight.data.clone()
@@ -172,11 +166,8 @@ def run_seconds(run: Run, trial: Trial) -> float:
 
     Per token, an evaluation costs a third of a step, as it has no backward pass.
     """
-    settings, held_out = run.settings, run.dataset.validation
-    tokens = 0 if held_out is None else len(held_out)
-    if settings.report.evaluate_tokens is not None:
-        tokens = min(tokens, settings.report.evaluate_tokens)
+    settings, batches = run.settings, run.trainer.batches
     left = settings.training.steps - run.done
     evaluations = -(-left // settings.report.evaluate_every)
-    share = tokens / settings.training.batch_tokens
+    share = run.task.held_out / (batches.rows * batches.row_tokens)
     return trial.step * left + trial.gradient / 3 * share * evaluations

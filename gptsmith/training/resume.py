@@ -15,10 +15,10 @@ from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
 from ..config.fields import SettingError
 from ..config.recipe import read_toml, sections, with_overrides
 from ..config.settings import DataSettings, RunSettings, TrainingSettings
-from ..data.shards import Dataset
 from ..machine.files import DamagedError
 from .advice import may_become_longer, more_steps
 from .records import CONFIG_TOML
+from .task import Task
 
 AT_THE_START: Mapping[str, Any] = {
     "step": 0,
@@ -32,8 +32,6 @@ CHANGEABLE = ("machine", "report")  # sections that may change on resume; events
 # Settings that may change too. The data is compared by its contents, wherever it lies; how fresh
 # weights are drawn and how many threads encode text does not matter any more.
 WITHOUT_EFFECT = ("data", "init", "workers")
-
-VERIFIED_BYTES = 10**9  # of the data, read in one to three seconds
 
 
 def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
@@ -116,7 +114,7 @@ def check_steps(folder: Path, training: TrainingSettings, before: int, done: int
         )
 
 
-def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], moved: bool) -> None:
+def check_same_data(folder: Path, task: Task, state: Mapping[str, Any], moved: bool) -> None:
     """Raise ValueError if a run's data is not what its checkpoint was trained on.
 
     A checkpoint of an older version does not record its data: a warning says so if it `moved`.
@@ -125,29 +123,19 @@ def check_same_data(folder: Path, dataset: Dataset, state: Mapping[str, Any], mo
         return
     if "data" not in state and moved:
         warnings.warn(
-            f"{folder} does not record what its data was, so {dataset.folder} is not compared "
-            "with it",
+            f"{folder} does not record what its data was, so {task.folder} is not compared with it",
             stacklevel=2,
         )
-    recorded = state.get("data", dataset.identity)
-    parts = [part for part, value in dataset.identity.items() if recorded.get(part) != value]
-    differs = f"it has another {' and '.join(parts)}" if parts else changed_shard(dataset)
+    recorded = state.get("data", task.identity)
+    parts = [part for part, value in task.identity.items() if recorded.get(part) != value]
+    differs = f"it has another {' and '.join(parts)}" if parts else task.damage()
     if not differs:
         return
-    if dataset.folder == folder / "data":
+    if task.folder == folder / "data":
         cure = "remove that folder, and the text is prepared again"
     else:
         cure = "name the place of that data with --data"
     raise ValueError(
-        f"{dataset.folder} is not the data that {folder} was trained on ({differs}): {cure}, or "
+        f"{task.folder} is not the data that {folder} was trained on ({differs}): {cure}, or "
         "start another run"
     )
-
-
-def changed_shard(dataset: Dataset) -> str:
-    """Return what is wrong with a shard that was changed since it was written, or ""."""
-    try:
-        dataset.verify(sample_bytes=VERIFIED_BYTES)
-    except DamagedError as error:
-        return str(error)
-    return ""

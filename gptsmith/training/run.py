@@ -10,27 +10,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..checkpoint import saved
 from ..checkpoint.folder import checkpoints
 from ..config import cost
 from ..config.settings import RunSettings
-from ..data.shards import Dataset
-from ..evaluation.heldout import evaluation_of, window_sums
 from ..generation.sampling import NotFiniteError
-from ..generation.writing import stream
-from ..machine.devices import autocast, peak_flops
+from ..machine.devices import peak_flops
 from ..machine.environment import world_size
 from ..machine.files import write_text
 from ..machine.processes import any_process
 from ..machine.terminal import Display
-from ..tokenizers import Tokenizer
-from .advice import after_divergence, uniform_loss
+from .advice import after_divergence
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .records import Recorder, cut_samples, write_event, write_sample
 from .stopping import StepGivenUpError, stop_signals
+from .task import Task
 
 
 @dataclass
@@ -39,11 +34,11 @@ class Run:
 
     folder: Path
     settings: RunSettings
-    tokenizer: Tokenizer | None
-    dataset: Dataset
+    task: Task
     trainer: Trainer
     display: Display
     done: int  # steps
+    tokens: int  # learned from in these steps
     seconds: float  # total training time, resumed runs included
     best_step: int | None
     best_loss: float | None
@@ -55,11 +50,11 @@ class Run:
 
     @property
     def ended_badly(self) -> bool:
-        """Whether the last evaluation's loss is not finite, or above that of a uniform guess."""
+        """Whether the last evaluation's loss is not finite, or that of one who learned nothing."""
         records = [] if self.recorder is None else self.recorder.records
         last = records[-1] if records else {}
         loss = last.get("validation_loss", 0.0)
-        return loss is None or loss > uniform_loss(self.settings)
+        return loss is None or loss > self.task.worst_loss
 
 
 def follow(run: Run) -> None:
@@ -86,6 +81,7 @@ def after_step(run: Run, step: StepReport, received: list[int]) -> bool:
     """Evaluate, record, sample and save, as is due; return whether the run is to stop."""
     report, total = run.settings.report, run.settings.training.steps
     run.done, run.seconds, run.owed = step.step, run.seconds + step.seconds, []
+    run.tokens += step.tokens
     record = describe_step(run, step)
     if run.done % report.evaluate_every == 0 or run.done == total:
         record |= validate(run, received)  # all processes take part
@@ -143,7 +139,7 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         "learning_rate": step.learning_rate,
-        "tokens": step.step * step.tokens,
+        "tokens": run.tokens,
         "seconds": round(run.seconds, 3),
         "tokens_per_second": round(tokens_per_second, 1),
         "mfu": None if peak is None else flops / (peak * world_size()),
@@ -154,40 +150,28 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
 
 
 def validate(run: Run, received: list[int]) -> dict[str, Any]:
-    """Evaluate on the validation split in the run's precision; note if this step is the best.
+    """Evaluate on what is held out, in the run's precision; note if this step is the best.
 
-    Returns the fields to add to the step's record: none if no text is held out, or if a signal to
+    Returns the fields to add to the step's record: none if nothing is held out, or if a signal to
     stop broke the evaluation off.
     """
-    if run.dataset.validation is None:
+    if not run.task.held_out:
         return {}
-    trainer, sums = run.trainer, np.zeros(3)
+    sums: Any = 0.0
     run.doing = "the validation is broken off"
-    parts = window_sums(
-        trainer.model,
-        run.dataset.validation,
-        tokenizer=run.tokenizer,
-        first_tokens=run.settings.report.evaluate_tokens,
-        precision=autocast(trainer.device, trainer.dtype),
-    )
-    with closing(parts):
+    with closing(run.task.sums(run.trainer)) as parts:
         for part in parts:
-            sums += part
+            sums = sums + part
             if received:
                 break
     if any_process(bool(received)):
         run.owed.append("validation")
         return {}
     run.doing = "this step is recorded"
-    found = evaluation_of(sums, run.tokenizer, trainer.device)
-    if found.loss < (math.inf if run.best_loss is None else run.best_loss):  # NaN is never best
-        run.best_step, run.best_loss = run.done, found.loss
-    return {
-        "validation_loss": found.loss,
-        "validation_tokens": found.tokens,
-        "perplexity": found.perplexity,
-        "bits_per_byte": found.bits_per_byte,
-    }
+    found = run.task.figures(sums, run.trainer.device)
+    if found["validation_loss"] < (math.inf if run.best_loss is None else run.best_loss):
+        run.best_step, run.best_loss = run.done, found["validation_loss"]  # NaN is never best
+    return found
 
 
 def note_changes(run: Run, step: StepReport) -> None:
@@ -204,24 +188,19 @@ def note_changes(run: Run, step: StepReport) -> None:
 
 
 def sample(run: Run, received: list[int]) -> None:
-    """Generate a text, and append it to samples.md, unless a signal to stop breaks it off."""
-    settings, model = run.settings.report, run.trainer.model
-    if run.tokenizer is None or settings.sample_tokens == 0:
-        return
-    text, run.doing = settings.sample_prompt or "", "the sample is broken off"
-    model.eval()
+    """Append what the task shows to samples.md, unless a signal to stop breaks it off."""
+    text, run.doing = "", "the sample is broken off"
+    model = run.trainer.model.eval()
     try:
-        for piece in stream(
-            model, run.tokenizer, text, max_tokens=settings.sample_tokens, seed=run.done
-        ):
+        for piece in run.task.sample(model, run.done):
             text += piece
             if received:
                 run.owed.append("sample")
                 break
     except NotFiniteError as error:
-        text = f"{settings.sample_prompt or ''}({error})"
+        text += f"({error})"
     model.train()
-    if "sample" not in run.owed:
+    if text and "sample" not in run.owed:
         write_sample(run.folder, run.done, text)
 
 
@@ -247,6 +226,7 @@ def save_checkpoint(run: Run) -> None:
         "format": "gptsmith-training",
         "version": 1,
         "step": run.done,
+        "tokens": run.tokens,
         "seconds": run.seconds,
         # Each step derives its random numbers from these, so no generator's state is needed.
         "rng": {
@@ -259,11 +239,11 @@ def save_checkpoint(run: Run) -> None:
         "micro_batch": trainer.micro_batch,
         "scaler": trainer.scaler.state_dict(),
         "settings": asdict(run.settings),
-        "data": run.dataset.identity,
+        "data": run.task.identity,
         "owed": run.owed,
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
-    saved.save(trainer.model, run.tokenizer, target, optimizer=tensors, state=state)
+    saved.save(trainer.model, run.task.tokenizer, target, optimizer=tensors, state=state)
     point_to_newest(run)
 
 

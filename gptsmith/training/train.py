@@ -28,6 +28,8 @@ from .records import CONFIG_TOML, METRICS
 from .resume import with_absolute_data
 from .run import Run, follow
 from .start import open_run
+from .task import OpenTask
+from .text import open_text
 
 
 def train(
@@ -57,12 +59,19 @@ def train(
         run = continue_run(Path(resume), display, choices)
     else:
         raise ValueError("resume names the run and its settings: leave out `what` and `out`")
+    return folder_unless_stopped(run)
+
+
+def folder_unless_stopped(run: Run) -> Path:
+    """Return the folder of a run; raise the signal that stopped it, if one did, again."""
     if run.signal is not None:
         signal.raise_signal(run.signal)
     return run.folder
 
 
-def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Run:
+def train_fresh(
+    settings: RunSettings, folder: Path, display: Display, open_task: OpenTask = open_text
+) -> Run:
     """Start a run in a new folder; a run that fails before its first record leaves no folder."""
     join_processes(find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
@@ -78,7 +87,7 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Run:
         if rank() == 0:
             write_text(folder / CONFIG_TOML, text)
         wait_for_processes()
-        return train_folder(folder, display, {})
+        return train_folder(folder, display, {}, open_task)
     except BaseException:
         if rank() == 0 and not (folder / METRICS).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,14 +96,16 @@ def train_fresh(settings: RunSettings, folder: Path, display: Display) -> Run:
         raise
 
 
-def continue_run(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
+def continue_run(
+    folder: Path, display: Display, changes: Mapping[str, Any], open_task: OpenTask = open_text
+) -> Run:
     """Resume a run from its newest intact checkpoint, or from the start if it has none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run at {folder}")
     if not (folder / CONFIG_TOML).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_TOML}, so it is not the folder of a run")
     join_processes(find_device(read_toml(folder / CONFIG_TOML).machine.device))
-    return train_folder(folder, display, changes)
+    return train_folder(folder, display, changes, open_task)
 
 
 def with_lasting_paths(settings: RunSettings) -> RunSettings:
@@ -119,10 +130,12 @@ def next_run_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{max(taken, default=0) + 1}"
 
 
-def train_folder(folder: Path, display: Display, changes: Mapping[str, Any]) -> Run:
+def train_folder(
+    folder: Path, display: Display, changes: Mapping[str, Any], open_task: OpenTask
+) -> Run:
     """Train a run from its current step to its last."""
     with locked(folder):
-        run = open_run(folder, display, changes)
+        run = open_run(folder, display, changes, open_task)
         try:
             follow(run)
             return run

@@ -12,10 +12,9 @@ from ..config import cost
 from ..config.fields import SettingError
 from ..config.model import GPTConfig
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
-from ..data.batches import Batches, Tokens
 from ..machine import devices
 from ..machine.dtypes import number_bytes
-from ..machine.environment import rank, world_size
+from ..machine.environment import world_size
 from ..machine.native import open_library
 from ..model import fused
 from ..model.attention import WAYS
@@ -23,6 +22,7 @@ from ..model.gpt import GPT
 from . import update
 from .loop import Trainer
 from .optimizers import make_optimizers
+from .task import Batches, Objective
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
 MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
@@ -49,7 +49,10 @@ def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
 def micro_batch_rows(
     machine: MachineSettings, config: GPTConfig, rows: int, device: torch.device
 ) -> int:
-    """Return the rows of a micro-batch: as set, or the most that should fit; `rows` of a batch."""
+    """Return the rows of a micro-batch: as set, or the most that should fit; `rows` of a batch.
+
+    The context_length of `config` is that of the rows.
+    """
     own_rows = -(-rows // world_size())
     if machine.micro_batch is not None:
         return min(machine.micro_batch, own_rows)
@@ -92,25 +95,22 @@ def choose_fused(
 
 
 def make_trainer(
-    model: GPT, settings: RunSettings, tokens: Tokens, rows: int, device: torch.device
+    model: GPT,
+    settings: RunSettings,
+    batches: Batches,
+    objective: Objective,
+    device: torch.device,
 ) -> Trainer:
-    """Return what the loop trains: a model on its device, with batches of `rows` windows."""
+    """Return what the loop trains: a model on its device, by its batches and an objective."""
     machine = settings.machine
     assert machine.micro_batch is not None
     if machine.dtype == "fp8":
         multiply_in_float8(model)
-    batches = Batches(
-        tokens,
-        model.config.context_length,
-        rows,
-        seed=settings.training.seed,
-        rank=rank(),
-        world_size=world_size(),
-    )
     trainer = Trainer(
         model=model,
         optimizers=make_optimizers(model, settings.training),
         batches=batches,
+        objective=objective,
         settings=settings.training,
         device=device,
         dtype=machine.dtype,
