@@ -107,9 +107,10 @@ class Display:
         )
         self.move_bar(record["step"], detail)
         if "validation_loss" in record:
-            bits = record.get("bits_per_byte")
-            in_bits = "" if bits is None else f"  ({bits:.4f} bits per byte)"
-            self.say(f"{detail}  validation loss {record['validation_loss']:.4f}{in_bits}")
+            bits, right = record.get("bits_per_byte"), record.get("validation_accuracy")
+            more = "" if bits is None else f"  ({bits:.4f} bits per byte)"
+            more += "" if right is None else f"  ({right:.1%} right)"
+            self.say(f"{detail}  validation loss {record['validation_loss']:.4f}{more}")
         elif self.bar is None and record["step"] % self.log_every == 0:
             self.say(detail)
 

@@ -72,6 +72,7 @@ def open_run(
         trial = compile_if_it_pays(trainer, display, left, trial)
         if trial.choice is not None:
             measured.append(Measured("compile", trial.choice, batches.rows * batches.row_tokens))
+    task.begin(trainer, display)
     if checkpoint is not None:
         load_state_tensors(model, trainer.optimizers, saved.load_training(checkpoint)[0])
         if trainer.scaler.is_enabled():

@@ -113,6 +113,10 @@ class Task(Protocol):
         """Return the batches of this process."""
         ...
 
+    def begin(self, trainer: Evaluating, display: Display) -> None:
+        """Do what needs the run's precision and the weights before the first step."""
+        ...
+
     def check(self, *, fresh: bool) -> None:
         """Raise ValueError for what would fail only later; warn of what would spoil a fresh run."""
         ...

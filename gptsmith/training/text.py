@@ -123,6 +123,9 @@ class TextTask:
             world_size=world_size(),
         )
 
+    def begin(self, trainer: Evaluating, display: Display) -> None:
+        """Text needs nothing more."""
+
     def check(self, *, fresh: bool) -> None:
         """Raise ValueError for what would fail at an evaluation or a sample; warn of doubts."""
         dataset, prompt = self.dataset, self.settings.report.sample_prompt
