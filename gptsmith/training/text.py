@@ -98,7 +98,7 @@ class TextTask:
         check_match(self.dataset, tokenizer, settings)
         source = self.checkpoint or settings.training.start_from
         if source is not None:
-            model = saved.load_model(Path(source), device=device, dropout=settings.model.dropout)
+            model = self.load(Path(source), device)
             if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
                 raise ValueError(
                     f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
@@ -111,6 +111,10 @@ class TextTask:
             raise MemoryError
         torch.manual_seed(settings.training.seed)
         return GPT(config).to(device)
+
+    def load(self, folder: Path, device: torch.device) -> GPT:
+        """Load a model to train."""
+        return saved.load_model(folder, device=device, dropout=self.settings.model.dropout)
 
     def batches(self, model: GPT) -> Batches:
         """Return windows of the training text."""

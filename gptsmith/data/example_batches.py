@@ -1,0 +1,94 @@
+"""Compute the batch of examples of any step from the seed and the step alone, as `batches.py` does.
+
+In each epoch the examples come in another order, and a step's examples have similar lengths, so
+that little of a batch is padding. Knows nothing of models or of how examples are stored.
+
+Shapes:  R examples of this process    T tokens of the longest row
+"""
+
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from ..config.fields import SettingError
+from .batches import epoch_words, permuted
+
+GROUP = 16  # batches whose examples are sorted by length; more would order the epoch by length
+PADDING = 0  # an id that no target follows, and that no token of the row before it sees
+NOT_LEARNED = -1
+
+
+class Rows(Protocol):
+    """The examples of a split, such as `encoded.ExampleRows`."""
+
+    lengths: np.ndarray  # tokens of the longest row of each example, (N,)
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]: ...
+
+
+class ExampleBatches:
+    """Batches of `rows` examples, each at most once per epoch, in a seeded order.
+
+    What is left over when an epoch's examples do not divide into batches, others in each epoch, is
+    passed over.
+    """
+
+    def __init__(
+        self, examples: Rows, rows: int, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if not world_size <= rows <= len(examples):
+            raise SettingError(
+                "batch_rows",
+                f"is {rows}: from {world_size} (processes) to {len(examples)} (examples to learn "
+                "from) is needed",
+            )
+        self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
+        self.epoch_steps = len(examples) // rows
+        self.mine = np.array_split(np.arange(rows), world_size)[rank]
+        self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
+
+    def at(self, step: int) -> tuple[np.ndarray, ...]:
+        """Return this process's part of a step's batch: tokens and targets, (R, T) int64 each.
+
+        Examples of two rows give (R, 2, T). Steps count from 0.
+        """
+        return padded([self.examples.read(int(number)) for number in self.numbers(step)[self.mine]])
+
+    def numbers(self, step: int) -> np.ndarray:
+        """Return the examples of a step's global batch.  -> (rows,)"""
+        epoch, place = divmod(step, self.epoch_steps)
+        group, turn = divmod(place, GROUP)
+        *keys, word = epoch_words(self.seed, epoch)
+        batches = self._group(epoch, group)
+        return batches[permuted(turn, len(batches), [key ^ word for key in keys])]
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of a step's global batch, of the longest row of each example."""
+        return int(self.examples.lengths[self.numbers(step)].sum())
+
+    @lru_cache(maxsize=2)  # noqa: B019 (as long as the run)
+    def _group(self, epoch: int, group: int) -> np.ndarray:
+        """Return the batches of a group, (at most GROUP, rows), the longest examples first."""
+        *keys, _ = epoch_words(self.seed, epoch)
+        first, last = group * GROUP, min((group + 1) * GROUP, self.epoch_steps)
+        places = range(first * self.rows, last * self.rows)
+        numbers = np.array([permuted(place, len(self.examples), keys) for place in places])
+        by_length = np.argsort(-self.examples.lengths[numbers], kind="stable")
+        return numbers[by_length].reshape(-1, self.rows)
+
+
+def padded(examples: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, ...]:
+    """Return examples as tokens and targets, filled on the right: (R, T) each, or (R, 2, T)."""
+    rows = [row for example in examples for row in example]
+    T = max(len(tokens) for tokens, _ in rows)
+    found = []
+    for part, filler in enumerate((PADDING, NOT_LEARNED)):
+        array = np.full((len(rows), T), filler, np.int64)
+        for line, row in zip(array, rows, strict=True):
+            line[: len(row[part])] = row[part]
+        shape = (len(examples), T) if len(rows) == len(examples) else (len(examples), -1, T)
+        found.append(array.reshape(shape))
+    return tuple(found)

@@ -1,0 +1,89 @@
+"""The task of classifying: the head scores labels, and the last token of a text is asked.
+
+Shapes:  R rows    T tokens    K labels
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..machine.devices import autocast
+from ..machine.processes import sum_of_numbers
+from ..model.classifier import Classifier
+from ..model.gpt import GPT
+from ..model.loss import NOT_LEARNED
+from ..training.task import Evaluating
+from .task import ExampleTask
+
+SHOWN = 5  # held-out texts that samples.md shows the labels of
+SHOWN_CHARACTERS = 200
+
+
+class ClassifyTask(ExampleTask):
+    """Labels of texts."""
+
+    unit: ClassVar[str] = "text"
+
+    @property
+    def worst_loss(self) -> float:
+        """The loss of a uniform guess, in nats per text."""
+        return math.log(len(self.examples.labels))
+
+    def describe(self) -> str:
+        """Return what is learned, in a line of the plan."""
+        labels = self.examples.labels
+        some = ", ".join(labels[:4]) + (", ..." if len(labels) > 4 else "")
+        return f"classify: {len(labels)} labels: {some}"
+
+    def first_model(self, device: torch.device) -> GPT:
+        """Return the model to start from with a fresh head that scores the labels."""
+        assert self.tokenizer is not None
+        model = super().first_model(device)
+        if isinstance(model, Classifier) and model.labels == self.examples.labels:
+            return model
+        torch.manual_seed(self.settings.training.seed)
+        return Classifier.of(model, self.examples.labels, self.tokenizer.document_end)
+
+    def batch_sums(self, trainer: Evaluating, split: str, numbers: np.ndarray) -> np.ndarray:
+        """Return nats, texts, and those whose likeliest label is right.  (R,) -> (3,)"""
+        scores, labels = self.scores(trainer, split, numbers)
+        nats = F.cross_entropy(scores.double(), labels, reduction="sum")
+        return np.array([float(nats), len(labels), int((scores.argmax(1) == labels).sum())])
+
+    @torch.inference_mode()
+    def scores(
+        self, trainer: Evaluating, split: str, numbers: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores of the labels of some texts, and the right ones' numbers.
+
+        (R,) -> (R, K), (R,)
+        """
+        tokens, targets = self.read(split, numbers, trainer.device)
+        asked = targets != NOT_LEARNED
+        model = trainer.model
+        with autocast(trainer.device, trainer.dtype):
+            features = model.features(tokens)[asked]  # (R, C)
+            return model.lm_head(features).float(), targets[asked]
+
+    def figures(self, sums: np.ndarray, device: torch.device) -> dict[str, Any]:
+        """Return the fields of an evaluation's record from the sums (3,)."""
+        nats, texts, right = sum_of_numbers(sums.tolist(), device)
+        return {"validation_loss": nats / texts, "validation_accuracy": right / texts}
+
+    def sample(self, model: GPT, step: int) -> Iterator[str]:
+        """Yield held-out texts, their labels, and the model's."""
+        assert self.tokenizer is not None
+        rows, labels = self.splits["validation"], self.examples.labels
+        for number in range(min(SHOWN, len(rows))):
+            ((tokens, targets),) = rows.read(number)
+            with torch.inference_mode():
+                features = model.features(torch.from_numpy(tokens).to(model.device)[None])
+                chances = model.lm_head(features[0, -1]).float().softmax(0)
+            found = int(chances.argmax())
+            text = self.tokenizer.decode(tokens)[:SHOWN_CHARACTERS]
+            verdict = f"{labels[found]} ({chances[found]:.0%})"
+            yield f"{text}\nlabel: {labels[int(targets[-1])]}; the model says {verdict}\n\n"

@@ -1,0 +1,82 @@
+"""Fine-tune a model on examples: the settings of such a run, and `gptsmith.finetune`.
+
+Knows nothing of what the tasks do. The run itself is training's, by the tasks of `tasks.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import find_model
+from ..config.fields import SettingError
+from ..config.model import GPTConfig, current_names
+from ..config.recipe import read_toml, recipes, short_name, types_of, with_overrides
+from ..config.settings import RunSettings
+from ..data.examples import recognised_task
+from ..machine.environment import rank
+from ..machine.terminal import Display
+from ..training.train import (
+    continue_run,
+    folder_unless_stopped,
+    next_run_folder,
+    train_fresh,
+)
+from .tasks import open_task
+
+FRESH = "fresh"  # in place of a model: random weights
+
+
+def finetune(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    show: bool = False,
+    **choices: Any,
+) -> Path:
+    """Fine-tune a model as `gptsmith finetune` does; return the folder of the run.
+
+    `model` is any MODEL, or "fresh" for random weights; `data` has the examples. Give single
+    settings by name, as in `finetune("gpt2/", "spam.csv", lora=16, epochs=3)`. `out` is the new
+    folder (default: runs/NAME-N). `resume` is the folder of a run to resume. Writes to the terminal
+    only with `show`.
+
+    ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C,
+    SIGTERM or SIGHUP the run is saved, and then the signal is raised again.
+    """
+    display = Display(quiet=not show or rank() != 0)
+    if resume is not None:
+        if model is not None or data is not None or out is not None:
+            raise ValueError("resume names the run and its settings: leave the others out")
+        return folder_unless_stopped(continue_run(Path(resume), display, choices, open_task))
+    if model is None or data is None:
+        raise ValueError("a model (or fresh) and data with examples are needed")
+    settings, name = finetune_settings(str(model), {**choices, "data": str(data)})
+    folder = Path(out or next_run_folder(name))
+    return folder_unless_stopped(train_fresh(settings, folder, display, open_task))
+
+
+def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettings, str]:
+    """Return the settings of a fresh run, and a name for it.
+
+    They are those of the recipe for the task, which the data tells unless it is chosen. `choices`
+    replace single settings, by name; "data" is one of them.
+    """
+    choices = current_names(choices)
+    if choices.get("data") is None:
+        raise ValueError("no data is given: add --data with rows of examples")
+    asked = with_overrides(RunSettings(), {**choices, "task": choices.get("task")})
+    task = recognised_task([choices["data"]], asked.prepare, asked.finetune)
+    settings = read_toml(recipes()[f"finetune-{task}"])
+    if "steps" in choices and "epochs" not in choices:
+        choices = {**choices, "epochs": None}
+    start_from = None if model == FRESH else str(find_model(model).resolve())
+    if start_from is not None:
+        for choice in choices:
+            if choice in types_of(GPTConfig) and choice != "dropout":
+                raise SettingError(choice, f"cannot go with {model}, which brings its own model")
+        settings = replace(settings, model=GPTConfig(dropout=settings.model.dropout))
+    choices = {**choices, "task": task, "start_from": start_from}
+    return with_overrides(settings, choices), f"{short_name(model)}-{task}"
