@@ -19,7 +19,7 @@ from .flags import Parser, add_flags, chosen
 from .opening import MODEL_HELP, open_writer
 
 LOG = logging.getLogger(__name__)
-EXTRA = ("fastapi", "jinja2", "prometheus_client", "uvicorn")
+EXTRA = ("fastapi", "prometheus_client", "uvicorn")
 MOST_LINES = 1000  # log lines that may wait to be written; more are dropped
 LAST_SECONDS = 1.0  # for writing the last lines at exit
 
@@ -119,10 +119,10 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     """Open the model and return it ready to be served."""
     use_huge_pages()
     folder, model, tokenizer, decoder = open_writer(options, options.model)
-    from ..serving.chat import open_template
     from ..serving.handler import ServedModel
     from ..serving.metrics import Metrics
     from ..serving.worker import Service
+    from ..tokenizers.chat import open_template
 
     service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
     return ServedModel(

@@ -62,8 +62,12 @@ def prepare(
     with the same arguments, it is left unchanged; any other non-empty folder is refused. ValueError
     or OSError in one line, with nothing left behind.
     """
+    yield from timed(preparing(names, tokenizer, Path(out), options or PrepareSettings()))
+
+
+def timed(steps: Generator[tuple[int, int, int], None, None]) -> Iterator[Progress]:
+    """Yield the progress from time to time, of steps that give bytes read, all bytes and tokens."""
     started = reported = time.monotonic()
-    steps = preparing(names, tokenizer, Path(out), options or PrepareSettings())
     with closing(steps):  # so that it removes what it has written when we are interrupted
         for done, total, tokens in steps:
             now = time.monotonic()
@@ -188,11 +192,7 @@ def write_dataset(
             train.write(train_ids)
             validation.write(validation_ids)
             yield reader.read, train.tokens + validation.tokens
-    if reader.bad_rows:
-        warnings.warn(
-            f"{reader.bad_rows:,} bad rows were skipped; the first: {reader.first_bad}",
-            stacklevel=2,
-        )
+    reader.bad_rows.warn()
     names = ", ".join(source.name for source in sources[:3])
     if not train.tokens:
         raise ValueError(f"{names} has too little text to train on: use more")

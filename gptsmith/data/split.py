@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..config.settings import PrepareSettings
 from .documents import Chunk, read_documents
+from .rows import BadRows
 from .sources import Source
 
 
@@ -84,7 +85,7 @@ class Reader:
         self.read = 0  # bytes of all sources
         self.sums: list[str] = []  # SHA-256 of each source
         self.bytes, self.documents = [0, 0], [0, 0]  # of the train and the validation text
-        self.bad_rows, self.first_bad = 0, ""  # rows that were skipped, and the first's problem
+        self.bad_rows = BadRows(options.bad_rows)
 
     def passages(self) -> Iterator[Passage]:
         """Yield the text of all sources, in order, a megabyte or a row at a time."""
@@ -97,7 +98,7 @@ class Reader:
             last = ""  # text of this document
             for chunk, in_tail in self.chunks(source, rule == "tail", digest):
                 if chunk.problem:
-                    self.skip(chunk.problem)
+                    self.bad_rows.add(chunk.problem)
                     continue
                 held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
                 self.read = before + chunk.read
@@ -135,10 +136,3 @@ class Reader:
             else:
                 yield chunk, stop is not None and read >= stop
             read = chunk.read
-
-    def skip(self, problem: str) -> None:
-        """Count a bad row; ValueError where bad rows are errors."""
-        if self.options.bad_rows == "error":
-            raise ValueError(f"{problem}; or skip such rows with --bad-rows skip")
-        self.bad_rows += 1
-        self.first_bad = self.first_bad or problem

@@ -18,8 +18,8 @@ from ..generation.job import Job
 from ..generation.text import Text
 from ..generation.writing import prompt_ids
 from ..tokenizers import Tokenizer
+from ..tokenizers.chat import ChatTemplate
 from .answers import ChatCompletionBuilder, CompletionBuilder
-from .chat import ChatTemplate
 from .errors import ApiError, refused, shown
 from .jobs import jobs, too_long
 from .metrics import Metrics

@@ -12,6 +12,7 @@ from .build import (
     learn_bpe,
     load_tokenizer,
     open_tokenizer,
+    with_special,
 )
 from .tokenizer import Tokenizer
 from .usage import Usage, read_usage
@@ -28,4 +29,5 @@ __all__ = [
     "load_tokenizer",
     "open_tokenizer",
     "read_usage",
+    "with_special",
 ]

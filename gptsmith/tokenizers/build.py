@@ -134,6 +134,24 @@ def short_words(texts: Iterable[str]) -> Iterator[str]:
         yield text[start:]
 
 
+def with_special(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer that also has special tokens of these names, with ids after its own.
+
+    Those that it has stay; ValueError for a name that it has as ordinary text.
+    """
+    names = [name for name in names if name not in tokenizer.specials.values()]
+    for name in names:
+        if not name or name in tokenizer.vocab:
+            raise ValueError(
+                f"{name!r} cannot be a special token: a name is needed that is no ordinary token"
+            )
+    if not names:
+        return tokenizer
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+    return Tokenizer(backend, tokenizer.usage)
+
+
 def open_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer that a name means: "gpt2", "byte", a folder, or a `meta.pkl`."""
     if name == "gpt2":

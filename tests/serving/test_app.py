@@ -16,10 +16,10 @@ import torch
 from gptsmith import GPT, GPTConfig, complete
 from gptsmith.config.settings import SamplingSettings
 from gptsmith.serving.answers import ChatCompletion, Completion
-from gptsmith.serving.chat import ChatTemplate
 from gptsmith.serving.errors import ErrorResponse
 from gptsmith.serving.worker import suitable_slots
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer
+from gptsmith.tokenizers.chat import ChatTemplate
 from tests.conftest import TINY, scrambled, until
 from tests.serving.running import Running, serving
 

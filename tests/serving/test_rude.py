@@ -16,8 +16,8 @@ import torch
 
 from gptsmith import GPT, GPTConfig
 from gptsmith.serving import http
-from gptsmith.serving.chat import ChatTemplate
 from gptsmith.tokenizers import byte_tokenizer
+from gptsmith.tokenizers.chat import ChatTemplate
 from tests.conftest import TINY, processor_seconds, scrambled, single_thread, until
 from tests.serving.running import Running, serving
 

@@ -13,11 +13,11 @@ from schemathesis.checks import CHECKS
 
 from gptsmith import GPT, GPTConfig
 from gptsmith.serving.app import make_app
-from gptsmith.serving.chat import ChatTemplate
 from gptsmith.serving.handler import ServedModel
 from gptsmith.serving.metrics import Metrics
 from gptsmith.serving.worker import Service
 from gptsmith.tokenizers import byte_tokenizer
+from gptsmith.tokenizers.chat import ChatTemplate
 from tests.conftest import TINY, scrambled, single_thread
 from tests.serving.running import Running, serving
 

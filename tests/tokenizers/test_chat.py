@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptsmith import GPTConfig, save
-from gptsmith.serving.chat import ChatTemplate, open_template
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, load_tokenizer
+from gptsmith.tokenizers.chat import ChatTemplate, open_template
 from tests.conftest import TINY, scrambled
 
 CHATML = (

@@ -1,0 +1,371 @@
+"""Read the rows of examples: conversations, preferences and labelled texts, and check them.
+
+What a row is follows from its fields. Every refusal names the file, the line and the field, and
+what is wanted there. Knows nothing of tokens or templates.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from ..config.finetune import FinetuneSettings, Task
+from ..config.settings import PrepareSettings
+from .decoding import checked_encoding, decoded_text
+from .rows import BadRows, Row, read_rows
+from .sources import Source, find_sources
+
+SPLITS = ("train", "validation", "test")
+Form = Literal["messages", "alpaca", "prompt", "label"]
+Message: TypeAlias = dict[str, str]  # role and content
+FORMS = (
+    "messages; instruction, input and output; prompt and completion; prompt, chosen and rejected; "
+    "or text and label"
+)
+
+
+class Conversation(NamedTuple):
+    """Messages of which the last is an assistant's; every message of an assistant is learned."""
+
+    place: str  # for errors
+    form: Form
+    split: str  # that the row says it belongs to, or ""
+    messages: list[Message]
+
+    @property
+    def prompt(self) -> str:
+        """What tells prompts apart: all before the first answer."""
+        roles = [message["role"] for message in self.messages]
+        return joined(self.messages[: roles.index("assistant")])
+
+
+class Preference(NamedTuple):
+    """The messages of a prompt, and two answers of an assistant: the better and the worse."""
+
+    place: str
+    form: Form
+    split: str
+    messages: list[Message]
+    chosen: Message
+    rejected: Message
+
+    @property
+    def prompt(self) -> str:
+        """What tells prompts apart."""
+        return joined(self.messages)
+
+
+class Labelled(NamedTuple):
+    """A text and the name of its label."""
+
+    place: str
+    form: Form
+    split: str
+    text: str
+    label: str
+
+    @property
+    def prompt(self) -> str:
+        """What tells texts apart."""
+        return self.text
+
+
+Example: TypeAlias = Conversation | Preference | Labelled
+
+
+def joined(messages: Sequence[Message]) -> str:
+    """Return messages as one text, different for different ones."""
+    return "\0".join(f"{each['role']}\0{each['content']}" for each in messages)
+
+
+class ExampleReader:
+    """Reads the examples of all sources, and keeps account of what was read."""
+
+    def __init__(
+        self, names: Sequence[str], options: PrepareSettings, finetune: FinetuneSettings
+    ) -> None:
+        self.names, self.options, self.finetune = names, options, finetune
+        self.task: Task | None = finetune.task  # None until the first row tells
+        self.header = finetune.columns.split(",") if finetune.columns else None
+        self.encoding = checked_encoding(options.encoding)
+        self.files = [file for name in names for file in example_files(name, finetune.task)]
+        self.size = sum(source.size for source, _ in self.files)  # bytes
+        self.read = 0  # of them
+        self.sums: list[str] = []  # SHA-256 of each source
+        self.bad_rows = BadRows(options.bad_rows)
+
+    def examples(self) -> Iterator[Example]:
+        """Yield all examples, in order; ValueError in one line for what is not one."""
+        for source, said in self.files:
+            before, digest = self.read, hashlib.sha256()
+            for row in self.rows(source, said, digest):
+                self.read = before + row.read
+                try:
+                    if row.problem:
+                        raise ValueError(row.problem)
+                    example = self.example(row)
+                except ValueError as error:
+                    self.bad_rows.add(f"{row.place} {error}")
+                    continue
+                yield example
+            self.read = before + source.size
+            self.sums.append(digest.hexdigest())
+
+    def rows(
+        self, source: Source, said: Mapping[str, str], digest: "hashlib._Hash"
+    ) -> Iterator[Row]:
+        """Yield the rows of a source; a text whose folder says its label is one row."""
+        encoding = "utf-8" if source.content is not None else self.encoding
+        if said:
+            text = "".join(part for part, _ in decoded_text(source, encoding, None, digest))
+            yield Row(source.name, {self.options.field: text, **said}, source.size)
+        else:
+            yield from read_rows(source, encoding=encoding, header=self.header, digest=digest)
+
+    def example(self, row: Row) -> Example:
+        """Return what a row is; ValueError with what is wrong with it."""
+        fields = named(row)
+        task = self.task or task_of(fields)
+        if task not in ("chat", "classify", "preference"):
+            raise ValueError(f"has none of the fields of an example{there_are(fields)}: {FORMS}")
+        split = fields.get("split", "")
+        if split not in ("", *SPLITS):
+            raise ValueError(f"has {split!r} in 'split': train, validation or test is needed")
+        example: Example
+        if task == "classify":
+            text = text_in(fields, self.options.field.lower())
+            example = Labelled(row.place, "label", split, text, label_in(fields))
+        elif task == "preference":
+            example = Preference(row.place, form_of(fields), split, *preference_in(fields))
+        else:
+            messages = conversation_in(fields)
+            example = Conversation(row.place, form_of(fields), split, messages)
+        self.task = task
+        return example
+
+
+# -- which files, and which task
+
+
+def example_files(name: str, task: Task | None) -> list[tuple[Source, dict[str, str]]]:
+    """Return the files of a name, each with the label and the split that its folder says, if any.
+
+    ValueError for a text that has no label, which is no example.
+    """
+    path = Path(os.path.expanduser(name))
+    if name and path.is_dir():
+        if folders := label_folders(path, task):
+            return [
+                (source, said)
+                for folder, said in folders.items()
+                for source in find_sources([str(folder)])
+            ]
+        rows = [source for source in find_sources([name]) if source.has_rows]
+        if not rows:
+            raise ValueError(
+                f"{name} has no rows of examples: .jsonl or .parquet files, or a folder for each "
+                "label are needed"
+            )
+        return [(source, {}) for source in rows]
+    sources = find_sources([name])
+    if texts := [source.name for source in sources if not source.has_rows]:
+        raise ValueError(
+            f"{texts[0]} is a text, not rows of examples: .jsonl, .json (a list), .csv, .tsv or "
+            ".parquet is needed"
+        )
+    return [(source, {}) for source in sources]
+
+
+def label_folders(folder: Path, task: Task | None) -> dict[Path, dict[str, str]]:
+    """Return the folders in a folder that has one for each label, and what each says; else {}.
+
+    There may be one of these for each split: train/ham, train/spam, test/ham, test/spam.
+    """
+    visible = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    folders = [each for each in visible if each.is_dir()]
+    if task not in (None, "classify"):
+        return {}
+    if "train" in [each.name for each in folders] and {each.name for each in folders} <= {*SPLITS}:
+        parts = {each.name: label_folders(each, task) for each in folders}
+        return {
+            path: said | {"split": split}
+            for split, part in parts.items()
+            for path, said in part.items()
+        }
+    if len(folders) < 2 or len(folders) < len(visible):
+        return {}
+    return {each: {"label": each.name} for each in folders}
+
+
+def recognised_task(
+    names: Sequence[str], options: PrepareSettings, finetune: FinetuneSettings
+) -> Task:
+    """Return the task that the settings name, or else what the first row of the data is for.
+
+    Plain text, and rows that have a text and nothing else of an example, are for the task "text".
+    """
+    if finetune.task is not None:
+        return finetune.task
+    for name in names:
+        if Path(name).is_dir() and label_folders(Path(name), None):
+            return "classify"
+    header = finetune.columns.split(",") if finetune.columns else None
+    sources = [source for source in find_sources(names) if source.has_rows]
+    for source in sources:
+        encoding = "utf-8" if source.content is not None else checked_encoding(options.encoding)
+        for row in read_rows(source, encoding=encoding, header=header):
+            if row.problem:
+                continue
+            fields = named(row)
+            if task := task_of(fields):
+                return task
+            if options.field.lower() in fields:
+                return "text"
+            raise ValueError(
+                f"{row.place} has none of the fields of an example{there_are(fields)}: {FORMS}"
+            )
+    return "text"
+
+
+def task_of(fields: Mapping[str, Any]) -> Task | None:
+    """Return the task that the fields of a row are for; None if they are for none."""
+    if "chosen" in fields or "rejected" in fields:
+        return "preference"
+    if fields.keys() & {"messages", "instruction", "completion"}:
+        return "chat"
+    if "label" in fields:
+        return "classify"
+    return "chat" if "prompt" in fields else None
+
+
+def form_of(fields: Mapping[str, Any]) -> Form:
+    """Return the form of a row's prompt, by which a template is chosen."""
+    if "messages" in fields:
+        return "messages"
+    if "prompt" in fields:
+        return "prompt" if isinstance(fields["prompt"], str) else "messages"
+    return "alpaca" if "instruction" in fields else "messages"
+
+
+# -- fields
+
+
+def named(row: Row) -> dict[str, Any]:
+    """Return the fields of a row by their names in lower case; "Label" is label.
+
+    A column of Parquet is null where a row lacks the field.
+    """
+    return {str(k).strip().lower(): v for k, v in row.fields.items() if v is not None}
+
+
+def conversation_in(fields: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a row, which end with an answer of an assistant."""
+    if "messages" in fields:
+        messages = messages_in(fields, "messages")
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(
+                "has 'messages' that do not end with one of role 'assistant', which is learned"
+            )
+        return messages
+    if "completion" in fields or "prompt" in fields:
+        return [*prompt_in(fields), answer_in(fields, "completion")]
+    return [*prompt_in(fields), answer_in(fields, "output")]
+
+
+def preference_in(fields: Mapping[str, Any]) -> tuple[list[Message], Message, Message]:
+    """Return prompt, chosen and rejected; these may be whole conversations with one beginning."""
+    answers = []
+    for name in ("chosen", "rejected"):
+        if isinstance(fields.get(name), list | tuple):
+            answers.append(messages_in(fields, name))
+        else:
+            answers.append([answer_in(fields, name)])
+    whole = max(map(len, answers)) > 1
+    prompt = answers[0][:-1] if whole else prompt_in(fields)
+    for name, messages in zip(("chosen", "rejected"), answers, strict=True):
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"has '{name}' that does not end with a message of role 'assistant'")
+        if whole and messages[:-1] != prompt:
+            raise ValueError("has 'chosen' and 'rejected' that differ before their last message")
+    chosen, rejected = (messages[-1] for messages in answers)
+    return prompt, chosen, rejected
+
+
+def prompt_in(fields: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of a prompt. Of Alpaca, instruction and input are one message."""
+    if "messages" in fields:
+        return messages_in(fields, "messages")
+    if "prompt" in fields or "instruction" not in fields:
+        if isinstance(fields.get("prompt"), list | tuple):
+            return messages_in(fields, "prompt")
+        return [{"role": "user", "content": text_in(fields, "prompt", empty=True)}]
+    instruction = text_in(fields, "instruction")
+    more = text_in(fields, "input", empty=True) if "input" in fields else ""
+    content = f"{instruction}\n\n### Input:\n{more}" if more else instruction
+    return [{"role": "user", "content": content}]
+
+
+def answer_in(fields: Mapping[str, Any], name: str) -> Message:
+    """Return an answer: a text, or a list with one message of an assistant."""
+    value = fields.get(name)
+    if not isinstance(value, list | tuple):
+        return {"role": "assistant", "content": text_in(fields, name)}
+    messages = messages_in(fields, name)
+    if [each["role"] for each in messages] != ["assistant"]:
+        raise ValueError(f"has '{name}' that is not one message of role 'assistant'")
+    return messages[0]
+
+
+def messages_in(fields: Mapping[str, Any], name: str) -> list[Message]:
+    """Return the role and the content of messages."""
+    if not isinstance(fields[name], list | tuple):
+        raise ValueError(f"has {kind(fields[name])} in '{name}': a list of messages is needed")
+    messages = []
+    for number, each in enumerate(fields[name], 1):
+        if not isinstance(each, Mapping):
+            raise ValueError(
+                f"has {kind(each)} as message {number} of '{name}': an object with role and "
+                "content is needed"
+            )
+        where = f" of message {number} in '{name}'"
+        role = text_in(each, "role", where)
+        empty = role != "assistant"  # an empty answer would be nothing to learn
+        content = text_in(each, "content", where, empty=empty)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def label_in(fields: Mapping[str, Any]) -> str:
+    """Return the name of a label, which may be a number."""
+    value = fields.get("label")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else text_in(fields, "label").strip()
+
+
+def text_in(fields: Mapping[str, Any], name: str, where: str = "", *, empty: bool = False) -> str:
+    """Return the text of a field; ValueError if there is none, or an empty one unless allowed."""
+    if name not in fields:
+        raise ValueError(f"has no '{name}'{where}{there_are(fields)}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f"has {kind(value)} in '{name}'{where}: text is needed")
+    if not value.strip() and not empty:
+        raise ValueError(f"has an empty '{name}'{where}: text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates
+        code = ord(value[error.start])
+        raise ValueError(f"has a lone surrogate, U+{code:04X}, in '{name}'{where}") from None
+    return value
+
+
+def kind(value: Any) -> str:
+    """Return what JSON calls a value."""
+    return "null" if value is None else type(value).__name__
+
+
+def there_are(fields: Mapping[str, Any]) -> str:
+    """Return the names of the first fields that there are, for the end of an error."""
+    return f" (there are: {', '.join(map(repr, [*fields][:8]))})"

@@ -1,0 +1,114 @@
+"""The built-in examples `small-tasks`: questions that a small model learns to answer in minutes.
+
+Each answer can be checked exactly. Knows nothing of tokens or files.
+"""
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import NamedTuple
+
+SEED = 17
+LEARNED, HELD_OUT = 6000, 200  # inputs of a task in train, and in each of validation and test
+CONSONANTS, VOWELS = "bcdfghjklmnprstvw", "aeiou"
+OPPOSITES = """
+    hot cold, big small, tall short, fast slow, up down, left right, in out, on off, day night,
+    black white, good bad, old young, rich poor, happy sad, wet dry, full empty, hard soft,
+    heavy light, high low, open closed, early late, near far, first last, loud quiet, clean dirty,
+    strong weak, wide narrow, thick thin, deep shallow, sweet bitter, true false, north south,
+    east west, buy sell, win lose, push pull, give take, come go, start stop, love hate,
+    laugh cry, remember forget, find miss, arrive leave, rise fall, friend enemy, war peace,
+    life death, question answer, summer winter, king queen, brother sister, beginning end
+"""
+PAIRS = [pair.split() for pair in OPPOSITES.split(",")]
+# A wording of a question about opposites is one of the first and one of the second.
+ASKING = ["What is", "Tell me", "Give", "Name", "Write", "Say"]
+ASKED = ["the opposite of {}", "the antonym of {}", "a word that is the opposite of {}"]
+HELD_OUT_WORDINGS = {(0, 1): "validation", (4, 2): "validation", (1, 1): "test", (3, 0): "test"}
+
+
+class Task(NamedTuple):
+    """A task whose inputs are drawn at random: its wordings, an input, the answer to it."""
+
+    wordings: tuple[str, ...]
+    draw: Callable[[Random], str]
+    answer: Callable[[str], str]
+
+
+def word(choose: Random, least: int, most: int) -> str:
+    """Make up a word of consonants and vowels in turn, of `least` to `most` letters."""
+    length, first = choose.randint(least, most), choose.randrange(2)
+    return "".join(choose.choice((CONSONANTS, VOWELS)[(first + i) % 2]) for i in range(length))
+
+
+def noun(choose: Random) -> str:
+    """Make up a word, with one of the endings that the rule of the plural tells apart."""
+    return word(choose, 2, 4) + choose.choice(["s", "x", "z", "ch", "sh", "ay", "oy", *"ytnrke"])
+
+
+def plural(noun: str) -> str:
+    """Return the plural by rule: -es after a hiss, -ies for y after a consonant, else -s."""
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in VOWELS:
+        return noun[:-1] + "ies"
+    return noun + "s"
+
+
+def numbers(choose: Random) -> str:
+    """Draw two numbers of at most two digits."""
+    return f"{choose.randrange(100)} + {choose.randrange(100)}"
+
+
+def total(numbers: str) -> str:
+    """Return the value of "12 + 34"."""
+    return str(sum(map(int, numbers.split(" + "))))
+
+
+TASKS = {
+    "upper-case": Task(
+        ("Write {} in capital letters.", "Make {} upper-case."),
+        lambda choose: word(choose, 3, 7),
+        str.upper,
+    ),
+    "reverse": Task(
+        ("Write {} backwards.", "Reverse {}."), lambda choose: word(choose, 3, 5), lambda w: w[::-1]
+    ),
+    "plural": Task(("What is the plural of {}?", "More than one {}?"), noun, plural),
+    "sum": Task(("What is {}?", "Add {}."), numbers, total),
+}
+
+
+def small_tasks() -> Iterator[dict[str, str]]:
+    """Yield rows of task, prompt, completion and split: always the same, in a random order.
+
+    Held out are inputs: of opposites, which are a list, wordings of the question.
+    """
+    rows = [*opposites()]
+    for number, (name, task) in enumerate(TASKS.items()):
+        choose = Random(SEED + number)
+        inputs = dict[str, None]()  # in the order in which they were drawn
+        while len(inputs) < LEARNED + 2 * HELD_OUT:
+            inputs[task.draw(choose)] = None
+        for place, text in enumerate(inputs):
+            split = ("validation", "test", "train")[min(2, place // HELD_OUT)]
+            prompt = choose.choice(task.wordings).format(text)
+            rows.append(row(name, prompt, task.answer(text), split))
+    Random(SEED).shuffle(rows)
+    yield from rows
+
+
+def opposites() -> Iterator[dict[str, str]]:
+    """Yield a row for each word in each wording."""
+    answers = [*PAIRS, *([b, a] for a, b in PAIRS)]
+    for first, asking in enumerate(ASKING):
+        for second, asked in enumerate(ASKED):
+            split = HELD_OUT_WORDINGS.get((first, second), "train")
+            mark = "?" if asking.startswith("What") else "."
+            for word, answer in answers:
+                prompt = f"{asking} {asked.format(word)}{mark}"
+                yield row("opposite", prompt, answer, split)
+
+
+def row(task: str, prompt: str, completion: str, split: str) -> dict[str, str]:
+    """Return one example."""
+    return {"task": task, "prompt": prompt, "completion": completion, "split": split}
