@@ -15,6 +15,7 @@ import torch
 from ..checkpoint import saved
 from ..checkpoint.folder import best_of
 from ..config import cost
+from ..config.classifier import check_writes
 from ..config.fields import SettingError
 from ..config.recipe import to_toml
 from ..config.settings import RunSettings
@@ -196,6 +197,7 @@ def make_model(
     source = checkpoint or settings.training.start_from
     if source is not None:
         model = saved.load_model(Path(source), device=device, dropout=settings.model.dropout)
+        check_writes(model.config, source)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
