@@ -32,11 +32,13 @@ def read_rows(
     *,
     encoding: str = "utf-8",
     columns: list[str] | None = None,
+    header: list[str] | None = None,
     digest: "hashlib._Hash | None" = None,
 ) -> Iterator[Row]:
     """Yield the rows of a source; of Parquet only the given columns, if it has them all.
 
-    `digest` is updated with all bytes. ValueError in one line for a file that cannot be read on;
+    `header` names the fields of a table without a header. `digest` is updated with all bytes.
+    ValueError in one line for a file that cannot be read on;
     ImportError for Parquet without pyarrow.
     """
     if source.kind == "parquet":
@@ -46,8 +48,8 @@ def read_rows(
     readers: dict[str, Callable[[], Iterator[Row]]] = {
         "jsonl": lambda: jsonl_rows(source, texts),
         "json": lambda: json_rows(source, texts),
-        "csv": lambda: csv_rows(source, texts, ","),
-        "tsv": lambda: csv_rows(source, texts, "\t"),
+        "csv": lambda: csv_rows(source, texts, ",", header),
+        "tsv": lambda: csv_rows(source, texts, "\t", header),
     }
     yield from readers[source.kind]()
 
@@ -100,8 +102,13 @@ def object_row(place: str, fields: Any, read: int) -> Row:
     return Row(place, {}, read, "is not a JSON object: one with named fields is needed")
 
 
-def csv_rows(source: Source, texts: Iterator[tuple[str, int]], delimiter: str) -> Iterator[Row]:
-    """Yield every row of a file of separated values, whose first row names the fields."""
+def csv_rows(
+    source: Source,
+    texts: Iterator[tuple[str, int]],
+    delimiter: str,
+    header: list[str] | None = None,
+) -> Iterator[Row]:
+    """Yield every row of a file of separated values, whose first row is the header unless given."""
     csv.field_size_limit(LONGEST_FIELD)
     read = 0
 
@@ -112,9 +119,11 @@ def csv_rows(source: Source, texts: Iterator[tuple[str, int]], delimiter: str) -
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = header or next(reader, [])
         for values in reader:
             place = f"{source.name}, line {reader.line_num}"
+            if values == header:
+                raise ValueError(f"{place} is a header: leave out --columns")
             if len(values) == len(names):
                 yield Row(place, dict(zip(names, values, strict=True)), read)
             elif values:

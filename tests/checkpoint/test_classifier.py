@@ -20,7 +20,9 @@ from .test_saved import ask, difference
 
 TEXTS = ["To be, or not to be", "that is", "the question: whether 'tis nobler"]
 SMALL = ClassifierConfig.of(
-    GPTConfig(**(TINY | {"vocab_size": 50257, "context_length": 32})), LABELS, 50256
+    GPTConfig(**(TINY | {"vocab_size": 50257, "context_length": 32, "qkv_bias": True})),
+    LABELS,
+    50256,
 )
 USED = """
 import json, sys, warnings
@@ -147,7 +149,10 @@ def test_training_state_is_written_beside_it(tmp_path: Path) -> None:
         ({"id2label": {"0": "a", "1": 2}}, "every label must be a text"),
         ({"id2label": {"0": "a", "1": "b"}}, r"score.weight is \(4, 12\), but .* \(2, 12\)"),
         ({"pad_token_id": 37}, "pad_token_id is 37"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "has 1 tensors no GPT-2 has, score.weight"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "lacks 1 tensors of a GPT-2, lm_head.weight first",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(
