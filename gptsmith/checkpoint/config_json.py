@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..config.classifier import ClassifierConfig
 from ..config.model import GPTConfig
 from ..config.quantization import VOCABULARY_BITS, check_bits
+from . import classifier
 
 # Our name of an activation, and the names that config.json may use for it.
 HUGGING_FACE_ACTIVATIONS = {
@@ -84,7 +86,7 @@ def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
     own = theirs.get("gptsmith", {})
     if not isinstance(own, dict):
         raise ValueError(f"config.json has gptsmith {own!r}: an object is needed")
-    return GPTConfig(
+    config = GPTConfig(
         **_ours(_GPT2, theirs),
         activation=activations[0],  # type: ignore[arg-type]
         bias=own.get("bias", True),
@@ -92,6 +94,7 @@ def from_hugging_face(theirs: dict[str, Any]) -> GPTConfig:
         # We have one dropout rate for all three places, so take the largest.
         dropout=max(rates.values()),
     )
+    return classifier.from_hugging_face(config, theirs)
 
 
 def _ours(table: Mapping[str, tuple[str, Any]], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,8 @@ def _from_nanochat(theirs: dict[str, Any]) -> GPTConfig:
 def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
     """Return the `config.json` of GPT2LMHeadModel, with our own fields under "gptsmith".
 
-    For the modern block it is that of NanoChatForCausalLM, which needs no further fields.
+    For a classifier it is that of GPT2ForSequenceClassification; for the modern block that of
+    NanoChatForCausalLM, which needs no further fields.
     """
     if config.modern:
         return _to_nanochat(config)
@@ -142,6 +146,7 @@ def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         "gptsmith": {"bias": config.bias, "qkv_bias": config.has_qkv_bias},
+        **(classifier.to_hugging_face(config) if isinstance(config, ClassifierConfig) else {}),
     }
 
 

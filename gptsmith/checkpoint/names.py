@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.classifier import ClassifierConfig
 from ..config.cost import Component, Shape, components
 from ..config.model import GPTConfig
 
@@ -54,10 +55,13 @@ def weight_names(
 
 
 PREFIX = "transformer."  # of all names in GPT2LMHeadModel except the head's; some files omit it
+HEADS = ("lm_head", "score")
 
 _SAME = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in _COMPONENTS}
 OURS = weight_names(_SAME)  # also nanoGPT's
 GPT2 = weight_names(_SAME, transposed=True)  # GPT2LMHeadModel's, whose linear layers are Conv1D
+# GPT2ForSequenceClassification's
+GPT2_CLASSIFIER = weight_names(_SAME | {"lm_head": "score"}, transposed=True)
 
 _LAYER = "model.layers.{}."
 NANOCHAT = weight_names(  # NanoChatForCausalLM's, the published form of the modern block
@@ -85,12 +89,14 @@ MASKS = NoWeights(re.compile(r"h\.[0-9]+\.attn\.(bias|masked_bias)"), CAUSAL)  #
 
 def hugging_face(config: GPTConfig) -> list[WeightName]:
     """Return the table of a configuration's Hugging Face class."""
+    if isinstance(config, ClassifierConfig):
+        return GPT2_CLASSIFIER
     return NANOCHAT if config.modern else GPT2
 
 
 def full_name(name: str) -> str:
-    """Return a tensor's name in GPT2LMHeadModel, with its prefix."""
-    return name if name.startswith("lm_head") else PREFIX + name
+    """Return a tensor's name in GPT2LMHeadModel or the class for labels, with its prefix."""
+    return name if name.startswith(HEADS) else PREFIX + name
 
 
 def components_by_name(config: GPTConfig) -> dict[str, Component]:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..config.classifier import ClassifierConfig
 from ..config.cost import components
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
 from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
 from ..machine.environment import cores
 from ..machine.files import read_json, write_json, written_whole
+from ..model.classifier import new_model
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
@@ -56,8 +58,9 @@ def save(
     optimizer: Mapping[str, Tensor] | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a model as a new Hugging Face folder (GPT-2 or NanoChat), completely or not at all.
+    """Write a model as a new Hugging Face folder, completely or not at all.
 
+    Its class is GPT2LMHeadModel, GPT2ForSequenceClassification, or NanoChat's.
     `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
     """
     stored = replace(stored_model(model), tokenizer=tokenizer)
@@ -99,7 +102,9 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> None:
     generation = generation_config(stored, stored.usage)
     theirs = to_hugging_face(config) if stored.bits is None else quantized_json(config, stored.bits)
     theirs |= {name: generation[name] for name in IDS} | more
-    if "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
+    if isinstance(config, ClassifierConfig):
+        theirs["pad_token_id"] = config.pad_token_id
+    elif "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
         fewer = {"max_new_tokens": generation["max_new_tokens"]}
         theirs["task_specific_params"] = {"text-generation": fewer}
     if tokenizer is not None:
@@ -301,7 +306,7 @@ def put_all_packed(model: GPT, stored: Stored, device: torch.device) -> None:
 def without_weights(config: GPTConfig) -> GPT:
     """Return a model whose weights are still on the meta device: no memory, no initialization."""
     with torch.device("meta"), _NothingDrawn():
-        return GPT(config)
+        return new_model(config)
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.classifier import check_writes
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
@@ -192,6 +193,7 @@ def packing(stored: Stored, bits: int) -> Stored:
             f"the model is already quantized to {stored.bits} bits: for {bits} bits, use the "
             "original model"
         )
+    check_writes(stored.config, f"{bits} bits: the model")
     matrices = packed_matrices(stored.config, bits)
 
     # A matrix's words and scales are fetched one after the other, so the last one is cached.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..checkpoint.described import described_config
+from ..config.classifier import check_writes
 from ..config.fields import SettingError, at_least, setting
 from ..config.model import PRESETS, GPTConfig
 from ..config.recipe import parse_value
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace) -> None:
     if name in asked:
         raise ValueError(f"bench {options.what} has no --{name}: use it with 'bench {other}'")
     config, title, folder = described_config(options.model)
+    check_writes(config, title)
     machines = chosen_machines(options, wanted.dtypes, folder)
     if options.what == "train":
         rows = wanted.row_counts() or [4]

@@ -27,6 +27,7 @@ VERBS = {
     "tokenizer": "learn a byte-level BPE tokenizer from text",
     "train": "train a model, or resume a run",
     "sample": "generate text",
+    "classify": "label texts",
     "evaluate": "measure a model's loss on a text",
     "plot": "plot the loss curves of runs",
     "describe": "show a model's parameters, shapes, memory and FLOPs",

@@ -3,9 +3,11 @@
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from ..checkpoint.folder import find_model, read_bits
+from ..checkpoint.folder import find_model, read_bits, read_config
+from ..config.classifier import ClassifierConfig, check_writes
 from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.environment import importing
 from ..machine.terminal import tell
@@ -13,14 +15,18 @@ from .flags import chosen
 
 SOURCE_HELP = "a built-in text (shakespeare), a file, a folder, or - for standard input"
 MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 folder"
+CLASSIFIER_HELP = "a run, a checkpoint, or a Hugging Face folder of a GPT-2 that labels texts"
 DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
-def open_model(options: Namespace, name: str) -> Any:
-    """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype."""
+def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
+    """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype.
+
+    ValueError if it is a classifier, or with `labels` if it is none.
+    """
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        opening = pool.submit(verified, name)
+        opening = pool.submit(verified, name, labels=labels)
         with importing():
             from ..checkpoint.saved import load_folder
             from ..machine import devices
@@ -28,10 +34,13 @@ def open_model(options: Namespace, name: str) -> Any:
 
         folder, tokenizer = opening.result()
     settings = chosen(options, InferenceSettings)
+    dtype = settings.dtype
+    if labels and dtype == "auto":  # which is by the loss of text that a model writes
+        dtype = "float32"
     machine = devices.choose(
         MachineSettings(
             device=settings.device,
-            dtype=dtype_to_use(settings.dtype, folder, settings.device),
+            dtype=dtype_to_use(dtype, folder, settings.device),
             attention=settings.attention,
             threads=settings.threads,
         )
@@ -43,11 +52,22 @@ def open_model(options: Namespace, name: str) -> Any:
     return folder, model, tokenizer
 
 
-def verified(name: str) -> tuple[Path, Any]:
-    """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch."""
+def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
+    """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch.
+
+    ValueError if it is a classifier, or with `labels` if it is none.
+    """
     from ..tokenizers import load_tokenizer
 
     folder = find_model(name)
+    config = read_config(folder)
+    if not labels:
+        check_writes(config, name)
+    elif not isinstance(config, ClassifierConfig):
+        raise ValueError(
+            f"{name} is not a classifier: it writes text and has no labels; make one with "
+            f"`gptsmith finetune {quote(name)} --data FILE`, of texts and labels"
+        )
     return folder, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 

@@ -5,11 +5,13 @@ Knows nothing of PyTorch, machines or runs; tests compare it with the real model
 Letters:  V vocabulary    P positions (context_length)    C channels    M channels inside the MLP
           L blocks        H heads                         T tokens given, at most P
           D channels per head                             G heads of keys and values
+          K labels of a classifier
 """
 
 from dataclasses import dataclass, replace
 from math import prod
 
+from .classifier import ClassifierConfig
 from .model import GPTConfig
 
 Shape = tuple[int, ...]
@@ -39,6 +41,7 @@ class Component:
 
 def sizes(config: GPTConfig) -> dict[str, int]:
     """The letters of the formulas and their values: {"V": 50257, "P": 1024, ...}."""
+    labels = {"K": config.head_rows} if isinstance(config, ClassifierConfig) else {}
     return {
         "V": config.vocab_size,
         "P": config.context_length,
@@ -48,7 +51,13 @@ def sizes(config: GPTConfig) -> dict[str, int]:
         "D": config.head_size,
         "C": config.n_embd,
         "M": config.mlp_size,
+        **labels,
     }
+
+
+def head_letter(config: GPTConfig) -> str:
+    """Return the letter for the rows of the head: V, or K for a classifier's."""
+    return "K" if isinstance(config, ClassifierConfig) else "V"
 
 
 # ---- Parameters ----------------------------------------------------------------------------------
@@ -89,7 +98,12 @@ def components(config: GPTConfig) -> list[Component]:
         *blocks,
         Component("ln_f.weight", (C,), "C", absent=config.modern),
         Component("ln_f.bias", (C,), "C", absent=not config.bias),
-        Component("lm_head.weight", (V, C), "V * C", tied=config.tie_weights),
+        Component(
+            "lm_head.weight",
+            (config.head_rows, C),
+            f"{head_letter(config)} * C",
+            tied=config.tie_weights,
+        ),
     ]
 
 
@@ -117,8 +131,11 @@ def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -
 
 
 def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
-    """Bytes of three float32 (B, T, V): the log-softmax, its gradient, and the logits' gradient."""
-    return 3 * FLOAT32 * micro_batch * config.context_length * config.vocab_size
+    """Bytes of three float32 (B, T, V): the log-softmax, its gradient, and the logits' gradient.
+
+    A classifier's have K in place of V.
+    """
+    return 3 * FLOAT32 * micro_batch * config.context_length * config.head_rows
 
 
 def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
@@ -197,12 +214,13 @@ def multiplied_parameters(config: GPTConfig) -> int:
     """Return N of the FLOP formula: L * (4 * C * C + 2 * C * M) + V * C.
 
     These are the parameters that each token is multiplied by: all matrices of the blocks and the
-    head, tied or not. Embeddings are only looked up, and biases, norms and rotations are
-    negligible. With grouped-query attention, 2 * C * G * D replaces 2 of the 4 * C * C.
+    head, tied or not, which is K * C in a classifier. Embeddings are only looked up, and biases,
+    norms and rotations are negligible. With grouped-query attention, 2 * C * G * D replaces 2 of
+    the 4 * C * C.
     """
-    V, L, C, M = (sizes(config)[letter] for letter in "VLCM")
+    L, C, M = (sizes(config)[letter] for letter in "LCM")
     attention = C * sum(config.attention_rows) + C * C
-    return L * (attention + 2 * C * M) + V * C
+    return L * (attention + 2 * C * M) + config.head_rows * C
 
 
 def flops_per_token(config: GPTConfig, *, training: bool) -> float:

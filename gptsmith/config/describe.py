@@ -98,13 +98,13 @@ def terms(config: GPTConfig) -> list[Term]:
     norm = "no weights" if config.modern else f"{C:,} + {C:,}" if config.bias else f"{C:,}"
     positions = "none: rotary" if config.modern else f"{P:,} x {C:,}"
     count = {part.name: part.count for part in cost.components(config)}
-    head = "tied to wte" if config.tie_weights else f"{V:,} x {C:,}"
+    head = "tied to wte" if config.tie_weights else f"{config.head_rows:,} x {C:,}"
     return [
         Term("token embedding", f"{V:,} x {C:,}", V * C),
         Term("position embedding", positions, count["wpe.weight"]),
         Term("1 block" if L == 1 else f"{L} blocks", f"{L} x {block:,}", L * block),
         Term("final norm", norm, count["ln_f.weight"] + count["ln_f.bias"]),
-        Term("head", head, 0 if config.tie_weights else V * C),
+        Term("head", head, count["lm_head.weight"]),
     ]
 
 
@@ -121,6 +121,7 @@ def forward_stages(config: GPTConfig) -> list[Stage]:
         embedded = [Stage("wte", "token embedding", "(B, T, C)"), Stage("ln_0", norm, "(B, T, C)")]
         rotated = [Stage("h.attn.qk_norm", "rotate and normalize q and k", heads)]
     qkv = "(B, T, C+2GD)" if grouped else "(B, T, 3C)"
+    scored = "label" if (letter := cost.head_letter(config)) == "K" else "next token"
     return [
         Stage("tokens", "ids from 0 to V - 1", "(B, T)"),
         *embedded,
@@ -138,7 +139,7 @@ def forward_stages(config: GPTConfig) -> list[Stage]:
         Stage("h.mlp.c_proj", "down-projection", "(B, T, C)"),
         Stage("  + residual", "add to the residual stream", "(B, T, C)"),
         Stage("ln_f", norm, "(B, T, C)"),
-        Stage("lm_head", "logits: a score for every next token", "(B, T, V)"),
+        Stage("lm_head", f"logits: a score for every {scored}", f"(B, T, {letter})"),
     ]
 
 
@@ -157,6 +158,8 @@ def _heading(title: str, config: GPTConfig) -> list[str]:
     ]
     if config.kv_heads < config.n_head:
         rows.append((*legend(G="heads of keys and values"), "", "", ""))
+    if "K" in sizes:
+        rows.append((*legend(K="labels"), "", "", ""))
     total = f"{cost.parameter_count(config):,} parameters"
     return [flushed(title, total), "=" * WIDTH, *columns(rows, "<<<<", gap=4)]
 
@@ -232,11 +235,12 @@ def _memory(config: GPTConfig) -> list[str]:
 def _flops(config: GPTConfig) -> list[str]:
     """Return the FLOPs per token: formulas and figures."""
     attention = "4 C C" if config.kv_heads == config.n_head else "2 C C + 2 C G D"
+    head = cost.head_letter(config)
     backward = "backward costs twice the forward pass"
     multiplied = cost.multiplied_parameters(config)
     forward, training = (cost.flops_per_token(config, training=each) for each in (False, True))
     rows = [
-        ("N", f"L ({attention} + 2 C M) + V C multiply each token", f"{multiplied:,}"),
+        ("N", f"L ({attention} + 2 C M) + {head} C multiply each token", f"{multiplied:,}"),
         ("forward", "2 N + 4 L C T", human_flops(forward)),
         ("training", f"6 N + 12 L C T: {backward}", human_flops(training)),
     ]

@@ -6,7 +6,7 @@ question about a model (`gptsmith describe`) never waits for PyTorch.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .fields import SettingError, setting, suggestion
@@ -66,7 +66,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         choices = {"block": BlockKind, "activation": Activation, "init": Init}
-        for name, value in vars(self).items():
+        for name in (field.name for field in fields(GPTConfig)):
+            value = getattr(self, name)
             if name in SIZES:
                 fine, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
             elif name in choices:
@@ -144,6 +145,11 @@ class GPTConfig:
         """Rows of query, key and value in `attn.c_attn`, where they lie below one another."""
         keys = self.kv_heads * self.head_size
         return self.n_embd, keys, keys
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output head: one for each token."""
+        return self.vocab_size
 
     @property
     def head_size(self) -> int:

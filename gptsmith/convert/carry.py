@@ -18,6 +18,7 @@ from ..checkpoint import saved
 from ..checkpoint.folder import find_model
 from ..checkpoint.names import TIED
 from ..checkpoint.tensors import Stored, first_tokens, with_all
+from ..config.classifier import check_writes
 from ..config.cost import weight_bytes
 from ..config.model import PRESETS
 from ..machine.files import file_written_whole, written_whole
@@ -156,6 +157,7 @@ def carry(
     computes other logits than the model, or the model others than its original system. `padding` is
     the number of rows that were dropped from the vocabulary.
     """
+    check_writes(stored.config, source.path)
     dtype = check_dtype(target, dtype, stored.dtype)
     near, lost = nearest(stored.config, target)
     if lost and not approximate:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..config.classifier import check_writes
 from ..config.fields import SettingError
 from ..config.settings import PrepareSettings, Split
 from ..data.batches import Tokens
@@ -73,6 +74,7 @@ def evaluate(
     `context_length` is the window in tokens, by default the model's. `text` has the settings for
     reading text files. ValueError where the data does not suit the model.
     """
+    check_writes(model.config, "the model")
     limit = model.config.context_length
     if context_length is not None and not 1 <= context_length <= limit:
         problem = f"is {context_length}: 1 to the model's {limit} is needed"

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoint import saved
 from ..checkpoint.folder import read_folder
 from ..checkpoint.tensors import packing
+from ..config.classifier import check_writes
 from ..config.settings import PrepareSettings, SamplingSettings
 from ..data.batches import Tokens
 from ..data.prepare import opened_tokens
@@ -206,6 +207,7 @@ def quantize(
     """
     stored = saved.open_folder(source)
     config, tokenizer = stored.config, stored.tokenizer
+    check_writes(config, source)
     if stored.bits is not None:
         raise ValueError(
             f"{source} is quantized already, in {stored.bits} bits: give the model that it was "

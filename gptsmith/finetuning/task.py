@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.classifier import check_writes
 from ..config.settings import RunSettings
 from ..data.encoded import ExampleRows, Examples
 from ..data.example_batches import ExampleBatches, padded
@@ -96,6 +97,8 @@ class ExampleTask:
             torch.manual_seed(training.seed)
             return GPT(replace(self.settings.model, vocab_size=vocab_size)).to(device)
         model = load_to_learn(Path(training.start_from), self.settings, device)
+        if not self.examples.labels:
+            check_writes(model.config, training.start_from)
         grow_vocabulary(model, vocab_size)
         return model
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.classifier import check_writes
 from ..config.fields import SettingError
 from ..config.settings import GREEDY, SamplingSettings
 from ..machine.devices import synchronize
@@ -195,6 +196,7 @@ def jobs_of(
     **choices: Any,
 ) -> list[Job]:
     """Return a job for each prompt, number i with seed + i; ValueError for invalid input."""
+    check_writes(model.config, "the model")
     if not prompts:
         raise ValueError("there is no prompt: at least one with a token is needed")
     if max_tokens < 0:

@@ -207,19 +207,25 @@ class GPT(Placed):
             self.lm_head.weight = self.wte.weight
 
     def features(
-        self, tokens: Tensor, cache: KVCache | None = None, seeds: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        seeds: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream after the final norm.  (B, T) -> (B, T, C)
 
         With a cache, the tokens continue the cached ones of each row and are added to them. In
         training, `dropout_seeds` (B, P) decide what is dropped, or else PyTorch's generator.
+        `positions` (B, T) are the tokens' where they do not simply follow one another.
         ValueError where they exceed the context_length or the cache.
         """
         T, seen = tokens.shape[1], 0 if cache is None else cache.length
         if seen + T > self.config.context_length:
             limit = self.config.context_length
             raise ValueError(f"{seen + T} tokens are more than the context_length of {limit}")
-        positions = None if cache is None else cache.row_positions(T)  # (B, T)
+        if cache is not None:
+            positions = cache.row_positions(T)  # (B, T)
         if positions is None:
             positions = torch.arange(seen, seen + T, device=tokens.device)  # (T,)
         if self.config.block == "modern":

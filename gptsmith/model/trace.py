@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config.cost import Shape, parameter_count
 from ..config.model import GPTConfig
 from ..config.tables import columns, shape_text
+from .classifier import new_model
 from .gpt import GPT, attention
 
 # The weights of a larger model would take gigabytes, so it runs on PyTorch's "meta" device, which
@@ -48,7 +49,7 @@ def trace(config: GPTConfig, batch: int, tokens: int, *, seed: int = 0) -> Itera
     device = "meta" if parameter_count(config) > MOST_PARAMETERS else "cpu"
     with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
         torch.manual_seed(seed)
-        model = GPT(config).eval()
+        model = new_model(config).eval()
         ids = torch.randint(config.vocab_size, (batch, tokens))  # (B, T)
         recorder = _Recorder(model)
         model(ids)
@@ -84,7 +85,8 @@ class _Recorder:
         for layer in range(1, model.config.n_layer):
             self.after(f"h.{layer}", "the same, other weights")
         self.after("ln_f", norm)
-        self.after("lm_head", "next token's logits")
+        scored = "next token" if model.config.head_rows == model.config.vocab_size else "label"
+        self.after("lm_head", f"{scored}'s logits")
 
     def after(self, name: str, does: str) -> None:
         """Add a line whenever the module of this name returns."""

@@ -15,6 +15,7 @@ import torch
 from ..checkpoint import saved
 from ..checkpoint.folder import best_of
 from ..config import cost
+from ..config.classifier import check_writes
 from ..config.fields import SettingError
 from ..config.settings import RunSettings
 from ..data.batches import Batches
@@ -99,6 +100,7 @@ class TextTask:
         source = self.checkpoint or settings.training.start_from
         if source is not None:
             model = self.load(Path(source), device)
+            check_writes(model.config, source)
             if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
                 raise ValueError(
                     f"the data's tokenizer has {tokenizer.vocab_size:,} tokens, "
