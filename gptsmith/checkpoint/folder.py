@@ -7,6 +7,7 @@ import json
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ..config.cost import Shape
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.files import MANIFEST, DamagedError, read_json, sha256
+from .adapter_json import is_adapter, read_adapter_config
 from .config_json import bits_in, from_hugging_face, original_json
 from .names import MASKS, PREFIX, TensorInfo, TensorMatch, hugging_face, match_tensors
 from .packing import match_packed
@@ -101,8 +103,16 @@ def check_text(folder: Path, changed: Iterable[str]) -> None:
             raise DamagedError(str(error)) from error
 
 
-def read_description(folder: Path) -> tuple[GPTConfig, int | None]:
-    """Return the configuration in a folder's `config.json`, and the bits of packed matrices."""
+def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTConfig, int | None]:
+    """Return the configuration in a folder's `config.json`, and the bits of packed matrices.
+
+    An adapter's are those of its base, with rows for the tokens that it adds, and never packed.
+    """
+    if is_adapter(folder):
+        config, tokens = read_config(find_base(folder, base)), read_adapter_config(folder).tokens
+        return replace(
+            config, vocab_size=max(config.vocab_size, *(id + 1 for id in tokens), 0)
+        ), None
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
     values = read_json(folder / CONFIG)
@@ -112,14 +122,14 @@ def read_description(folder: Path) -> tuple[GPTConfig, int | None]:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """Return the configuration in a folder's `config.json`."""
-    return read_description(folder)[0]
+def read_config(folder: Path, base: str | Path | None = None) -> GPTConfig:
+    """Return the configuration in a folder's `config.json`, or in that of an adapter's base."""
+    return read_description(folder, base)[0]
 
 
 def read_bits(folder: Path) -> int | None:
     """Return the bits of a folder's packed matrices; None if it is not quantized."""
-    return read_description(folder)[1]
+    return None if is_adapter(folder) else read_description(folder)[1]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -144,8 +154,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
 
 
-def read_folder(folder: Path) -> ModelFolder:
-    """Return a folder's description; ValueError if its tensors do not match its config.json."""
+def read_folder(folder: Path, base: str | Path | None = None) -> ModelFolder:
+    """Return a folder's description; ValueError if its tensors do not match its config.json.
+
+    For an adapter, the tensors are those of its base.
+    """
+    if is_adapter(folder):
+        found = read_folder(find_base(folder, base))
+        return found._replace(path=folder, config=read_config(folder, found.path), bits=None)
     config, bits = read_description(folder)
     tensors = {n: t for path in weight_files(folder) for n, t in safetensors_header(path).items()}
     if bits is not None:
@@ -263,6 +279,30 @@ def find_model(name: str | Path) -> Path:
         return find_checkpoint(folder, "best", training=False)
     verify(folder, training=False)
     return folder
+
+
+def find_base(folder: Path, base: str | Path | None = None) -> Path:
+    """Return the folder of an adapter's base, verified: `base`, or as the adapter names it.
+
+    The name is a path, also from the adapter's folder on; or the base has its last word as its name
+    and is beside the adapter, or beside a folder that the adapter is in.
+    """
+    named = str(base or read_adapter_config(folder).base)
+    places = [Path(named), folder / named]
+    places += [parent / Path(named).name for parent in folder.resolve().parents[:4]]
+    here = folder.resolve()
+    found = [place for place in places if named and place.is_dir() and place.resolve() != here]
+    if base is None and not found:
+        raise FileNotFoundError(
+            f"{folder} is an adapter, and its base '{named}' is not there: name it with --base"
+        )
+    model = find_model(base or found[0])
+    if is_adapter(model):
+        raise ValueError(
+            f"the base of {folder}, {model}, is an adapter itself: "
+            f"`gptsmith merge {quote(str(model))} OUT` makes it a whole model, which can be a base"
+        )
+    return model
 
 
 def best_of(name: str) -> str:

@@ -26,8 +26,18 @@ from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
 from ..tokenizers.usage import GENERATION, IDS
+from .adapter import check_base, open_adapter, put_adapter, with_adapter, write_adapter
+from .adapter_json import is_adapter
 from .config_json import quantized_json, to_hugging_face
-from .folder import CONFIG, find_model, is_run, pointed_to, read_folder, safetensors_header
+from .folder import (
+    CONFIG,
+    find_base,
+    find_model,
+    is_run,
+    pointed_to,
+    read_folder,
+    safetensors_header,
+)
 from .names import PREFIX, TensorMatch, full_name, hugging_face
 from .safetensors import entries_of, fetch_from, write_safetensors, write_shards
 from .tensors import (
@@ -39,6 +49,7 @@ from .tensors import (
     packing,
     to_theirs,
     with_all,
+    with_more_tokens,
     with_packed,
 )
 
@@ -60,13 +71,18 @@ def save(
 ) -> None:
     """Write a model as a new Hugging Face folder, completely or not at all.
 
-    Its class is GPT2LMHeadModel, GPT2ForSequenceClassification, or NanoChat's.
-    `optimizer` (tensors by name) and `state` (JSON) make it a training checkpoint.
+    Its class is GPT2LMHeadModel, GPT2ForSequenceClassification, or NanoChat's. Of a model with
+    adapters, the folder has only these, as PEFT writes them. `optimizer` (tensors by name) and
+    `state` (JSON) make it a training checkpoint.
     """
     stored = replace(stored_model(model), tokenizer=tokenizer)
     check_pair(stored.config, tokenizer, "the model")
     with written_whole(Path(folder)) as temporary:
-        write(stored, temporary)
+        if model.lora is not None:
+            write_adapter(model, temporary)
+            write_usage(stored, temporary)
+        else:
+            write(stored, temporary)
         if optimizer is not None:
             (temporary / OPTIMIZER).parent.mkdir()
             write_safetensors(temporary / OPTIMIZER, entries_of(optimizer))
@@ -109,9 +125,15 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> None:
         theirs["task_specific_params"] = {"text-generation": fewer}
     if tokenizer is not None:
         theirs["gptsmith"] = {**theirs.get("gptsmith", {}), "tokenizer": tokenizer.fingerprint}
-        tokenizer.save(folder, context_length=config.context_length)
     write_json(folder / CONFIG, theirs)
-    write_json(folder / GENERATION, generation)
+    write_usage(stored, folder)
+
+
+def write_usage(stored: Stored, folder: Path) -> None:
+    """Write the tokenizer, and how to generate with the model."""
+    if stored.tokenizer is not None:
+        stored.tokenizer.save(folder, context_length=stored.config.context_length)
+    write_json(folder / GENERATION, generation_config(stored, stored.usage))
 
 
 def generation_config(stored: Stored, usage: Usage) -> dict[str, Any]:
@@ -148,14 +170,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
     unpacked: bool = False,
+    base: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """Load the model of a run, checkpoint or Hugging Face folder, in evaluation mode.
+
+    An adapter is added to the weights of its base, which is found by the name in its folder, or is
+    `base`; `load_adapted` keeps both apart.
 
     `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
     quantized folder stays packed unless `unpacked`. The tokenizer is None if the folder has none.
     Files listed in a manifest are verified, while they are read.
     """
     how: dict[str, Any] = {"device": device, "dtype": dtype, "bits": bits, "unpacked": unpacked}
+    how["base"] = base
     likely = Path(name)
     if is_run(likely):
         likely = pointed_to(likely, "best") or likely
@@ -177,9 +204,10 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
     unpacked: bool = False,
+    base: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
     """As `load`, for a folder that `find_model` returned; `tokenizer` if it was loaded before."""
-    stored = open_folder(folder, with_tokenizer=tokenizer is None)
+    stored = open_folder(folder, with_tokenizer=tokenizer is None, base=base)
     if tokenizer is not None:
         check_pair(stored.config, tokenizer, folder)
         stored = replace(stored, tokenizer=tokenizer)
@@ -189,26 +217,55 @@ def load_folder(
     return model, stored.tokenizer
 
 
+def load_adapted(
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dropout: float | None = None,
+) -> GPT:
+    """Load an adapter beside the frozen weights of its base, to train it further.
+
+    In float32 and evaluation mode; `dropout` replaces the base's. ValueError for another base.
+    """
+    adapter, place = open_adapter(folder), find_base(folder, base)
+    check_base(adapter, open_folder(place, with_tokenizer=False), place)
+    tokens = max(adapter.lora.tokens, default=-1) + 1
+    model = load_model(place, device=device, dropout=dropout, vocab_size=tokens)
+    put_adapter(model, adapter, str(place.resolve()))
+    return model
+
+
 def load_model(
-    folder: Path, *, device: torch.device | str = "cpu", dropout: float | None = None
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dropout: float | None = None,
+    vocab_size: int = 0,
 ) -> GPT:
     """Load the model of a folder in float32 and evaluation mode, unpacked if it is quantized.
 
-    `dropout` replaces the folder's, for fine-tuning.
+    `dropout` replaces the folder's, for fine-tuning; the vocabulary grows to at least `vocab_size`.
     """
     stored = open_folder(folder, with_tokenizer=False)
     if stored.bits is not None:
         warnings.warn(f"{folder} is quantized to {stored.bits} bits: unpacked", stacklevel=2)
     if dropout is not None:
         stored = replace(stored, config=replace(stored.config, dropout=dropout))
+    stored = with_more_tokens(stored, vocab_size)
     return build(stored, device=device, unpacked=True)
 
 
-def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
+def open_folder(
+    folder: Path, *, with_tokenizer: bool = True, base: str | Path | None = None
+) -> Stored:
     """Open a model's folder; ValueError if its tensors do not match its config.json.
 
-    Reads no tensors yet, except biases that config.json calls absent.
+    Reads no tensors yet, except biases that config.json calls absent. An adapter is added to the
+    weights of its base, `base` or the one that it names, as they are read.
     """
+    if is_adapter(folder):
+        return open_merged(folder, find_base(folder, base), with_tokenizer=with_tokenizer)
     found = read_folder(folder)
     get = fetch_from(found.tensors)
     if found.bits is not None:
@@ -227,6 +284,20 @@ def open_folder(folder: Path, *, with_tokenizer: bool = True) -> Stored:
         tokenizer = load_tokenizer(folder)
     check_pair(stored.config, tokenizer, folder)
     return replace(stored, tokenizer=tokenizer, defaults=read_usage(folder))
+
+
+def open_merged(folder: Path, base: Path, *, with_tokenizer: bool) -> Stored:
+    """Open the model that an adapter makes of its base; ValueError if it is for another base."""
+    adapter = open_adapter(folder)
+    own = (folder / "tokenizer.json").is_file()
+    stored = open_folder(base, with_tokenizer=with_tokenizer and not own)
+    check_base(adapter, stored, base)
+    merged = with_adapter(stored, adapter)
+    if own:
+        tokenizer = load_tokenizer(folder) if with_tokenizer else None
+        merged = replace(merged, tokenizer=tokenizer, defaults=read_usage(folder))
+    check_pair(merged.config, merged.tokenizer, folder)
+    return merged
 
 
 def stored_unpacked(

@@ -140,6 +140,25 @@ def first_tokens(count: int, fetch: Fetch) -> Fetch:
     return get
 
 
+def with_more_tokens(stored: Stored, vocab_size: int) -> Stored:
+    """Return the model with rows for at least so many tokens; new ones are the mean of the others.
+
+    The mean is nearest to all of them, so that a new token is neither likely nor unlikely.
+    """
+    V, config = stored.config.vocab_size, stored.config
+    if vocab_size <= V:
+        return stored
+
+    def fetch(name: str) -> Tensor:
+        tensor = stored.fetch(name)
+        if name not in VOCABULARY:
+            return tensor
+        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+        return torch.cat((tensor, mean.expand(vocab_size - V, -1)))
+
+    return replace(stored, config=replace(config, vocab_size=vocab_size), fetch=fetch, bits=None)
+
+
 def to_theirs(
     table: Iterable[WeightName], config: GPTConfig, fetch: Fetch, dtype: str
 ) -> list[Entry]:

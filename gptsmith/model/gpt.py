@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.lora import LoRASettings
 from ..config.model import GPTConfig
 from . import modern
 from .attention import Attention, by_kernel
@@ -168,6 +169,7 @@ class GPT(Placed):
     h: nn.ModuleList
     ln_f: nn.Module
     cross_entropy: CrossEntropy = staticmethod(cross_entropy)
+    lora: LoRASettings | None = None  # of its adapters, which lora.py adds
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ class _HeadLoss(torch.autograd.Function):
         way: CrossEntropy,
     ) -> Tensor:
         V, needs_grad = len(head), any(ctx.needs_input_grad)
+        of_features, of_head = ctx.needs_input_grad[:2]
         x, weight = features.to(dtype), head.to(dtype)
         if head.is_cuda:  # GPUs multiply multiples of 64 faster; the added logits become -inf
             weight = F.pad(weight, (0, 0, 0, -V % 64))  # (P, C)
@@ -89,8 +90,8 @@ class _HeadLoss(torch.autograd.Function):
         count = (targets != NOT_LEARNED).sum().clamp(min=1)
         share = 1 / count.to(wide) if needs_grad else None
         total = torch.zeros((), dtype=wide, device=x.device)
-        d_features = torch.empty_like(x) if needs_grad else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        d_features = torch.empty_like(x) if of_features else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if of_head else None
         rows = max(1, LOGITS_AT_ONCE // V)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
@@ -99,22 +100,19 @@ class _HeadLoss(torch.autograd.Function):
             nats, d_logits = way(logits, targets[chunk], share)
             del logits
             total += nats
-            if d_logits is None or d_features is None or d_weight is None:
-                continue
-            d_features[chunk] = d_logits @ weight
-            d_weight += d_logits.T @ x[chunk]
-        if d_features is not None and d_weight is not None:
-            ctx.save_for_backward(d_features.to(features.dtype), d_weight[:V].to(head.dtype))
+            if d_logits is not None and d_features is not None:
+                d_features[chunk] = d_logits @ weight
+            if d_logits is not None and d_weight is not None:
+                d_weight += d_logits.T @ x[chunk]
+        ctx.save_for_backward(
+            None if d_features is None else d_features.to(features.dtype),
+            None if d_weight is None else d_weight[:V].to(head.dtype),
+        )
         return total / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        d_features, d_head = ctx.saved_tensors
-        return (
-            d_features.mul_(grad),
-            d_head.mul_(grad),
-            None,
-            None,
-            None,
-        )  # in place: they are large
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, as they are large; what is frozen has none.
+        scaled = (None if each is None else each.mul_(grad) for each in ctx.saved_tensors)
+        return *scaled, None, None, None
