@@ -13,6 +13,7 @@ from ..config.settings import DataSettings
 from ..machine.environment import importing, rank
 from ..machine.terminal import Display
 from .flags import Parser, UsageError, add_flags, chosen, given
+from .train import conclude, opener_of
 
 TITLES = {
     "model": "the model, in place of one that exists (`finetune fresh`)",
@@ -82,7 +83,7 @@ def run(options: Namespace) -> int:
         from ..training.train import continue_run, next_run_folder, train_fresh
 
     if folders.resume is not None:
-        trained = continue_run(folders.resume, display, flags, open_task)
+        trained = continue_run(folders.resume, display, flags, opener_of(folders.resume))
     else:
         settings, name = finetune_settings(options.model, flags)
         if show.show_batch:
@@ -107,14 +108,3 @@ def show_first_batch(settings: Any, display: Display, *, as_json: bool) -> None:
             print(json.dumps(row))
         else:
             display.batch_row(number, row)
-
-
-def conclude(trained: Any, display: Display) -> None:
-    """Report how a run ended, test its best checkpoint, and say what to type next."""
-    from ..finetuning.report import summary, test_run
-    from . import train
-
-    if trained.signal is None:
-        for line in summary(test_run(trained.folder, display)):
-            display.say(line)
-    train.conclude(trained, display)

@@ -26,6 +26,7 @@ VERBS = {
     "prepare": "turn text into token shards",
     "tokenizer": "learn a byte-level BPE tokenizer from text",
     "train": "train a model, or resume a run",
+    "finetune": "fine-tune a model on examples of answers, labels or preferences",
     "sample": "generate text",
     "classify": "label texts",
     "evaluate": "measure a model's loss on a text",

@@ -9,6 +9,7 @@ from typing import Any
 from ..config.fields import setting
 from ..config.model import FORMER_SWITCHES
 from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
+from ..config.settings import RunSettings
 from ..machine.environment import importing, rank
 from ..machine.terminal import Display, count
 from .flags import Parser, UsageError, add_flags, chosen, given
@@ -72,12 +73,30 @@ def run(options: Namespace) -> int:
 
     display = Display(quiet=rank() != 0)
     if folders.resume is not None:
-        trained = continue_run(folders.resume, display, flags)
+        trained = continue_run(folders.resume, display, flags, opener_of(folders.resume))
     else:
-        trained = train_fresh(settings, folders.out or next_run_folder(name), display)
+        target = folders.out or next_run_folder(name)
+        trained = train_fresh(settings, target, display, opener(settings))
     if rank() == 0:
         conclude(trained, display)
     return 0 if trained.signal is None else 128 + trained.signal
+
+
+def opener(settings: RunSettings) -> Any:
+    """Return the function that opens the task of a run: text, or what examples are for."""
+    if settings.finetune.task is None:
+        from ..training.text import open_text
+
+        return open_text
+    from ..finetuning.tasks import open_task
+
+    return open_task
+
+
+def opener_of(folder: Path) -> Any:
+    """Return the `opener` of a run in a folder."""
+    path = folder / "config.toml"
+    return opener(read_toml(path) if path.is_file() else RunSettings())
 
 
 def conclude(trained: Any, display: Display) -> None:
@@ -85,6 +104,11 @@ def conclude(trained: Any, display: Display) -> None:
     from ..training import advice
     from ..training.records import last_sample
 
+    if trained.signal is None and trained.settings.finetune.task is not None:
+        from ..finetuning.report import summary, test_run
+
+        for line in summary(test_run(trained.folder, display)):
+            display.say(line)
     folder, training = trained.folder, trained.settings.training
     steps = training.steps
     if trained.signal is not None:

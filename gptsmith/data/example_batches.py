@@ -22,7 +22,10 @@ NOT_LEARNED = -1
 class Rows(Protocol):
     """The examples of a split, such as `encoded.ExampleRows`."""
 
-    lengths: np.ndarray  # tokens of the longest row of each example, (N,)
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of the longest row of each example, (N,)."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,7 +1,7 @@
 """The test after fine-tuning: the best checkpoint on the examples that were kept for it.
 
-Writes test.json and, by task, answers.jsonl or confusion.png into the run's folder. Knows nothing of
-training.
+Writes test.json and, by task, answers.jsonl or confusion.png into the run's folder. Knows nothing
+of training.
 """
 
 import json
@@ -57,9 +57,8 @@ def test_run(run: Path, display: Display) -> dict[str, Any]:
     device = find_device(settings.machine.device)
     model, _ = saved.load_folder(checkpoint, device=device)
     found = {"checkpoint": checkpoint.name, "examples": len(task.splits["test"])}
-    found |= TESTS.get(type(task), test_answers)(
-        task, Judged(model, device, settings.machine.dtype)
-    )
+    judged = Judged(model, device, settings.machine.dtype)
+    found |= TESTS.get(type(task), test_answers)(task, judged)
     write_json(run / TEST, found)
     return found
 

@@ -114,6 +114,16 @@ class Display:
         elif self.bar is None and record["step"] % self.log_every == 0:
             self.say(detail)
 
+    def batch_row(self, number: int, row: Mapping[str, Any]) -> None:
+        """Write a row of a batch to standard output, its pieces in colours by their kind."""
+        styles = {"prompt": "cyan", "answer": "bold green", "padding": "dim"}
+        about = " ".join(str(row[key]) for key in ("label", "answer") if key in row)
+        text = Text(f"{number}{' ' + about if about else ''}: ", style="dim")
+        for piece in row["pieces"]:
+            words = piece["text"] or f"[{count(piece['tokens'], 'padding token')}]"
+            text += Text(words, style=styles[piece["kind"]])
+        Console(highlight=False, soft_wrap=True).print(text)
+
     def preparing(self, done: int, total: int, tokens: int) -> None:
         """Show the progress of data preparation: in the bar, or as a line every 10 seconds."""
         if self.bar is None and self.console.is_terminal:
