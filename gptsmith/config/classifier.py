@@ -63,6 +63,11 @@ def _shared(config: GPTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def without_labels(config: GPTConfig) -> GPTConfig:
+    """Return a model's configuration as settings have it: the labels are the data's."""
+    return config.body() if isinstance(config, ClassifierConfig) else config
+
+
 def check_writes(config: GPTConfig, place: object) -> None:
     """Raise ValueError if a model is a classifier, where one that writes text is needed."""
     if isinstance(config, ClassifierConfig):

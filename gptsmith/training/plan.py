@@ -46,7 +46,7 @@ class Trial:
 def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     """Show the plan of a run, and what was measured to choose how it computes."""
     settings, trainer = run.settings, run.trainer
-    config, machine, training = settings.model, settings.machine, settings.training
+    config, machine, training = trainer.model.config, settings.machine, settings.training
     assert machine.micro_batch is not None
     assert machine.threads is not None
     bytes_each = number_bytes(machine.dtype)

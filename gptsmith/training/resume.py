@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint import saved
 from ..checkpoint.config_json import from_hugging_face, to_hugging_face
 from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
+from ..config.classifier import without_labels
 from ..config.fields import SettingError
 from ..config.recipe import read_toml, sections, with_overrides
 from ..config.settings import DataSettings, RunSettings, TrainingSettings
@@ -66,7 +67,7 @@ def resumed_settings(
         settings = replace(settings, data=with_absolute_data(settings.data))
     recorded, asked = state.get("settings") or asdict(in_file), asdict(settings)
     if checkpoint is not None:  # both as in a model's folder, which has one way to say a thing
-        recorded["model"] = asdict(read_config(checkpoint))
+        recorded["model"] = asdict(without_labels(read_config(checkpoint)))
         asked["model"] = asdict(from_hugging_face(to_hugging_face(settings.model)))
     differing = {}
     for section in sections():

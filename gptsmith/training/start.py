@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import saved
+from ..config.classifier import without_labels
 from ..config.recipe import to_toml
 from ..machine import devices
 from ..machine.environment import rank, world_size
@@ -56,7 +57,8 @@ def open_run(
     of_rows = replace(model.config, context_length=batches.row_tokens)
     *_, smallest = ways(machine, of_rows, batches.rows, device).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
-    config = model.config if checkpoint is None else replace(model.config, init=settings.model.init)
+    config = without_labels(model.config)
+    config = config if checkpoint is None else replace(config, init=settings.model.init)
     settings = replace(task.settings, model=config, machine=smallest)
     trainer = make_trainer(model, settings, batches, task.objective, device)
     if checkpoint is not None and model.config.dropout:
