@@ -1,17 +1,15 @@
 """Turn examples into a folder of rows of tokens and targets, whole or not at all, and read it.
 
-Knows nothing of the forms of examples (`examples.py`), of what is learned (`targets.py`), or of
-batches.
+Knows nothing of the forms of examples (`examples.py`), of what is learned (`targets.py`), of how
+they are divided (`example_writer.py`), or of batches.
 
 Shapes:  N examples    T tokens of a row
 """
 
-from array import array
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from ..config.finetune import FinetuneSettings, Task
 from ..config.settings import PrepareSettings
 from ..machine.files import DamagedError, read_json, sha256, write_json, written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
-from .examples import SPLITS, Example, ExampleReader
+from .example_writer import TARGETS, TOKENS, RowWriter, counted, divided, number_labels
+from .examples import SPLITS, ExampleReader
 from .prepare import Progress, timed
-from .targets import Encoder, Row
+from .targets import Encoder
 
 INFO, FORMAT, VERSION = "examples.json", "gptsmith-examples", 1
-TOKENS, TARGETS, ENDS, SPLIT = "tokens.bin", "targets.bin", "ends.npy", "split.npy"
+ENDS, SPLIT = "ends.npy", "split.npy"
 REPORTED = 256  # examples between two reports of progress
 # Settings by which a folder is made; the others are for learning from it.
 SETTINGS = {
@@ -103,43 +102,6 @@ def described(
 # -- writing
 
 
-class RowWriter:
-    """Writes rows one after another, and keeps a few numbers for each."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.key = folder, seed.to_bytes(16, "little")
-        self.ends, self.learned = array("q"), array("q")  # of each row: its end, learned so far
-        self.prompts = array("Q")  # a hash of each example's prompt, which the seed changes
-        self.said = array("b")  # the split that each example says, or -1
-
-    def __enter__(self) -> "RowWriter":
-        self.stack = ExitStack()
-        self.files = [
-            self.stack.enter_context((self.folder / name).open("wb")) for name in (TOKENS, TARGETS)
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-    def add(self, example: Example, rows: Sequence[Row]) -> None:
-        """Write an example's rows."""
-        for row in rows:
-            for file, numbers in zip(self.files, row, strict=True):
-                file.write(numbers.tobytes())
-            tokens, targets = row
-            self.ends.append(self.tokens + len(tokens))
-            self.learned.append(int((targets >= 0).sum()))
-        digest = blake2b(example.prompt.encode(), digest_size=8, key=self.key).digest()
-        self.prompts.append(int.from_bytes(digest, "little"))
-        self.said.append(SPLITS.index(example.split) if example.split else -1)
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens so far."""
-        return self.ends[-1] if self.ends else 0
-
-
 def write_examples(
     folder: Path, reader: ExampleReader, tokenizer: Tokenizer, settings: Mapping[str, Any]
 ) -> Iterator[tuple[int, int, int]]:
@@ -164,6 +126,12 @@ def write_examples(
         first = f"; the first bad row: {reader.bad_rows.first}" if reader.bad_rows.first else ""
         raise ValueError(f"there is no example in {', '.join(reader.names)}{first}")
     reader.bad_rows.warn()
+    if encoder.same_answers:
+        warnings.warn(
+            f"{encoder.same_answers:,} examples have the same text in 'chosen' and 'rejected', "
+            "which teaches nothing",
+            stacklevel=2,
+        )
     labels = number_labels(folder, writer.ends, [*encoder.labels]) if encoder.labels else []
     splits, repeats = divided(writer, reader.task, settings)
     np.save(folder / ENDS, np.frombuffer(writer.ends, np.int64))
@@ -191,71 +159,6 @@ def write_examples(
         "files": {n: sha256(folder / n) for n in (TOKENS, TARGETS, ENDS, SPLIT)},
     }
     write_json(folder / INFO, info)
-
-
-def number_labels(folder: Path, ends: "array[int]", found: list[str]) -> list[str]:
-    """Number the labels in sorted order, and return them so; they were numbered as `found`."""
-    if len(found) < 2:
-        raise ValueError(f"all labels are {found[0]!r}: at least two different ones are needed")
-    labels = sorted(found)
-    numbers = np.array([labels.index(name) for name in found], np.int32)
-    targets = np.memmap(folder / TARGETS, np.int32, "r+")
-    last = np.frombuffer(ends, np.int64) - 1
-    for start in range(0, len(last), 1 << 16):
-        places = last[start : start + (1 << 16)]
-        targets[places] = numbers[targets[places]]
-    targets.flush()
-    return labels
-
-
-def divided(
-    writer: RowWriter, task: Task | None, settings: Mapping[str, Any]
-) -> tuple[np.ndarray, int]:
-    """Return the number in SPLITS of each example, (N,), and how many repeat another's prompt.
-
-    An example is in the split that it says. The others are divided by the fractions, in the order
-    of their prompts' hashes; equal prompts stay together.
-    """
-    splits = np.array(writer.said)
-    prompts, counts = np.unique(np.frombuffer(writer.prompts, np.uint64), return_counts=True)
-    repeats = int(len(splits) - len(prompts))
-    free = np.flatnonzero(splits < 0)
-    if not len(free):
-        return splits, repeats
-    _, group, counts = np.unique(
-        np.frombuffer(writer.prompts, np.uint64)[free], return_inverse=True, return_counts=True
-    )
-    test = settings["test_fraction"]
-    test = (0.2 if task == "classify" else 0.1) if test is None else test
-    fractions = {"test": test, "validation": settings["validation_fraction"]}
-    assigned = np.zeros(len(counts), np.int8)  # the split of each prompt
-    for name, fraction in fractions.items():
-        wanted = max(1, int(fraction * len(free) + 0.5)) if fraction else 0  # examples
-        for place in np.flatnonzero(assigned == 0):
-            if not wanted:
-                break
-            if counts[place] <= wanted:
-                assigned[place] = SPLITS.index(name)
-                wanted -= int(counts[place])
-    splits[free] = assigned[group]
-    if not (splits == 0).any():
-        raise ValueError(
-            f"{len(splits)} examples are too few to hold some out and learn from others: use more, "
-            "or a --test-fraction and a --validation-fraction of 0"
-        )
-    return splits, repeats
-
-
-def counted(writer: RowWriter, chosen: np.ndarray) -> dict[str, int]:
-    """Return the numbers of examples, tokens and learned targets of the chosen ones, (N,) bool."""
-    rows = np.repeat(chosen, len(writer.ends) // len(writer.said))
-    lengths = np.diff(np.frombuffer(writer.ends, np.int64), prepend=0)
-    learned = np.frombuffer(writer.learned, np.int64)
-    return {
-        "examples": int(chosen.sum()),
-        "tokens": int(lengths[rows].sum()),
-        "learned": int(learned[rows].sum()),
-    }
 
 
 # -- reading

@@ -15,7 +15,8 @@ from ..config.finetune import FinetuneSettings
 from ..tokenizers import Tokenizer, with_special
 from ..tokenizers.chat import ChatTemplate, template_source, with_template
 from ..tokenizers.tokenizer import END_OF_TEXT, Unknown
-from .examples import Conversation, Example, Labelled, Message
+from .example_fields import Message
+from .examples import Conversation, Example, Labelled
 
 Row = tuple[np.ndarray, np.ndarray]  # tokens (T,), targets (T,), both int32
 Piece = tuple[list[int], list[int]]  # ids, and for each itself if it is learned, else -1

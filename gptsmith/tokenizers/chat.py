@@ -77,6 +77,7 @@ class ChatTemplate:
                 f"special tokens begin with {len(begins)} different characters: at most "
                 f"{len(self.masks)} are possible"
             )
+        self.suspect = {*map(chr, begins), *map(chr, NONCHARACTERS)}
         self.unmask = {ord(mask): chr(begin) for begin, mask in self.masks.items()}
 
     def ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -162,6 +163,8 @@ class ChatTemplate:
         The first character of each is masked, also at the end of the message, where the text that
         follows could complete one.
         """
+        if self.suspect.isdisjoint(text):
+            return text
         if any(chr(mask) in text for mask in self.unmask):
             raise ValueError("a message has a noncharacter, such as U+FDD0: remove it")
         places, after = set[int](), 0
