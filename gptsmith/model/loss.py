@@ -63,10 +63,27 @@ def head_loss(
     The matrix products run in autocast's precision where autocast is on. `way` computes a chunk's
     cross entropy and gradient: as `cross_entropy`, or faster.
     """
-    device, dtype = features.device.type, features.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(features)
     return _HeadLoss.apply(features.flatten(0, 1), head, targets.flatten(), dtype, way)
+
+
+def product_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with such a tensor, of any shape, also in autocast."""
+    device = features.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else features.dtype
+
+
+def head_logits(x: Tensor, weight: Tensor, V: int) -> Tensor:
+    """Return the logits of tokens, -inf beyond the vocabulary.  (R, C), (P, C) -> (R, P)"""
+    logits = x @ weight.T
+    logits[:, V:] = -torch.inf
+    return logits
+
+
+def padded(head: Tensor) -> Tensor:
+    """Return the head with rows added that its device multiplies faster with.  (V, C) -> (P, C)"""
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if head.is_cuda else head
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -82,9 +99,7 @@ class _HeadLoss(torch.autograd.Function):
         way: CrossEntropy,
     ) -> Tensor:
         V, needs_grad = len(head), any(ctx.needs_input_grad)
-        x, weight = features.to(dtype), head.to(dtype)
-        if head.is_cuda:  # GPUs multiply multiples of 64 faster; the added logits become -inf
-            weight = F.pad(weight, (0, 0, 0, -V % 64))  # (P, C)
+        x, weight = features.to(dtype), padded(head.to(dtype))
         wide = torch.promote_types(dtype, torch.float32)
         count = (targets != NOT_LEARNED).sum().clamp(min=1)
         share = 1 / count.to(wide) if needs_grad else None
@@ -94,8 +109,7 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS_AT_ONCE // V)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
-            logits = x[chunk] @ weight.T  # (R, P)
-            logits[:, V:] = -torch.inf
+            logits = head_logits(x[chunk], weight, V)
             nats, d_logits = way(logits, targets[chunk], share)
             del logits
             total += nats
