@@ -82,8 +82,8 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 	npm install --silent --prefix $@ openai@6.49.0
 	@touch $@
 
-# What reads our folders uses the PyTorch and transformers that are there already.
-.venv/clients/folders: tests/clients/folders.txt | .venv/test
+# What reads our folders, or trains as we do, uses the PyTorch and transformers that are there already.
+.venv/clients/folders .venv/clients/trl: .venv/clients/%: tests/clients/%.txt | .venv/test
 	rm -rf $@
 	$(BIN)/pip install -q --no-deps --target $@ -r $<
 	@touch $@

@@ -11,6 +11,7 @@ Shapes:  P pairs, of 2 answers: the chosen, the rejected    B rows    T tokens  
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,22 @@ def preference(
     same to dropout, which is drawn by the pair's seeds.
     """
     return preference_loss(answer_logprobs(model, tokens, targets, seeds), reference, beta)
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """What training minimizes, with the tensors of a micro-batch in this order: `preference`."""
+
+    beta: float
+
+    def loss(self, model: GPT, *batch: Tensor) -> Tensor:
+        """Return the mean loss of pairs.  (P, 2, T), (P, 2, T), (P, 2), maybe (P, K) -> ()"""
+        tokens, targets, reference, *seeds = batch
+        return preference(model, tokens, targets, reference, self.beta, *seeds).loss
+
+    def counted(self, *batch: Tensor) -> Tensor:
+        """Return the number of pairs, each of which weighs the same.  (P, 2, T), ... -> ()"""
+        return torch.tensor(len(batch[0]), device=batch[0].device)
 
 
 def answer_logprobs(
