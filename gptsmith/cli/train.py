@@ -126,7 +126,7 @@ def conclude(trained: Any, display: Display) -> None:
     if trained.ended_badly:
         display.say(
             "At its end the model predicts worse than a uniform guess, whose loss is "
-            f"{advice.uniform_loss(trained.settings):.4f}. Lower learning rates may help:\n  "
+            f"{trained.task.worst_loss:.4f}. Lower learning rates may help:\n  "
             + advice.train_command(folder, advice.lower_rates(training))
         )
     display.table(
@@ -141,10 +141,15 @@ def conclude(trained: Any, display: Display) -> None:
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
     quoted = shlex.quote(str(folder))
+    use = {
+        "classify": {"label": f"gptsmith classify {quoted} --text 'some text'"},
+        "chat": {"talk": f"gptsmith chat {quoted}"},
+        "preference": {"talk": f"gptsmith chat {quoted}"},
+    }.get(trained.settings.finetune.task, {"write": f"gptsmith sample {quoted} --temperature 0.8"})
     display.table(
         "Try",
         {
-            "write": f"gptsmith sample {quoted} --temperature 0.8",
+            **use,
             "look inside": f"gptsmith describe {quoted}",
             "longer": longer,
         },

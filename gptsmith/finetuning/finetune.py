@@ -25,6 +25,7 @@ from ..training.train import (
 from .tasks import open_task
 
 FRESH = "fresh"  # in place of a model: random weights
+LORA_RATE = 10  # times a recipe's learning rate: adapters begin as nothing, and are small
 
 
 def finetune(
@@ -69,9 +70,15 @@ def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettin
         raise ValueError("no data is given: add --data with rows of examples")
     asked = with_overrides(RunSettings(), {**choices, "task": choices.get("task")})
     task = recognised_task([choices["data"]], asked.prepare, asked.finetune)
-    settings = read_toml(recipes()[f"finetune-{task}"])
+    recipe = f"{'fresh' if model == FRESH else 'finetune'}-{task}"
+    if recipe not in recipes():
+        better = "gptsmith train" if task == "text" else "a model that answers already"
+        raise ValueError(f"there is nothing to fine-tune in fresh weights on {task}: use {better}")
+    settings = read_toml(recipes()[recipe])
     if "steps" in choices and "epochs" not in choices:
         choices = {**choices, "epochs": None}
+    if asked.finetune.lora is not None and "learning_rate" not in choices:
+        choices = {**choices, "learning_rate": LORA_RATE * settings.training.learning_rate}
     start_from = None if model == FRESH else str(find_model(model).resolve())
     if start_from is not None:
         for choice in choices:

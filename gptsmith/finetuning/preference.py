@@ -24,26 +24,10 @@ from ..machine.files import file_written_whole
 from ..machine.processes import my_share, sum_of_numbers, sum_over_processes, wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
-from ..model.preference import answer_logprobs, preference, preference_loss
+from ..model.preference import PreferenceLoss, answer_logprobs, preference_loss
 from ..training.task import Evaluating
 from .chat import SHOWN, answered, shown
 from .task import ExampleTask, batches_by_length
-
-
-class PreferredAnswers:
-    """DPO's loss: a mean over pairs."""
-
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-
-    def loss(self, model: GPT, *batch: Tensor) -> Tensor:
-        """Return the mean loss of tokens and targets (P, 2, T), reference (P, 2), maybe seeds."""
-        tokens, targets, reference, *seeds = batch
-        return preference(model, tokens, targets, reference, self.beta, *seeds).loss
-
-    def counted(self, *batch: Tensor) -> Tensor:
-        """Return the number of pairs.  (P, 2, T) -> ()"""
-        return torch.tensor(len(batch[0]), device=batch[0].device)
 
 
 class PairBatches(ExampleBatches):
@@ -67,7 +51,7 @@ class PreferenceTask(ExampleTask):
         self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None
     ) -> None:
         super().__init__(run, settings, examples, checkpoint)
-        self.objective = PreferredAnswers(settings.finetune.beta)
+        self.objective = PreferenceLoss(settings.finetune.beta)
         self.reference: dict[str, np.ndarray] = {}  # (N, 2) of each split, once they are known
 
     @property

@@ -23,6 +23,7 @@ NEEDED = {
     "prepare": "text.txt",
     "tokenizer": "text.txt --vocab-size 300 --out out",
     "train": "text.txt",
+    "finetune": "model --data text.txt",
     "sample": "model",
     "evaluate": "model --data text.txt",
     "plot": "run",
