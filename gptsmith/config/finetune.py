@@ -36,7 +36,7 @@ class FinetuneSettings:
         "fraction of the examples kept for a test at the end (default: 0.2 for labels, else 0.1)",
     )
     batch_rows: int = setting(8, "examples per optimizer step, over all processes")
-    epochs: float | None = setting(None, "times that every example is learned (default: --steps)")
+    epochs: float | None = setting(None, "times that every example is learned; sets the steps")
     lora: int | None = setting(
         None, "learn low-rank adapters of this rank in place of the weights", metavar="RANK"
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import saved
+from ..checkpoint.adapter_json import is_adapter
 from ..checkpoint.config_json import from_hugging_face, to_hugging_face
 from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
 from ..config.classifier import without_labels
 from ..config.fields import SettingError
+from ..config.model import GPTConfig
 from ..config.recipe import read_toml, sections, with_overrides
 from ..config.settings import DataSettings, RunSettings, TrainingSettings
 from ..machine.files import DamagedError
@@ -67,7 +69,7 @@ def resumed_settings(
         settings = replace(settings, data=with_absolute_data(settings.data))
     recorded, asked = state.get("settings") or asdict(in_file), asdict(settings)
     if checkpoint is not None:  # both as in a model's folder, which has one way to say a thing
-        recorded["model"] = asdict(without_labels(read_config(checkpoint)))
+        recorded["model"] = asdict(recorded_model(checkpoint, recorded))
         asked["model"] = asdict(from_hugging_face(to_hugging_face(settings.model)))
     differing = {}
     for section in sections():
@@ -81,6 +83,16 @@ def resumed_settings(
                 raise contradiction(folder, name, before, after, chosen=name in choices)
             differing[name] = str(after)
     return settings, differing
+
+
+def recorded_model(checkpoint: Path, recorded: Mapping[str, Any]) -> GPTConfig:
+    """Return the configuration of a checkpoint's model, without labels, which are the data's.
+
+    An adapter has none of its own; that of its base may have another dropout.
+    """
+    if is_adapter(checkpoint):
+        return from_hugging_face(to_hugging_face(GPTConfig(**recorded["model"])))
+    return without_labels(read_config(checkpoint))
 
 
 def with_absolute_data(data: DataSettings) -> DataSettings:
