@@ -71,7 +71,7 @@ OPTIONAL = (
     "wandb",
 )
 LONGEST_FILE, LONGEST_FUNCTION = 425, 70  # lines
-VERBS = ("load", "save", "train", "generate", "stream", "evaluate", "describe")
+VERBS = ("load", "save", "train", "finetune", "generate", "stream", "evaluate", "describe")
 
 
 @dataclass

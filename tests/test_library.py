@@ -21,7 +21,7 @@ from gptsmith.checkpoint.folder import checkpoints
 from gptsmith.cli.main import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
-VERBS = ("train", "load", "generate", "stream", "evaluate", "describe", "save")
+VERBS = ("train", "finetune", "load", "generate", "stream", "evaluate", "describe", "save")
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 SMALL: dict[str, Any] = {
     "n_layer": 1,

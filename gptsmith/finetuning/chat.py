@@ -93,7 +93,8 @@ def answered(
     pairs = [prompt_and_answer(*rows.read(number)[0]) for number in numbers]
     told = answers(model, tokenizer, [prompt for prompt, _ in pairs], max_tokens=max_tokens)
     for (prompt, wanted), answer in zip(pairs, told, strict=True):
-        yield Wanted(tokenizer.decode(prompt), tokenizer.decode(wanted), *answer)
+        right = tokenizer.decode(id for id in wanted if id not in tokenizer.ends)
+        yield Wanted(tokenizer.decode(prompt), right, *answer)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from ..training.train import (
     next_run_folder,
     train_fresh,
 )
+from .report import summary, test_run
 from .tasks import open_task
 
 FRESH = "fresh"  # in place of a model: random weights
@@ -41,8 +42,9 @@ def finetune(
 
     `model` is any MODEL, or "fresh" for random weights; `data` has the examples. Give single
     settings by name, as in `finetune("gpt2/", "spam.csv", lora=16, epochs=3)`. `out` is the new
-    folder (default: runs/NAME-N). `resume` is the folder of a run to resume. Writes to the terminal
-    only with `show`.
+    folder (default: runs/NAME-N). `resume` is the folder of a run to resume. At the end the best
+    checkpoint is tested on the examples kept for it; test.json says how well it did. Writes to the
+    terminal only with `show`.
 
     ValueError or FileNotFoundError where the settings or the data cannot be used. On Ctrl-C,
     SIGTERM or SIGHUP the run is saved, and then the signal is raised again.
@@ -51,12 +53,17 @@ def finetune(
     if resume is not None:
         if model is not None or data is not None or out is not None:
             raise ValueError("resume names the run and its settings: leave the others out")
-        return folder_unless_stopped(continue_run(Path(resume), display, choices, open_task))
-    if model is None or data is None:
+        run = continue_run(Path(resume), display, choices, open_task)
+    elif model is None or data is None:
         raise ValueError("a model (or fresh) and data with examples are needed")
-    settings, name = finetune_settings(str(model), {**choices, "data": str(data)})
-    folder = Path(out or next_run_folder(name))
-    return folder_unless_stopped(train_fresh(settings, folder, display, open_task))
+    else:
+        settings, name = finetune_settings(str(model), {**choices, "data": str(data)})
+        folder = Path(out or next_run_folder(name))
+        run = train_fresh(settings, folder, display, open_task)
+    if run.signal is None and rank() == 0:
+        for line in summary(test_run(run.folder, display)):
+            display.say(line)
+    return folder_unless_stopped(run)
 
 
 def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettings, str]:

@@ -91,11 +91,12 @@ class PreferenceTask(ExampleTask):
                     f"{self.run} has lost {path.name}, what the model thought before it learned: "
                     "start another run"
                 )
-            if not path.exists():
+            if self.checkpoint is None:
                 display.open_bar(f"reference, {split}", len(rows))
                 known = self.asked(trainer, split, display)
                 display.close_bar()
                 if rank() == 0:
+                    path.unlink(missing_ok=True)  # of a run that was killed before its first step
                     with file_written_whole(path) as temporary, temporary.open("wb") as file:
                         np.save(file, known)
                 wait_for_processes()
