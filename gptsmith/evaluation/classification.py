@@ -22,7 +22,7 @@ WORD = re.compile(r"\b\w\w+\b")  # two letters or more, as in scikit-learn's Cou
 LONGEST_SHOWN = 24  # characters of a label in a plot
 MOST_NUMBERED = 20  # labels; the cells of a larger matrix are too small for numbers
 
-Labelled = Iterable[tuple[str, int]]  # texts and the numbers of their labels
+LabelledTexts = Iterable[tuple[str, int]]  # texts and the numbers of their labels
 
 
 class Confusion:
@@ -151,7 +151,7 @@ class Baselines:
         )
 
 
-def baselines(training: Labelled, test: Labelled, labels: int) -> Baselines:
+def baselines(training: LabelledTexts, test: LabelledTexts, labels: int) -> Baselines:
     """Learn both baselines from the training texts, and measure them on the test texts."""
     bayes = NaiveBayes(training, labels)
     frequent = int(bayes.texts.argmax())
@@ -170,7 +170,7 @@ class NaiveBayes:
     of the text among all words of the label's texts. Words that training had not are left out.
     """
 
-    def __init__(self, training: Labelled, labels: int) -> None:
+    def __init__(self, training: LabelledTexts, labels: int) -> None:
         """ValueError if there are no texts, or no words in them."""
         counts = [Counter[str]() for _ in range(labels)]
         self.texts = np.zeros(labels, np.int64)  # (K,)

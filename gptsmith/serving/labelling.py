@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 SLOTS = 64  # texts that are labelled at once; more of them wait
 
 
-class Text(NamedTuple):
+class QueuedText(NamedTuple):
     """The tokens of a text, and where its probabilities go."""
 
     ids: Sequence[int]
@@ -33,7 +33,7 @@ class LabelService:
         self.model, self.config = model, model.config
         self.slots, self.waiting = slots or SLOTS, waiting
         self.unfinished = 0  # texts
-        self.inbox: SimpleQueue[Text | None] = SimpleQueue()  # None ends the thread
+        self.inbox: SimpleQueue[QueuedText | None] = SimpleQueue()  # None ends the thread
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
@@ -52,7 +52,7 @@ class LabelService:
         """
         if self.unfinished + len(rows) > self.slots + self.waiting:
             raise QueueFull(retry_after=1)
-        texts = [Text(ids, self.loop.create_future()) for ids in rows]
+        texts = [QueuedText(ids, self.loop.create_future()) for ids in rows]
         self.unfinished += len(texts)
         for text in texts:
             self.inbox.put(text)
@@ -63,7 +63,7 @@ class LabelService:
         running = min(self.unfinished, self.slots)
         return Counts(running, self.unfinished - running)
 
-    def deliver(self, texts: Sequence[Text], found: Sequence[list[float]]) -> None:
+    def deliver(self, texts: Sequence[QueuedText], found: Sequence[list[float]]) -> None:
         """Pass the probabilities of a batch to those who wait for them; none if it failed."""
         self.unfinished -= len(texts)
         for number, text in enumerate(texts):

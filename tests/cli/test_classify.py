@@ -176,7 +176,7 @@ def test_columns_of_a_table_without_a_header(
         (["--data", "."], "is a folder: name a file of texts"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2 has no 'text' (there are: body)"),
         (["--text", "a", "--confusion", "a.png"], "--confusion needs --data with labels"),
-        (["--text", "a", "--dtype", "int8"], "8 bits: the model is a classifier"),
+        (["--text", "a", "--dtype", "int8"], "a classifier cannot be quantized to 8 bits"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -256,7 +256,7 @@ def test_generating_with_a_classifier_in_memory_is_refused(classifier: Path) -> 
         gptsmith.complete(model, tokenizer, ["a"])
     with pytest.raises(ValueError, match="the model is a classifier"):
         gptsmith.evaluate(model, tokenizer, "shakespeare")
-    with pytest.raises(ValueError, match="8 bits: the model is a classifier"):
+    with pytest.raises(ValueError, match="a classifier cannot be quantized to 8 bits"):
         gptsmith.load(classifier, bits=8)
 
 
