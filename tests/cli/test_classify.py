@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -260,33 +259,58 @@ def test_generating_with_a_classifier_in_memory_is_refused(classifier: Path) -> 
         gptsmith.load(classifier, bits=8)
 
 
-def started(classifier: Path, path: Path) -> "subprocess.Popen[bytes]":
-    words = [sys.executable, "-m", "gptsmith", "classify", str(classifier), "--data", str(path)]
-    return subprocess.Popen([*words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+MEASURED = """
+import resource, sys
+from gptsmith.cli.main import main
+assert main(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def many(path: Path, rows: int) -> Path:
+    return as_jsonl(path, [{"text": f"text {number}"} for number in range(rows)])
+
+
+def started(classifier: Path, path: Path, *code: str) -> "subprocess.Popen[bytes]":
+    words = [sys.executable, *(code or ("-m", "gptsmith")), "classify", str(classifier)]
+    return subprocess.Popen(
+        [*words, "--data", str(path), "--json", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.slow
-def test_it_stops_cleanly_and_needs_little_memory(classifier: Path, tmp_path: Path) -> None:
-    """On a broken pipe and on Ctrl-C; what it writes before that are whole lines."""
-    path = tmp_path / "data.jsonl"
-    with path.open("w") as file:
-        for n in range(300_000):
-            file.write(json.dumps({"text": f"text {n}"}) + "\n")
-    process = started(classifier, path)
+def test_memory_does_not_grow_with_the_file(classifier: Path, tmp_path: Path) -> None:
+    peaks = []
+    for rows in (2_000, 60_000):
+        process = started(classifier, many(tmp_path / f"{rows}.jsonl", rows), "-c", MEASURED)
+        out, said = process.communicate(timeout=300)
+        assert len(out.splitlines()) == rows
+        peaks.append(int(said) / 1000)  # MB
+    assert peaks[1] - peaks[0] < 8, "60,000 predictions as objects would take 20 MB"
+
+
+@pytest.mark.slow
+def test_a_broken_pipe_ends_it_quietly(classifier: Path, tmp_path: Path) -> None:
+    process = started(classifier, many(tmp_path / "data.jsonl", 200_000))
     assert process.stdout is not None
     assert process.stderr is not None
     for _ in range(2000):
         json.loads(process.stdout.readline())
     process.stdout.close()
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     assert process.stderr.read() == b""
-    process = started(classifier, path)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_after_a_whole_line(classifier: Path, tmp_path: Path) -> None:
+    process = started(classifier, many(tmp_path / "data.jsonl", 200_000))
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate(timeout=60)
+    rest, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert said == b"interrupted\n"
     for line in rest.splitlines():
         json.loads(line)
-    assert os.path.getsize(path) > 5_000_000

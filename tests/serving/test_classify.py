@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
+import gptsmith
 from gptsmith.config.classifier import ClassifierConfig
 from gptsmith.config.model import GPTConfig
 from gptsmith.model.classifier import Classifier
@@ -28,8 +30,10 @@ from gptsmith.serving.http import UvicornServer, listen, url
 from gptsmith.serving.labelling import LabelService
 from gptsmith.serving.metrics import Metrics
 from gptsmith.tokenizers import byte_tokenizer
+from tests.cli.test_serve import started
 from tests.conftest import TINY, single_thread
 from tests.model.test_classifier import scrambled
+from tests.serving.test_page import PICTURES, browser  # noqa: F401 (a fixture)
 from tests.serving.test_schemathesis import NAMES, REASONS
 
 TOKENIZER = byte_tokenizer()
@@ -57,11 +61,15 @@ def served_toy(pad: int | None = PAD, *, timeout: float = 600.0) -> ServedClassi
 @contextmanager
 def serving(served: ServedClassifier, **guard: Any) -> Iterator[str]:
     """Serve it as `gptsmith serve` does; its address."""
-    ready, accesses = threading.Event(), list[Access]()
+    ready = threading.Event()
+
+    def seen(access: Access) -> None:
+        served.metrics.finished(access.path, access.status, access.seconds)
+
     with single_thread(), listen("127.0.0.1", 0) as bound:
         app = Guard(
             make_app(served, with_key=bool(guard)),
-            seen=accesses.append,
+            seen=seen,
             **({"api_key": None, "most_bytes": 1 << 20, "origins": ()} | guard),
         )
         server = UvicornServer(app, drain=5, ready=ready.set)
@@ -295,6 +303,47 @@ def test_a_key_is_asked_for() -> None:
         key = {"authorization": "Bearer secret"}
         answer = httpx2.post(f"{address}/classify", json={"input": "a"}, headers=key)
         assert answer.status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_the_page_shows_labels_while_one_types(key: str | None, browser: Any) -> None:
+    with serving(served_toy(), api_key=key) as address:
+        page, said = browser.new_page(viewport={"width": 800, "height": 560}), list[str]()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(address)
+        page.fill("#text", "a text")
+        if key:
+            page.fill("#key", key)  # which is there once it is asked for
+        for row, (label, p) in enumerate(
+            sorted(zip(LABELS, wanted("a text"), strict=True), key=lambda each: -each[1])
+        ):
+            shown = page.locator("#labels tr").nth(row)
+            assert shown.locator("td").first.text_content() == label
+            assert shown.locator("td").last.text_content() == f"{p:.4f}"
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=PICTURES / "labels.png")
+        page.fill("#text", "a" * 49)
+        page.locator("#trouble", has_text="the prompt has 49 tokens").wait_for()
+        assert page.locator("#labels tr").count() == 0
+        refused = "Failed to load resource: the server responded with a status of 4"
+        assert [line for line in said if not line.startswith(refused)] == []
+        page.close()
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_classifier(tmp_path: Path) -> None:
+    gptsmith.save(toy(), TOKENIZER, tmp_path / "spam")
+    with started(tmp_path / "spam", "--threads", "1") as (_, ready):
+        found = re.fullmatch(
+            r"serving spam at (http://127\.0\.0\.1:\d+)  "
+            r"\(labels: ham, spam, egg; page: /, docs: /docs; Ctrl-C ends\)\n",
+            ready,
+        )
+        assert found, ready
+        answer = httpx2.post(f"{found[1]}/classify", json={"model": "spam", "input": "one"})
+        assert answer.json()["data"][0]["probs"] == pytest.approx(wanted("one"), abs=1e-5)
 
 
 def test_the_service_ends_what_is_queued_first() -> None:
