@@ -307,7 +307,10 @@ def test_a_key_is_asked_for() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, "secret"])
-def test_the_page_shows_labels_while_one_types(key: str | None, browser: Any) -> None:
+def test_the_page_shows_labels_while_one_types(
+    key: str | None,
+    browser: Any,  # noqa: F811
+) -> None:
     with serving(served_toy(), api_key=key) as address:
         page, said = browser.new_page(viewport={"width": 800, "height": 560}), list[str]()
         page.on("console", lambda message: said.append(message.text))
