@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config.tables import columns
 from ..machine.environment import keep_fonts
-from ..machine.files import file_written_whole
+from ..machine.files import renamed_once_written
 
 WORD = re.compile(r"\b\w\w+\b")  # two letters or more, as in scikit-learn's CountVectorizer
 LONGEST_SHOWN = 24  # characters of a label in a plot
@@ -130,7 +130,7 @@ def draw_confusion(confusion: Confusion, path: Path) -> None:
             color = "white" if shares[row, column] > 0.5 else "black"
             number = f"{matrix[row, column]:,}"
             axes.text(column, row, number, ha="center", va="center", color=color)
-    with file_written_whole(path) as temporary:
+    with renamed_once_written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
