@@ -63,11 +63,16 @@ class LabelService:
         running = min(self.unfinished, self.slots)
         return Counts(running, self.unfinished - running)
 
-    def deliver(self, texts: Sequence[QueuedText], found: Sequence[list[float]]) -> None:
-        """Pass the probabilities of a batch to those who wait for them; none if it failed."""
-        self.unfinished -= len(texts)
+    def deliver(
+        self, count: int, texts: Sequence[QueuedText], found: Sequence[list[float]]
+    ) -> None:
+        """Pass the probabilities of a batch to those who wait for them; none if it failed.
+
+        `count` texts have left the queue, those included whose clients had left before.
+        """
+        self.unfinished -= count
         for number, text in enumerate(texts):
-            if text.found.done():  # the client has left
+            if text.found.done():  # the client has left meanwhile
                 continue
             if found:
                 text.found.set_result(found[number])
@@ -83,9 +88,11 @@ class LabelService:
                     self.inbox.put(None)
                     break
                 texts.append(text)
+            count = len(texts)
+            texts = [text for text in texts if not text.found.done()]  # their clients are there
             try:
                 found = probabilities(self.model, [text.ids for text in texts])
             except Exception:  # one failed batch must not end the service
                 LOG.exception("a batch failed")
                 found = []
-            self.loop.call_soon_threadsafe(self.deliver, texts, found)
+            self.loop.call_soon_threadsafe(self.deliver, count, texts, found)
