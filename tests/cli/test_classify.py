@@ -309,10 +309,11 @@ def test_a_broken_pipe_ends_it_quietly(classifier: Path, tmp_path: Path) -> None
 def test_ctrl_c_ends_it_after_a_whole_line(classifier: Path, tmp_path: Path) -> None:
     process = started(classifier, many(tmp_path / "data.jsonl", 200_000))
     assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert said == b"interrupted\n"
+    rest = process.stdout.read()
+    assert process.wait(120) == 130
+    assert process.stderr.read() == b"interrupted\n"
     for line in rest.splitlines():
         json.loads(line)
