@@ -18,8 +18,8 @@ def from_hugging_face(config: GPTConfig, theirs: Mapping[str, Any]) -> GPTConfig
 
     ValueError for labels that are not numbered from 0, and for what gives a text no single label.
     """
-    classes = theirs.get("architectures") or ()
-    if CLASS not in classes:
+    classes = theirs.get("architectures")
+    if not (isinstance(classes, list) and CLASS in classes):
         return config
     kind = theirs.get("problem_type")
     if kind not in (None, KIND):

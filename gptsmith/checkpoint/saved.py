@@ -119,7 +119,9 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> None:
     theirs = to_hugging_face(config) if stored.bits is None else quantized_json(config, stored.bits)
     theirs |= {name: generation[name] for name in IDS} | more
     if isinstance(config, ClassifierConfig):
-        theirs["pad_token_id"] = config.pad_token_id
+        theirs["pad_token_id"] = pad = config.pad_token_id
+        if tokenizer is not None and pad in tokenizer.specials:
+            tokenizer = tokenizer.padding_with(tokenizer.specials[pad])
     elif "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
         fewer = {"max_new_tokens": generation["max_new_tokens"]}
         theirs["task_specific_params"] = {"text-generation": fewer}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.classifier import check_writes
+from ..config.classifier import ClassifierConfig
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..config.quantization import packed_matrices
@@ -212,7 +212,8 @@ def packing(stored: Stored, bits: int) -> Stored:
             f"the model is already quantized to {stored.bits} bits: for {bits} bits, use the "
             "original model"
         )
-    check_writes(stored.config, f"{bits} bits: the model")
+    if isinstance(stored.config, ClassifierConfig):
+        raise ValueError(f"a classifier cannot be quantized to {bits} bits: use bf16 or float32")
     matrices = packed_matrices(stored.config, bits)
 
     # A matrix's words and scales are fetched one after the other, so the last one is cached.

@@ -59,6 +59,8 @@ def run(options: Namespace) -> None:
         raise ValueError("what to label is not clear: give either --data or --text")
     if settings.confusion is not None and settings.data is None:
         raise ValueError("--confusion needs --data with labels: add it, or leave --confusion out")
+    if settings.confusion is not None and not settings.confusion.parent.is_dir():
+        raise ValueError(f"no folder {settings.confusion.parent} for --confusion: create it first")
     _, model, tokenizer = open_model(options, options.model, labels=True)
     if tokenizer is None:
         raise ValueError(

@@ -19,10 +19,10 @@ CLASSIFIER_HELP = "a run, a checkpoint, or a Hugging Face folder of a GPT-2 that
 DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
-def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
+def open_model(options: Namespace, name: str, *, labels: bool | None = False) -> Any:
     """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype.
 
-    ValueError if it is a classifier, or with `labels` if it is none.
+    ValueError if it is a classifier, or with `labels` if it is none; with None it may be either.
     """
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -35,7 +35,8 @@ def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
         folder, tokenizer = opening.result()
     settings = chosen(options, InferenceSettings)
     dtype = settings.dtype
-    if labels and dtype == "auto":  # which is by the loss of text that a model writes
+    # What auto chooses is measured on text that the model writes.
+    if dtype == "auto" and isinstance(read_config(folder), ClassifierConfig):
         dtype = "float32"
     machine = devices.choose(
         MachineSettings(
@@ -52,18 +53,18 @@ def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
     return folder, model, tokenizer
 
 
-def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
+def verified(name: str, *, labels: bool | None) -> tuple[Path, Any]:
     """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch.
 
-    ValueError if it is a classifier, or with `labels` if it is none.
+    ValueError as in `open_model`.
     """
     from ..tokenizers import load_tokenizer
 
     folder = find_model(name)
     config = read_config(folder)
-    if not labels:
+    if labels is False:
         check_writes(config, name)
-    elif not isinstance(config, ClassifierConfig):
+    elif labels and not isinstance(config, ClassifierConfig):
         raise ValueError(
             f"{name} is not a classifier: it writes text and has no labels; make one with "
             f"`gptsmith finetune {quote(name)} --data FILE`, of texts and labels"
@@ -73,7 +74,13 @@ def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
 
 def open_writer(options: Namespace, name: str) -> Any:
     """As `open_model`, but return the compiled step as well; ValueError without a tokenizer."""
-    folder, model, tokenizer = open_model(options, name)
+    return with_decoder(options, name, *open_model(options, name))
+
+
+def with_decoder(
+    options: Namespace, name: str, folder: Path, model: Any, tokenizer: Any
+) -> tuple[Path, Any, Any, Any]:
+    """Return what `open_model` opened, and its compiled step; ValueError without a tokenizer."""
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
     from ..generation.compiled import CompiledDecoder, open_decoder

@@ -16,11 +16,12 @@ from typing import Any
 from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from .flags import Parser, add_flags, chosen
-from .opening import MODEL_HELP, open_writer
+from .opening import MODEL_HELP, open_model, with_decoder
 
 LOG = logging.getLogger(__name__)
 EXTRA = ("fastapi", "prometheus_client", "uvicorn")
 MOST_LINES = 1000  # log lines that may wait to be written; more are dropped
+MOST_LABELS = 8  # that the line at the start shows
 LAST_SECONDS = 1.0  # for writing the last lines at exit
 
 
@@ -59,15 +60,11 @@ def run(options: Namespace) -> None:
             LOG.info(
                 "note: anybody who can reach this machine can use the model: set GPTSMITH_API_KEY"
             )
-        cache = served.service.engine.slots.cache
-        room = (
-            f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
-        )
         what = f"serving {served.name} at {url(bound)}"
         server = UvicornServer(
             guarded,
             drain=settings.drain,
-            ready=lambda: LOG.info(f"{what}  ({room}; page: /, docs: /docs; Ctrl-C ends)"),
+            ready=lambda: LOG.info(f"{what}  ({room(served)}; page: /, docs: /docs; Ctrl-C ends)"),
             ending=lambda: LOG.info(
                 f"finishing open requests, for at most {settings.drain} s; Ctrl-C stops at once"
             ),
@@ -115,10 +112,23 @@ def logging_in_thread() -> Iterator[None]:
         os._exit(0)  # a normal exit would wait for the listener's lock on standard error
 
 
+def room(served: Any) -> str:
+    """Return how many texts are generated, or labelled, at once."""
+    if not served.writes:
+        return f"labels: {', '.join(served.labels[:MOST_LABELS])}"
+    cache = served.service.engine.slots.cache
+    return f"{served.service.slots} slots of {cache.capacity:,} tokens: {cache.size / 1e9:.2f} GB"
+
+
 def open_served(options: Namespace, settings: ServingSettings) -> Any:
     """Open the model and return it ready to be served."""
     use_huge_pages()
-    folder, model, tokenizer, decoder = open_writer(options, options.model)
+    opened = open_model(options, options.model, labels=None)
+    from ..model.classifier import Classifier
+
+    if isinstance(opened[1], Classifier):
+        return classifier_served(options, settings, *opened[1:])
+    folder, model, tokenizer, decoder = with_decoder(options, options.model, *opened)
     from ..serving.handler import ServedModel
     from ..serving.metrics import Metrics
     from ..serving.worker import Service
@@ -132,6 +142,29 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
         aliases=frozenset({options.model}),
         ends=tokenizer.ends,
         template=open_template(folder, tokenizer),
+        timeout=settings.timeout,
+        metrics=Metrics(service.counts, slots=service.slots),
+    )
+
+
+def classifier_served(
+    options: Namespace, settings: ServingSettings, model: Any, tokenizer: Any
+) -> Any:
+    """Return a classifier ready to be served; ValueError without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{options.model} has no tokenizer.json, which reading text needs: add one"
+        )
+    from ..serving.classify import ServedClassifier
+    from ..serving.labelling import LabelService
+    from ..serving.metrics import Metrics
+
+    service = LabelService(model, slots=settings.slots, waiting=settings.waiting)
+    return ServedClassifier(
+        service=service,
+        tokenizer=tokenizer,
+        name=settings.name or Path(options.model).resolve().name,
+        aliases=frozenset({options.model}),
         timeout=settings.timeout,
         metrics=Metrics(service.counts, slots=service.slots),
     )

@@ -16,13 +16,13 @@ import numpy as np
 
 from ..config.tables import columns
 from ..machine.environment import keep_fonts
-from ..machine.files import file_written_whole
+from ..machine.files import renamed_once_written
 
 WORD = re.compile(r"\b\w\w+\b")  # two letters or more, as in scikit-learn's CountVectorizer
 LONGEST_SHOWN = 24  # characters of a label in a plot
 MOST_NUMBERED = 20  # labels; the cells of a larger matrix are too small for numbers
 
-Labelled = Iterable[tuple[str, int]]  # texts and the numbers of their labels
+LabelledTexts = Iterable[tuple[str, int]]  # texts and the numbers of their labels
 
 
 class Confusion:
@@ -130,7 +130,7 @@ def draw_confusion(confusion: Confusion, path: Path) -> None:
             color = "white" if shares[row, column] > 0.5 else "black"
             number = f"{matrix[row, column]:,}"
             axes.text(column, row, number, ha="center", va="center", color=color)
-    with file_written_whole(path) as temporary:
+    with renamed_once_written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
@@ -151,7 +151,7 @@ class Baselines:
         )
 
 
-def baselines(training: Labelled, test: Labelled, labels: int) -> Baselines:
+def baselines(training: LabelledTexts, test: LabelledTexts, labels: int) -> Baselines:
     """Learn both baselines from the training texts, and measure them on the test texts."""
     bayes = NaiveBayes(training, labels)
     frequent = int(bayes.texts.argmax())
@@ -170,7 +170,7 @@ class NaiveBayes:
     of the text among all words of the label's texts. Words that training had not are left out.
     """
 
-    def __init__(self, training: Labelled, labels: int) -> None:
+    def __init__(self, training: LabelledTexts, labels: int) -> None:
         """ValueError if there are no texts, or no words in them."""
         counts = [Counter[str]() for _ in range(labels)]
         self.texts = np.zeros(labels, np.int64)  # (K,)

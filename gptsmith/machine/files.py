@@ -34,7 +34,7 @@ def written_whole(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists: choose another name, or remove it first")
-    with _renamed_once_written(folder) as temporary:
+    with renamed_once_written(folder) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
         yield temporary
@@ -51,18 +51,18 @@ def file_written_whole(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ValueError(f"{path} already exists: choose another name, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_once_written(path) as temporary:
+    with renamed_once_written(path) as temporary:
         yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically: write a temporary file, flush it, rename it."""
-    with _renamed_once_written(path) as temporary:
+    with renamed_once_written(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _renamed_once_written(path: Path) -> Iterator[Path]:
+def renamed_once_written(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, which takes the place of `path` at the end.
 
     Any failure removes it; if the disk is full, the error says so.

@@ -77,13 +77,14 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """The served model."""
+    """The served model; `labels`, in the order of their probabilities, if it is a classifier."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     context_length: int
+    labels: list[str] | None = None
 
 
 class ModelList(BaseModel):

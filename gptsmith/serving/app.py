@@ -16,9 +16,10 @@ from starlette.requests import Request
 
 from .. import __version__
 from .answers import ChatCompletion, Completion, Health, Model, ModelList
+from .classify import ServedClassifier, labels_api
 from .errors import ApiError, ErrorResponse, failed, mistake, shown
 from .handler import ServedModel
-from .pages import add_pages
+from .pages import LABELLING, WRITING, add_pages
 from .requests import ChatCompletionRequest, CompletionRequest
 from .tokens import tokens_api
 
@@ -85,8 +86,11 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
     app.include_router(openai_api(served), dependencies=keys)
     refusals = failures(400, 401, 404, 413)
     app.include_router(tokens_api(served), dependencies=keys, responses=refusals)
+    if isinstance(served, ServedClassifier):
+        also = failures(429, 503, 504)
+        app.include_router(labels_api(served), dependencies=keys, responses=refusals | also)
     app.include_router(state(served))
-    add_pages(app)
+    add_pages(app, WRITING if served.writes else LABELLING)
     return app
 
 
@@ -99,6 +103,7 @@ def openai_api(served: ServedModel) -> APIRouter:
         created=served.created,
         owned_by="gptsmith",
         context_length=served.service.config.context_length,
+        labels=served.labels,
     )
     refusals = failures(400, 401, 404, 413, 429, 503, 504)
 
@@ -107,6 +112,7 @@ def openai_api(served: ServedModel) -> APIRouter:
         summary="Complete prompts",
         response_model=Completion,
         responses=also_streamed() | refusals,
+        include_in_schema=served.writes,
     )
     async def completions(request: CompletionRequest, http: Request) -> Any:
         return await served.complete(request, http)
@@ -116,15 +122,26 @@ def openai_api(served: ServedModel) -> APIRouter:
         summary="Answer a conversation, if the model has a chat template",
         response_model=ChatCompletion,
         responses=also_streamed() | refusals,
+        include_in_schema=served.writes,
     )
     async def chat_completions(request: ChatCompletionRequest, http: Request) -> Any:
         return await served.chat(request, http)
 
-    @api.get("/models", summary="List the served model", responses=failures(401))
+    @api.get(
+        "/models",
+        summary="List the served model",
+        responses=failures(401),
+        response_model_exclude_none=True,
+    )
     async def models() -> ModelList:
         return ModelList(object="list", data=[model])
 
-    @api.get("/models/{name:path}", summary="Describe the model", responses=failures(401, 404))
+    @api.get(
+        "/models/{name:path}",
+        summary="Describe the model",
+        responses=failures(401, 404),
+        response_model_exclude_none=True,
+    )
     async def one_model(name: str) -> Model:
         served.check_name(name)
         return model

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -49,6 +49,9 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """A model behind the API, its names and its limits."""
+
+    writes: ClassVar[bool] = True
+    labels: ClassVar[list[str] | None] = None
 
     service: Service
     tokenizer: Tokenizer
@@ -210,11 +213,16 @@ class ServedModel:
         try:
             return self.service.submit(asked)
         except QueueFull as error:
-            raise ApiError(
-                429,
-                f"the server is busy and its queue is full: retry in {error.retry_after} s",
-                headers={"Retry-After": str(error.retry_after)},
-            ) from error
+            raise busy(error) from error
+
+
+def busy(error: QueueFull) -> ApiError:
+    """Return the error for a request that finds the queue full."""
+    return ApiError(
+        429,
+        f"the server is busy and its queue is full: retry in {error.retry_after} s",
+        headers={"Retry-After": str(error.retry_after)},
+    )
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:

@@ -56,6 +56,13 @@ def check_sizes(
     request: GenerationRequest, prompts: Sequence[list[int]], config: GPTConfig
 ) -> None:
     """Raise ApiError if the prompts, logit_bias or stop_token_ids do not fit the model."""
+    check_prompts(prompts, config)
+    check_ids("logit_bias", request.logit_bias, config.vocab_size)
+    check_ids("stop_token_ids", request.stop_token_ids, config.vocab_size)
+
+
+def check_prompts(prompts: Sequence[list[int]], config: GPTConfig) -> None:
+    """Raise ApiError if the tokens of a prompt do not fit the model."""
     V, limit = config.vocab_size, config.context_length
     for ids in prompts:
         if len(ids) > limit:
@@ -64,8 +71,6 @@ def check_sizes(
             raise refused(
                 f"the prompt has token ids outside the vocabulary: 0 to {V - 1} are needed"
             )
-    check_ids("logit_bias", request.logit_bias, V)
-    check_ids("stop_token_ids", request.stop_token_ids, V)
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:

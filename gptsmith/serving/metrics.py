@@ -23,6 +23,7 @@ ENDPOINTS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
+    "/classify",
     "/tokenize",
     "/detokenize",
     "/health",

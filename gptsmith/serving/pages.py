@@ -1,4 +1,4 @@
-"""The web pages: / to write with the model, and /docs to try the API.
+"""The web pages: / to write with the model or to label texts, and /docs to try the API.
 
 Knows nothing of the endpoints: the application describes itself in openapi.json. The pages load
 nothing from other servers; their Content-Security-Policy forbids it.
@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
 WRITING = Path(__file__).with_name("page.html")
+LABELLING = Path(__file__).with_name("labels.html")
 # The package whose Swagger UI files are served; its code is never imported.
 DISTRIBUTION = "fastapi-offline"
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
@@ -65,21 +66,21 @@ SwaggerUIBundle({
 """
 
 
-def add_pages(app: FastAPI) -> None:
-    """Add / and /docs to an application made with docs_url=None and redoc_url=None.
+def add_pages(app: FastAPI, page: Path = WRITING) -> None:
+    """Add /, which is `page`, and /docs to an application without FastAPI's docs_url and redoc_url.
 
     The policy of / allows its own scripts and styles, and requests to this server only.
     """
     assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
-    writing, manual = WRITING.read_text(encoding="utf-8"), DOCS.format(title=escape(app.title))
+    first, manual = page.read_text(encoding="utf-8"), DOCS.format(title=escape(app.title))
     policy = (
-        f"default-src 'none'; script-src {hashes(writing, 'script')}; "
-        f"style-src {hashes(writing, 'style')}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src {hashes(first, 'script')}; "
+        f"style-src {hashes(first, 'style')}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     kept = {"Cache-Control": f"max-age={A_DAY}"}
     responses = {
-        "/": HTMLResponse(writing, headers={"Content-Security-Policy": policy}),
+        "/": HTMLResponse(first, headers={"Content-Security-Policy": policy}),
         "/docs": HTMLResponse(manual, headers={"Content-Security-Policy": POLICY}),
         "/docs/start.js": Response(START, media_type="text/javascript"),
         **{f"/docs/{name}": FileResponse(find(name), headers=kept) for name in FILES},

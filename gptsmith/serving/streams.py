@@ -73,14 +73,19 @@ class PendingChoice:
 def failure(news: News) -> ApiError:
     """Return the error for a job that failed or timed out."""
     if news.finish == "timeout":
-        return ApiError(
-            504,
-            "the request timed out: ask for fewer tokens or texts, or retry when the server is "
-            "less busy",
-            headers={"x-should-retry": "false"},
-        )
+        return timed_out()
     LOG.error("a job failed: %s", news.reason)
     return ApiError(500, "the model failed at this request: the server's log says why")
+
+
+def timed_out() -> ApiError:
+    """Return the error for a request that took too long."""
+    return ApiError(
+        504,
+        "the request timed out: ask for fewer tokens or texts, or retry when the server is less "
+        "busy",
+        headers={"x-should-retry": "false"},
+    )
 
 
 async def merged(choices: Sequence[PendingChoice]) -> AsyncGenerator[Batch, None]:

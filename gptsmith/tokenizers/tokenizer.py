@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,11 @@ class Tokenizer:
         if self.added:
             does["added"] = self.added
         return hashlib.sha256(json.dumps(does, ensure_ascii=True).encode()).hexdigest()
+
+    def padding_with(self, token: str) -> "Tokenizer":
+        """Return the same tokenizer with another padding token, for tools that make batches."""
+        named = {**self.usage.tokenizer, "pad_token": token}
+        return Tokenizer(self.backend, replace(self.usage, tokenizer=named))
 
     # -- text to ids
 

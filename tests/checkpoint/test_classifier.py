@@ -12,7 +12,7 @@ from gptsmith.checkpoint.saved import load_training
 from gptsmith.config.classifier import ClassifierConfig
 from gptsmith.config.model import GPTConfig
 from gptsmith.model.classifier import Classifier
-from gptsmith.tokenizers import gpt2_tokenizer
+from gptsmith.tokenizers import Tokenizer, Usage, byte_tokenizer, gpt2_tokenizer
 
 from ..conftest import TINY
 from ..model.test_classifier import CONFIG, LABELS, judge, scrambled
@@ -132,6 +132,24 @@ def test_absent_biases_stay_absent_and_transformers_scores_alike(tmp_path: Path)
     theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(model.scores(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_folders_tokenizer_pads_with_the_models_token(tmp_path: Path) -> None:
+    """Else other tools would take their padding for the end of the text."""
+    import transformers
+
+    tokenizer = byte_tokenizer()
+    end = tokenizer.end_of_text
+    assert end is not None
+    tokenizer = Tokenizer(tokenizer.backend, Usage(tokenizer={"pad_token": "a"}))
+    sizes = TINY | {"vocab_size": tokenizer.vocab_size, "qkv_bias": True}
+    for pad, token in ((end, "<|endoftext|>"), (5, "a")):
+        model = scrambled(ClassifierConfig.of(GPTConfig(**sizes), LABELS, pad))
+        gptsmith.save(model, tokenizer, tmp_path / str(pad))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(pad))
+        assert theirs.pad_token == token
+        again, _ = gptsmith.load(tmp_path / str(pad))
+        assert again.config == model.config
 
 
 def test_training_state_is_written_beside_it(tmp_path: Path) -> None:
