@@ -7,10 +7,8 @@ Shapes:  R rank    K learned tokens    C channels
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +16,22 @@ from torch import Tensor, nn
 from ..config.cost import components
 from ..config.lora import LoRASettings
 from ..config.model import GPTConfig
-from ..machine.files import read_json, write_json
+from ..machine.files import write_json
 from ..model.gpt import GPT
 from ..model.lora import LearnedEmbedding, add_lora, lora_delta, lora_layers
-from .adapter_json import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, to_peft
-from .folder import safetensors_header
+from .adapter_json import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OWN,
+    read_adapter_config,
+    read_own,
+    to_peft,
+)
+from .folder import adapted_config, safetensors_header
 from .names import TensorMatch, components_by_name
 from .safetensors import entries_of, fetch_from, write_safetensors
 from .tensors import Fetch, Stored, with_more_tokens
 
-OWN = "gptsmith.json"  # what PEFT has no place for: which weights the adapter belongs to
 FORMAT = {"format": "gptsmith-adapter", "version": 1}
 SAMPLED = 64  # numbers of each tensor that a base's fingerprint is made of
 
@@ -47,6 +51,7 @@ class Adapter:
     fetch: Fetch  # by the names in the file, without the prefix
     shapes: dict[str, tuple[int, ...]]
     layers: tuple[str, ...]  # by their names in our model
+    config: GPTConfig  # of the model that they make of their base
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor]:
         """Return a layer's matrices A (R, in) and B (out, R), in float32."""
@@ -54,7 +59,7 @@ class Adapter:
         return a, b
 
 
-def open_adapter(folder: Path) -> Adapter:
+def open_adapter(folder: Path, base: GPTConfig) -> Adapter:
     """Open a folder's adapters; ValueError if there are tensors that are not plain LoRA's."""
     lora = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS
@@ -77,6 +82,7 @@ def open_adapter(folder: Path) -> Adapter:
         fetch=lambda name: get(named[name]),
         shapes=shapes,
         layers=tuple(layers),
+        config=adapted_config(folder, base),
     )
 
 
@@ -109,7 +115,7 @@ def check_base(adapter: Adapter, base: Stored, place: object) -> None:
 def with_adapter(base: Stored, adapter: Adapter) -> Stored:
     """Return the base with the adapters added to its weights as they are fetched, in float32."""
     lora, layers = adapter.lora, set(adapter.layers)
-    grown = with_more_tokens(base, max(lora.tokens, default=-1) + 1)
+    grown = with_more_tokens(base, adapter.config.vocab_size)
 
     def fetch(name: str) -> Tensor:
         tensor, layer = grown.fetch(name), name.removesuffix(".weight")
@@ -154,8 +160,8 @@ def write_adapter(model: GPT, folder: Path) -> None:
         tensors[f"{PREFIX}transformer.{ROWS}"] = model.wte.rows
     write_safetensors(folder / ADAPTER_WEIGHTS, entries_of(dict(sorted(tensors.items()))))
     write_json(folder / ADAPTER_CONFIG, to_peft(model.lora))
-    own = {"fingerprint": fingerprint(model.config, model.state_dict().__getitem__)}
-    write_json(folder / OWN, {**FORMAT, "base": {"path": model.lora.base, **own}})
+    base = {"fingerprint": fingerprint(model.config, model.state_dict().__getitem__)}
+    write_json(folder / OWN, {**FORMAT, "vocab_size": model.config.vocab_size, "base": base})
 
 
 # -- which weights an adapter belongs to
@@ -183,6 +189,5 @@ def fingerprint(config: GPTConfig, fetch: Fetch) -> str:
 
 def recorded_base(folder: Path) -> str | None:
     """Return the fingerprint of the weights that an adapter was trained on; None if unknown."""
-    own: Mapping[str, Any] = read_json(folder / OWN) if (folder / OWN).is_file() else {}
-    base = own.get("base")
+    base = read_own(folder).get("base")
     return base.get("fingerprint") if isinstance(base, dict) else None

@@ -16,7 +16,7 @@ from ..config.cost import Shape
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.files import MANIFEST, DamagedError, read_json, sha256
-from .adapter_json import is_adapter, read_adapter_config
+from .adapter_json import OWN, is_adapter, read_adapter_config, read_own
 from .config_json import bits_in, from_hugging_face, original_json
 from .names import MASKS, PREFIX, TensorInfo, TensorMatch, hugging_face, match_tensors
 from .packing import match_packed
@@ -106,13 +106,10 @@ def check_text(folder: Path, changed: Iterable[str]) -> None:
 def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTConfig, int | None]:
     """Return the configuration in a folder's `config.json`, and the bits of packed matrices.
 
-    An adapter's are those of its base, with rows for the tokens that it adds, and never packed.
+    Those of an adapter are of the model that it makes of its base, which is never packed.
     """
     if is_adapter(folder):
-        config, tokens = read_config(find_base(folder, base)), read_adapter_config(folder).tokens
-        return replace(
-            config, vocab_size=max(config.vocab_size, *(id + 1 for id in tokens), 0)
-        ), None
+        return adapted_config(folder, read_config(find_base(folder, base))), None
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
     values = read_json(folder / CONFIG)
@@ -120,6 +117,15 @@ def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTC
         return from_hugging_face(original_json(values)), bits_in(values)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def adapted_config(folder: Path, base: GPTConfig) -> GPTConfig:
+    """Return the configuration of a base with an adapter: with rows for the tokens that it adds."""
+    V = read_own(folder).get("vocab_size", 0)
+    if type(V) is not int:
+        raise ValueError(f"{folder / OWN} has vocab_size {V!r}: it was edited")
+    tokens = read_adapter_config(folder).tokens
+    return replace(base, vocab_size=max(base.vocab_size, V, *(id + 1 for id in tokens)))
 
 
 def read_config(folder: Path, base: str | Path | None = None) -> GPTConfig:
@@ -161,7 +167,7 @@ def read_folder(folder: Path, base: str | Path | None = None) -> ModelFolder:
     """
     if is_adapter(folder):
         found = read_folder(find_base(folder, base))
-        return found._replace(path=folder, config=read_config(folder, found.path), bits=None)
+        return found._replace(path=folder, config=adapted_config(folder, found.config), bits=None)
     config, bits = read_description(folder)
     tensors = {n: t for path in weight_files(folder) for n, t in safetensors_header(path).items()}
     if bits is not None:

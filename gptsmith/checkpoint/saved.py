@@ -228,10 +228,12 @@ def load_adapted(
 
     In float32 and evaluation mode; `dropout` replaces the base's. ValueError for another base.
     """
-    adapter, place = open_adapter(folder), find_base(folder, base)
-    check_base(adapter, open_folder(place, with_tokenizer=False), place)
-    tokens = max(adapter.lora.tokens, default=-1) + 1
-    model = load_model(place, device=device, dropout=dropout, vocab_size=tokens)
+    place = find_base(folder, base)
+    stored = open_folder(place, with_tokenizer=False)
+    adapter = open_adapter(folder, stored.config)
+    check_base(adapter, stored, place)
+    vocab_size = adapter.config.vocab_size
+    model = load_model(place, device=device, dropout=dropout, vocab_size=vocab_size)
     put_adapter(model, adapter, str(place.resolve()))
     return model
 
@@ -266,6 +268,8 @@ def open_folder(
     """
     if is_adapter(folder):
         return open_merged(folder, find_base(folder, base), with_tokenizer=with_tokenizer)
+    if base is not None:
+        raise ValueError(f"{folder} is a whole model, and no adapter: leave out the base")
     found = read_folder(folder)
     get = fetch_from(found.tensors)
     if found.bits is not None:
@@ -288,9 +292,9 @@ def open_folder(
 
 def open_merged(folder: Path, base: Path, *, with_tokenizer: bool) -> Stored:
     """Open the model that an adapter makes of its base; ValueError if it is for another base."""
-    adapter = open_adapter(folder)
     own = (folder / "tokenizer.json").is_file()
     stored = open_folder(base, with_tokenizer=with_tokenizer and not own)
+    adapter = open_adapter(folder, stored.config)
     check_base(adapter, stored, base)
     merged = with_adapter(stored, adapter)
     if own:

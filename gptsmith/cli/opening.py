@@ -6,7 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ..checkpoint.folder import find_model, read_bits, read_config
+from ..checkpoint.adapter_json import is_adapter
+from ..checkpoint.folder import find_base, find_model, read_bits, read_config
 from ..config.classifier import ClassifierConfig, check_writes
 from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.environment import importing
@@ -14,16 +15,21 @@ from ..machine.terminal import tell
 from .flags import chosen
 
 SOURCE_HELP = "a built-in text (shakespeare), a file, a folder, or - for standard input"
-MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 folder"
+MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 or LoRA folder"
 CLASSIFIER_HELP = "a run, a checkpoint, or a Hugging Face folder of a GPT-2 that labels texts"
 DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
-def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
+def open_model(
+    options: Namespace, name: str, *, labels: bool = False, base: str | Path | None = None
+) -> Any:
     """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype.
 
-    ValueError if it is a classifier, or with `labels` if it is none.
+    ValueError if it is a classifier, or with `labels` if it is none. `base` is that of an adapter,
+    if not the flags' or what its folder names.
     """
+    settings = chosen(options, InferenceSettings)
+    base = base or settings.base
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
         opening = pool.submit(verified, name, labels=labels)
@@ -33,21 +39,20 @@ def open_model(options: Namespace, name: str, *, labels: bool = False) -> Any:
             from ..model.attention import WAYS
 
         folder, tokenizer = opening.result()
-    settings = chosen(options, InferenceSettings)
     dtype = settings.dtype
     if labels and dtype == "auto":  # which is by the loss of text that a model writes
         dtype = "float32"
     machine = devices.choose(
         MachineSettings(
             device=settings.device,
-            dtype=dtype_to_use(dtype, folder, settings.device),
+            dtype=dtype_to_use(dtype, folder, settings.device, base),
             attention=settings.attention,
             threads=settings.threads,
         )
     )
     device = devices.prepare_machine(machine)
     how = devices.loading(machine.dtype, device)
-    model, tokenizer = load_folder(folder, tokenizer=tokenizer, **how)
+    model, tokenizer = load_folder(folder, tokenizer=tokenizer, base=base, **how)
     model.attend_by(WAYS[machine.attention])
     return folder, model, tokenizer
 
@@ -71,9 +76,16 @@ def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
     return folder, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def open_writer(options: Namespace, name: str) -> Any:
-    """As `open_model`, but return the compiled step as well; ValueError without a tokenizer."""
-    folder, model, tokenizer = open_model(options, name)
+def open_writer(options: Namespace, name: str, *, sharing: Any = None, **more: Any) -> Any:
+    """As `open_model`, but return the compiled step as well; ValueError without a tokenizer.
+
+    Tensors that equal those of the model `sharing` are its own.
+    """
+    folder, model, tokenizer = open_model(options, name, **more)
+    if sharing is not None:
+        from ..model.lora import share_weights
+
+        share_weights(model, sharing)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
     from ..generation.compiled import CompiledDecoder, open_decoder
@@ -86,11 +98,13 @@ def open_writer(options: Namespace, name: str) -> Any:
     return folder, model, tokenizer, decoder
 
 
-def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
+def dtype_to_use(
+    word: Any, folder: Path | None, device: str, base: str | Path | None = None
+) -> Any:
     """Return the precision that a --dtype means for using a model.
 
     Without one it is float32, or the folder's own if it is quantized. "auto" is the fastest that
-    keeps the model's loss; a line says which.
+    keeps the model's loss, or that of an adapter's base; a line says which.
     """
     if word not in (None, "auto"):
         return word
@@ -105,7 +119,8 @@ def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
     from ..evaluation.precision import KEEPS_LOSS, fastest
 
     found = devices.find_device(device)
-    dtype, kl, times = fastest(folder, found)
+    place = find_base(folder, base) if is_adapter(folder) else folder
+    dtype, kl, times = fastest(place, found)
     if dtype == "float32":
         tell(f"dtype float32: no faster one stays within {KEEPS_LOSS} nats of it on average")
     elif found.type == "cpu":

@@ -109,6 +109,23 @@ def merge_lora(model: GPT) -> None:
     model.lora = None
 
 
+def share_weights(model: nn.Module, other: nn.Module) -> None:
+    """Let a model use another's tensors where they are equal, so that these are in memory once."""
+    of_other = other.state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        same = of_other.get(name)
+        if same is not None and same.shape == tensor.shape and torch.equal(same, tensor):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, same)
+
+
+def own_bytes(model: nn.Module, other: nn.Module) -> int:
+    """Return the bytes of a model's tensors that are not another model's."""
+    shared = {tensor.data_ptr() for tensor in other.state_dict().values()}
+    own = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    return sum(size for place, size in own.items() if place not in shared)
+
+
 # -- dropout
 
 
