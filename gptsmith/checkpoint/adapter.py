@@ -9,20 +9,24 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.cost import components
 from ..config.lora import LoRASettings
 from ..config.model import GPTConfig
 from ..machine.files import write_json
+from ..model.classifier import Classifier
 from ..model.gpt import GPT
 from ..model.lora import LearnedEmbedding, add_lora, lora_delta, lora_layers
 from .adapter_json import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     OWN,
+    SCORE,
+    has_labels,
     read_adapter_config,
     read_own,
     to_peft,
@@ -36,6 +40,7 @@ FORMAT = {"format": "gptsmith-adapter", "version": 1}
 SAMPLED = 64  # numbers of each tensor that a base's fingerprint is made of
 
 PREFIX = "base_model.model."
+HEAD = SCORE.removeprefix(PREFIX)
 ROWS = "wte.token_adapter.trainable_tokens_delta"
 _PART = re.compile(r"(h\.[0-9]+\.[a-z_.]+)\.lora_([AB])\.weight")
 # With a resized embedding, PEFT also saves the whole of it, and the rows again for a tied head.
@@ -71,6 +76,7 @@ def open_adapter(folder: Path, base: GPTConfig) -> Adapter:
     layers = dict.fromkeys(found[1] for name in shapes if (found := _PART.fullmatch(name)))
     expected = {f"{layer}.lora_{each}.weight" for layer in layers for each in "AB"}
     expected |= {ROWS} if lora.tokens else set()
+    expected |= {HEAD} if has_labels(folder) else set()
     if strange := sorted(shapes.keys() - expected):
         raise ValueError(f"{path} has {strange[0]}, which is no part of LoRA on GPT-2's blocks")
     if lacking := sorted(expected - shapes.keys()) or ([] if layers else ["any adapter"]):
@@ -92,7 +98,8 @@ def check_base(adapter: Adapter, base: Stored, place: object) -> None:
     another = f"{adapter.folder} is an adapter for another base than {place}"
     if base.config.modern:
         raise ValueError(f"{another}, which is not a GPT-2")
-    wanted = {ROWS: (len(lora.tokens), base.config.n_embd)}
+    config = adapter.config
+    wanted = {ROWS: (len(lora.tokens), config.n_embd), HEAD: (config.head_rows, config.n_embd)}
     for layer in adapter.layers:
         part = ours.get(f"{layer}.weight")
         if part is None or len(part.shape) != 2:
@@ -126,12 +133,22 @@ def with_adapter(base: Stored, adapter: Adapter) -> Stored:
             return tensor.float().index_copy(0, ids, adapter.fetch(ROWS).float())
         return tensor
 
+    def fetch_head(name: str) -> Tensor:
+        return adapter.fetch(HEAD) if name == "lm_head.weight" else fetch(name)
+
     match = TensorMatch(
         read={**base.tensors.read, **adapter.shapes},
         ignored=base.tensors.ignored,
         missing=base.tensors.missing,
     )
-    return replace(grown, fetch=fetch, tensors=match, bits=None, dtype="float32")
+    return replace(
+        grown,
+        config=adapter.config,
+        fetch=fetch_head if HEAD in adapter.shapes else fetch,
+        tensors=match,
+        bits=None,
+        dtype="float32",
+    )
 
 
 @torch.no_grad()
@@ -144,12 +161,14 @@ def put_adapter(model: GPT, adapter: Adapter, base: str) -> None:
             parameter.copy_(tensor)
     if isinstance(model.wte, LearnedEmbedding):
         model.wte.rows.copy_(adapter.fetch(ROWS))
+    if isinstance(model, Classifier):
+        model.lm_head.weight.copy_(adapter.fetch(HEAD))
 
 
 def write_adapter(model: GPT, folder: Path) -> None:
     """Write a model's adapters into an existing folder, as PEFT does."""
     assert model.lora is not None
-    tensors = dict[str, nn.Parameter]()
+    tensors = dict[str, Tensor]()
     for name, layer in lora_layers(model):
         full = f"{PREFIX}transformer.{name}"
         tensors[f"{full}.lora_A.weight"], tensors[f"{full}.lora_B.weight"] = (
@@ -158,10 +177,14 @@ def write_adapter(model: GPT, folder: Path) -> None:
         )
     if isinstance(model.wte, LearnedEmbedding):
         tensors[f"{PREFIX}transformer.{ROWS}"] = model.wte.rows
+    own: dict[str, Any] = {"vocab_size": model.config.vocab_size}
+    if classifier := isinstance(model, Classifier):
+        tensors[SCORE] = model.lm_head.weight
+        own |= {"labels": list(model.labels), "pad_token_id": model.pad_token_id}
     write_safetensors(folder / ADAPTER_WEIGHTS, entries_of(dict(sorted(tensors.items()))))
-    write_json(folder / ADAPTER_CONFIG, to_peft(model.lora))
+    write_json(folder / ADAPTER_CONFIG, to_peft(model.lora, classifier=classifier))
     base = {"fingerprint": fingerprint(model.config, model.state_dict().__getitem__)}
-    write_json(folder / OWN, {**FORMAT, "vocab_size": model.config.vocab_size, "base": base})
+    write_json(folder / OWN, {**FORMAT, **own, "base": base})
 
 
 # -- which weights an adapter belongs to

@@ -12,11 +12,20 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+from ..config.classifier import ClassifierConfig
 from ..config.cost import Shape
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.files import MANIFEST, DamagedError, read_json, sha256
-from .adapter_json import OWN, is_adapter, read_adapter_config, read_own
+from .adapter_json import (
+    ADAPTER_WEIGHTS,
+    OWN,
+    SCORE,
+    has_labels,
+    is_adapter,
+    read_adapter_config,
+    read_own,
+)
 from .config_json import bits_in, from_hugging_face, original_json
 from .names import MASKS, PREFIX, TensorInfo, TensorMatch, hugging_face, match_tensors
 from .packing import match_packed
@@ -120,12 +129,21 @@ def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTC
 
 
 def adapted_config(folder: Path, base: GPTConfig) -> GPTConfig:
-    """Return the configuration of a base with an adapter: with rows for the tokens that it adds."""
-    V = read_own(folder).get("vocab_size", 0)
-    if type(V) is not int:
-        raise ValueError(f"{folder / OWN} has vocab_size {V!r}: it was edited")
-    tokens = read_adapter_config(folder).tokens
-    return replace(base, vocab_size=max(base.vocab_size, V, *(id + 1 for id in tokens)))
+    """Return the configuration of a base with an adapter: with rows for the tokens that it adds.
+
+    With a head of labels it is a classifier's, whose labels PEFT does not name.
+    """
+    own, tokens = read_own(folder), read_adapter_config(folder).tokens
+    V, labels, pad = own.get("vocab_size", 0), own.get("labels"), own.get("pad_token_id")
+    if type(V) is not int or not (labels is None or isinstance(labels, list)):
+        raise ValueError(
+            f"{folder / OWN} has vocab_size {V!r} and labels {labels!r}: it was edited"
+        )
+    config = replace(base, vocab_size=max(base.vocab_size, V, *(id + 1 for id in tokens)))
+    if labels is None and not isinstance(base, ClassifierConfig) and has_labels(folder):
+        score = safetensors_header(folder / ADAPTER_WEIGHTS).get(SCORE)
+        labels = [f"LABEL_{number}" for number in range(0 if score is None else score.shape[0])]
+    return config if labels is None else ClassifierConfig.of(config, tuple(labels), pad)
 
 
 def read_config(folder: Path, base: str | Path | None = None) -> GPTConfig:

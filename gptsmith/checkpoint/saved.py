@@ -21,7 +21,7 @@ from ..config.quantization import packed_matrices
 from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
 from ..machine.environment import cores
 from ..machine.files import read_json, write_json, written_whole
-from ..model.classifier import new_model
+from ..model.classifier import Classifier, new_model
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
@@ -234,6 +234,8 @@ def load_adapted(
     check_base(adapter, stored, place)
     vocab_size = adapter.config.vocab_size
     model = load_model(place, device=device, dropout=dropout, vocab_size=vocab_size)
+    if isinstance(adapter.config, ClassifierConfig):
+        model = Classifier.of(model, adapter.config.labels, adapter.config.pad_token_id)
     put_adapter(model, adapter, str(place.resolve()))
     return model
 

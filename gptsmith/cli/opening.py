@@ -32,7 +32,7 @@ def open_model(
     base = base or settings.base
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        opening = pool.submit(verified, name, labels=labels)
+        opening = pool.submit(verified, name, labels=labels, base=base)
         with importing():
             from ..checkpoint.saved import load_folder
             from ..machine import devices
@@ -57,7 +57,7 @@ def open_model(
     return folder, model, tokenizer
 
 
-def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
+def verified(name: str, *, labels: bool, base: str | Path | None = None) -> tuple[Path, Any]:
     """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch.
 
     ValueError if it is a classifier, or with `labels` if it is none.
@@ -65,7 +65,7 @@ def verified(name: str, *, labels: bool) -> tuple[Path, Any]:
     from ..tokenizers import load_tokenizer
 
     folder = find_model(name)
-    config = read_config(folder)
+    config = read_config(folder, base)
     if not labels:
         check_writes(config, name)
     elif not isinstance(config, ClassifierConfig):

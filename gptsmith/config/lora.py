@@ -108,5 +108,6 @@ def learned_count(config: GPTConfig, finetune: FinetuneSettings, *, labels: int 
         return cost.parameter_count(config) + head
     last = min(int(finetune.freeze.rpartition("-")[2]), config.n_layer)
     after = sum(part.count for part in cost.components(config) if part.name.startswith("ln_f"))
-    own_head = 0 if labels or config.tie_weights else config.vocab_size * config.n_embd
-    return last * cost.block_count(config) + after + own_head + head
+    if not labels:  # a tied head is the embedding, which learns with it
+        head = config.vocab_size * config.n_embd
+    return last * cost.block_count(config) + after + head

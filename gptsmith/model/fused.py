@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .cache import KVCache
 from .dropout import UNSEEDED, BlockSeeds
 from .gpt import GPT, Block
-from .loss import cross_entropy
+from .loss import cross_entropy, product_dtype
 from .product import Adapter, Product, adapter_of
 
 SOURCE = Path(__file__).with_name("fused.cpp")
@@ -247,12 +247,6 @@ class FusedBlock(Block):
         seeds = seeds if dropout else UNSEEDED
         out = _Block.apply(stream, self.pieces, sizes, seeds, adapters, *weights, *matrices)
         return out.view(B, T, C)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast multiplies a tensor of any shape."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def fuse(model: GPT, library: CDLL | None) -> None:

@@ -16,6 +16,7 @@ from gptsmith.checkpoint.saved import load_adapted, load_model, load_training
 from gptsmith.cli.main import main
 from gptsmith.config.lora import LoRASettings
 from gptsmith.config.model import MODERN
+from gptsmith.model.classifier import Classifier
 from gptsmith.model.lora import add_lora, lora_layers, lora_parameters
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled
@@ -130,6 +131,45 @@ def test_new_tokens_both_ways(base: Path, tmp_path: Path) -> None:
     assert close(gptsmith.load(tmp_path / "theirs")[0](TOKENS).logits, theirs)
     model = gptsmith.load(tmp_path / "theirs")[0]
     assert model.lm_head.weight is model.wte.weight
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_classifiers_both_ways(base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2ForSequenceClassification
+
+    def of_transformers() -> Any:
+        how = {"num_labels": 3, "pad_token_id": 0}
+        return GPT2ForSequenceClassification.from_pretrained(base, **how)
+
+    model = Classifier.of(load_model(base), ("a", "b", "c"), 0).eval()
+    add_lora(model, LoRASettings(rank=4, alpha=6, base=str(base)))
+    assert model.lm_head.weight.requires_grad
+    learned(lora_parameters(model))
+    ours = model.scores(TOKENS).detach()
+    gptsmith.save(model, None, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    theirs = PeftModel.from_pretrained(of_transformers(), tmp_path / "ours").eval()
+    assert close(theirs(TOKENS).logits, ours)
+    for loaded in (gptsmith.load(tmp_path / "ours")[0], load_adapted(tmp_path / "ours")):
+        assert isinstance(loaded, Classifier)
+        assert loaded.labels == ("a", "b", "c")
+        assert close(loaded.scores(TOKENS), ours)
+    assert main(["merge", str(tmp_path / "ours"), str(tmp_path / "merged")]) == 0
+    whole = GPT2ForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert close(whole(TOKENS).logits, ours)
+    assert whole.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+    peft = get_peft_model(of_transformers(), LoraConfig(task_type="SEQ_CLS", r=3)).eval()
+    learned([parameter for parameter in peft.parameters() if parameter.requires_grad])
+    peft.save_pretrained(tmp_path / "theirs")
+    loaded = gptsmith.load(tmp_path / "theirs")[0]
+    assert isinstance(loaded, Classifier)
+    assert loaded.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    for row, wanted in zip(TOKENS, peft(TOKENS).logits, strict=True):
+        assert close(loaded.scores(row[None]), wanted[None])
 
 
 def test_the_folder_has_what_peft_writes(base: Path) -> None:
