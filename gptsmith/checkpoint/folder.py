@@ -277,7 +277,10 @@ def find_checkpoint(run: Path, pointer: str, *, training: bool) -> Path:
     for path in candidates:
         try:
             verify(path, training=training)
-            read_config(path)
+            if is_adapter(path):
+                read_adapter_config(path)  # its base is looked for later, as it may be named
+            else:
+                read_config(path)
         except (DamagedError, FileNotFoundError) as error:
             problems.append(str(error))
             continue

@@ -29,7 +29,8 @@ def open_model(
     if not the flags' or what its folder names.
     """
     settings = chosen(options, InferenceSettings)
-    base = base or settings.base
+    if name == options.model:  # not of another model, which drafts for it
+        base = base or settings.base
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
         opening = pool.submit(verified, name, labels=labels, base=base)

@@ -141,7 +141,10 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
             options, path, sharing=model, base=folder
         )
         services.append(Service(merged, decoder=its_decoder, turns=turns, **limits))
-        LOG.info(f"adapter {name}: {own_bytes(merged, model) / 1e9:.2f} GB of weights of its own")
+        LOG.info(
+            f"adapter {name}: {own_bytes(merged, model) / 1e9:.2f} GB of weights of its own, and "
+            f"{services[-1].engine.slots.cache.size / 1e9:.2f} GB for {services[-1].slots} slots"
+        )
         adapters.append((name, path, place, its_tokenizer, services[-1]))
     metrics = Metrics(counts, slots=sum(each.slots for each in services))
 
