@@ -7,31 +7,40 @@ Shapes:  R rank    K learned tokens    C channels
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.cost import components
 from ..config.lora import LoRASettings
 from ..config.model import GPTConfig
-from ..machine.files import read_json, write_json
+from ..machine.files import write_json
+from ..model.classifier import Classifier
 from ..model.gpt import GPT
 from ..model.lora import LearnedEmbedding, add_lora, lora_delta, lora_layers
-from .adapter_json import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, to_peft
-from .folder import safetensors_header
+from .adapter_json import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OWN,
+    SCORE,
+    has_labels,
+    read_adapter_config,
+    read_own,
+    to_peft,
+)
+from .folder import adapted_config, safetensors_header
 from .names import TensorMatch, components_by_name
 from .safetensors import entries_of, fetch_from, write_safetensors
 from .tensors import Fetch, Stored, with_more_tokens
 
-OWN = "gptsmith.json"  # what PEFT has no place for: which weights the adapter belongs to
 FORMAT = {"format": "gptsmith-adapter", "version": 1}
 SAMPLED = 64  # numbers of each tensor that a base's fingerprint is made of
 
 PREFIX = "base_model.model."
+HEAD = SCORE.removeprefix(PREFIX)
 ROWS = "wte.token_adapter.trainable_tokens_delta"
 _PART = re.compile(r"(h\.[0-9]+\.[a-z_.]+)\.lora_([AB])\.weight")
 # With a resized embedding, PEFT also saves the whole of it, and the rows again for a tied head.
@@ -47,6 +56,7 @@ class Adapter:
     fetch: Fetch  # by the names in the file, without the prefix
     shapes: dict[str, tuple[int, ...]]
     layers: tuple[str, ...]  # by their names in our model
+    config: GPTConfig  # of the model that they make of their base
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor]:
         """Return a layer's matrices A (R, in) and B (out, R), in float32."""
@@ -54,7 +64,7 @@ class Adapter:
         return a, b
 
 
-def open_adapter(folder: Path) -> Adapter:
+def open_adapter(folder: Path, base: GPTConfig) -> Adapter:
     """Open a folder's adapters; ValueError if there are tensors that are not plain LoRA's."""
     lora = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS
@@ -66,6 +76,7 @@ def open_adapter(folder: Path) -> Adapter:
     layers = dict.fromkeys(found[1] for name in shapes if (found := _PART.fullmatch(name)))
     expected = {f"{layer}.lora_{each}.weight" for layer in layers for each in "AB"}
     expected |= {ROWS} if lora.tokens else set()
+    expected |= {HEAD} if has_labels(folder) else set()
     if strange := sorted(shapes.keys() - expected):
         raise ValueError(f"{path} has {strange[0]}, which is no part of LoRA on GPT-2's blocks")
     if lacking := sorted(expected - shapes.keys()) or ([] if layers else ["any adapter"]):
@@ -77,6 +88,7 @@ def open_adapter(folder: Path) -> Adapter:
         fetch=lambda name: get(named[name]),
         shapes=shapes,
         layers=tuple(layers),
+        config=adapted_config(folder, base),
     )
 
 
@@ -86,7 +98,8 @@ def check_base(adapter: Adapter, base: Stored, place: object) -> None:
     another = f"{adapter.folder} is an adapter for another base than {place}"
     if base.config.modern:
         raise ValueError(f"{another}, which is not a GPT-2")
-    wanted = {ROWS: (len(lora.tokens), base.config.n_embd)}
+    config = adapter.config
+    wanted = {ROWS: (len(lora.tokens), config.n_embd), HEAD: (config.head_rows, config.n_embd)}
     for layer in adapter.layers:
         part = ours.get(f"{layer}.weight")
         if part is None or len(part.shape) != 2:
@@ -109,7 +122,7 @@ def check_base(adapter: Adapter, base: Stored, place: object) -> None:
 def with_adapter(base: Stored, adapter: Adapter) -> Stored:
     """Return the base with the adapters added to its weights as they are fetched, in float32."""
     lora, layers = adapter.lora, set(adapter.layers)
-    grown = with_more_tokens(base, max(lora.tokens, default=-1) + 1)
+    grown = with_more_tokens(base, adapter.config.vocab_size)
 
     def fetch(name: str) -> Tensor:
         tensor, layer = grown.fetch(name), name.removesuffix(".weight")
@@ -120,12 +133,22 @@ def with_adapter(base: Stored, adapter: Adapter) -> Stored:
             return tensor.float().index_copy(0, ids, adapter.fetch(ROWS).float())
         return tensor
 
+    def fetch_head(name: str) -> Tensor:
+        return adapter.fetch(HEAD) if name == "lm_head.weight" else fetch(name)
+
     match = TensorMatch(
         read={**base.tensors.read, **adapter.shapes},
         ignored=base.tensors.ignored,
         missing=base.tensors.missing,
     )
-    return replace(grown, fetch=fetch, tensors=match, bits=None, dtype="float32")
+    return replace(
+        grown,
+        config=adapter.config,
+        fetch=fetch_head if HEAD in adapter.shapes else fetch,
+        tensors=match,
+        bits=None,
+        dtype="float32",
+    )
 
 
 @torch.no_grad()
@@ -138,12 +161,14 @@ def put_adapter(model: GPT, adapter: Adapter, base: str) -> None:
             parameter.copy_(tensor)
     if isinstance(model.wte, LearnedEmbedding):
         model.wte.rows.copy_(adapter.fetch(ROWS))
+    if isinstance(model, Classifier):
+        model.lm_head.weight.copy_(adapter.fetch(HEAD))
 
 
 def write_adapter(model: GPT, folder: Path) -> None:
     """Write a model's adapters into an existing folder, as PEFT does."""
     assert model.lora is not None
-    tensors = dict[str, nn.Parameter]()
+    tensors = dict[str, Tensor]()
     for name, layer in lora_layers(model):
         full = f"{PREFIX}transformer.{name}"
         tensors[f"{full}.lora_A.weight"], tensors[f"{full}.lora_B.weight"] = (
@@ -152,10 +177,14 @@ def write_adapter(model: GPT, folder: Path) -> None:
         )
     if isinstance(model.wte, LearnedEmbedding):
         tensors[f"{PREFIX}transformer.{ROWS}"] = model.wte.rows
+    own: dict[str, Any] = {"vocab_size": model.config.vocab_size}
+    if classifier := isinstance(model, Classifier):
+        tensors[SCORE] = model.lm_head.weight
+        own |= {"labels": list(model.labels), "pad_token_id": model.pad_token_id}
     write_safetensors(folder / ADAPTER_WEIGHTS, entries_of(dict(sorted(tensors.items()))))
-    write_json(folder / ADAPTER_CONFIG, to_peft(model.lora))
-    own = {"fingerprint": fingerprint(model.config, model.state_dict().__getitem__)}
-    write_json(folder / OWN, {**FORMAT, "base": {"path": model.lora.base, **own}})
+    write_json(folder / ADAPTER_CONFIG, to_peft(model.lora, classifier=classifier))
+    base = {"fingerprint": fingerprint(model.config, model.state_dict().__getitem__)}
+    write_json(folder / OWN, {**FORMAT, **own, "base": base})
 
 
 # -- which weights an adapter belongs to
@@ -183,6 +212,5 @@ def fingerprint(config: GPTConfig, fetch: Fetch) -> str:
 
 def recorded_base(folder: Path) -> str | None:
     """Return the fingerprint of the weights that an adapter was trained on; None if unknown."""
-    own: Mapping[str, Any] = read_json(folder / OWN) if (folder / OWN).is_file() else {}
-    base = own.get("base")
+    base = read_own(folder).get("base")
     return base.get("fingerprint") if isinstance(base, dict) else None

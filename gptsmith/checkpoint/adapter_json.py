@@ -13,6 +13,8 @@ from ..machine.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN = "gptsmith.json"  # what PEFT has no place for: which weights the adapter belongs to, and sizes
+SCORE = "base_model.model.score.weight"  # a classifier's head, in PEFT's name
 # Fields that change the mathematics, or the base's weights, with the values that we support; PEFT
 # turns fan_in_fan_out on by itself, since GPT-2's matrices are (in, out) in transformers.
 _ORDINARY: dict[str, tuple[Any, ...]] = {
@@ -34,6 +36,16 @@ _HARMLESS |= {"megatron_core", "peft_version", "qalora_group_size"}
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter, and not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def has_labels(folder: Path) -> bool:
+    """Return whether an adapter's model scores labels, with a head that is in its folder."""
+    return read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+
+
+def read_own(folder: Path) -> dict[str, Any]:
+    """Return what we wrote beside an adapter: "base" and "vocab_size"; nothing if PEFT wrote it."""
+    return read_json(folder / OWN) if (folder / OWN).is_file() else {}
 
 
 def read_adapter_config(folder: Path) -> LoRASettings:

@@ -12,11 +12,20 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+from ..config.classifier import ClassifierConfig
 from ..config.cost import Shape
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.files import MANIFEST, DamagedError, read_json, sha256
-from .adapter_json import is_adapter, read_adapter_config
+from .adapter_json import (
+    ADAPTER_WEIGHTS,
+    OWN,
+    SCORE,
+    has_labels,
+    is_adapter,
+    read_adapter_config,
+    read_own,
+)
 from .config_json import bits_in, from_hugging_face, original_json
 from .names import MASKS, PREFIX, TensorInfo, TensorMatch, hugging_face, match_tensors
 from .packing import match_packed
@@ -106,13 +115,10 @@ def check_text(folder: Path, changed: Iterable[str]) -> None:
 def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTConfig, int | None]:
     """Return the configuration in a folder's `config.json`, and the bits of packed matrices.
 
-    An adapter's are those of its base, with rows for the tokens that it adds, and never packed.
+    Those of an adapter are of the model that it makes of its base, which is never packed.
     """
     if is_adapter(folder):
-        config, tokens = read_config(find_base(folder, base)), read_adapter_config(folder).tokens
-        return replace(
-            config, vocab_size=max(config.vocab_size, *(id + 1 for id in tokens), 0)
-        ), None
+        return adapted_config(folder, read_config(find_base(folder, base))), None
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a folder with a GPT-2 model is needed")
     values = read_json(folder / CONFIG)
@@ -120,6 +126,24 @@ def read_description(folder: Path, base: str | Path | None = None) -> tuple[GPTC
         return from_hugging_face(original_json(values)), bits_in(values)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def adapted_config(folder: Path, base: GPTConfig) -> GPTConfig:
+    """Return the configuration of a base with an adapter: with rows for the tokens that it adds.
+
+    With a head of labels it is a classifier's, whose labels PEFT does not name.
+    """
+    own, tokens = read_own(folder), read_adapter_config(folder).tokens
+    V, labels, pad = own.get("vocab_size", 0), own.get("labels"), own.get("pad_token_id")
+    if type(V) is not int or not (labels is None or isinstance(labels, list)):
+        raise ValueError(
+            f"{folder / OWN} has vocab_size {V!r} and labels {labels!r}: it was edited"
+        )
+    config = replace(base, vocab_size=max(base.vocab_size, V, *(id + 1 for id in tokens)))
+    if labels is None and not isinstance(base, ClassifierConfig) and has_labels(folder):
+        score = safetensors_header(folder / ADAPTER_WEIGHTS).get(SCORE)
+        labels = [f"LABEL_{number}" for number in range(0 if score is None else score.shape[0])]
+    return config if labels is None else ClassifierConfig.of(config, tuple(labels), pad)
 
 
 def read_config(folder: Path, base: str | Path | None = None) -> GPTConfig:
@@ -161,7 +185,7 @@ def read_folder(folder: Path, base: str | Path | None = None) -> ModelFolder:
     """
     if is_adapter(folder):
         found = read_folder(find_base(folder, base))
-        return found._replace(path=folder, config=read_config(folder, found.path), bits=None)
+        return found._replace(path=folder, config=adapted_config(folder, found.config), bits=None)
     config, bits = read_description(folder)
     tensors = {n: t for path in weight_files(folder) for n, t in safetensors_header(path).items()}
     if bits is not None:
@@ -253,7 +277,10 @@ def find_checkpoint(run: Path, pointer: str, *, training: bool) -> Path:
     for path in candidates:
         try:
             verify(path, training=training)
-            read_config(path)
+            if is_adapter(path):
+                read_adapter_config(path)  # its base is looked for later, as it may be named
+            else:
+                read_config(path)
         except (DamagedError, FileNotFoundError) as error:
             problems.append(str(error))
             continue

@@ -21,7 +21,7 @@ from ..config.quantization import packed_matrices
 from ..machine.dtypes import NUMBER_FORMATS, nearest_dtype
 from ..machine.environment import cores
 from ..machine.files import read_json, write_json, written_whole
-from ..model.classifier import new_model
+from ..model.classifier import Classifier, new_model
 from ..model.gpt import GPT
 from ..model.quantized import packed_bits, put_packed
 from ..tokenizers import Tokenizer, Usage, load_tokenizer, read_usage
@@ -230,10 +230,14 @@ def load_adapted(
 
     In float32 and evaluation mode; `dropout` replaces the base's. ValueError for another base.
     """
-    adapter, place = open_adapter(folder), find_base(folder, base)
-    check_base(adapter, open_folder(place, with_tokenizer=False), place)
-    tokens = max(adapter.lora.tokens, default=-1) + 1
-    model = load_model(place, device=device, dropout=dropout, vocab_size=tokens)
+    place = find_base(folder, base)
+    stored = open_folder(place, with_tokenizer=False)
+    adapter = open_adapter(folder, stored.config)
+    check_base(adapter, stored, place)
+    vocab_size = adapter.config.vocab_size
+    model = load_model(place, device=device, dropout=dropout, vocab_size=vocab_size)
+    if isinstance(adapter.config, ClassifierConfig):
+        model = Classifier.of(model, adapter.config.labels, adapter.config.pad_token_id)
     put_adapter(model, adapter, str(place.resolve()))
     return model
 
@@ -268,6 +272,8 @@ def open_folder(
     """
     if is_adapter(folder):
         return open_merged(folder, find_base(folder, base), with_tokenizer=with_tokenizer)
+    if base is not None:
+        raise ValueError(f"{folder} is a whole model, and no adapter: leave out the base")
     found = read_folder(folder)
     get = fetch_from(found.tensors)
     if found.bits is not None:
@@ -290,9 +296,9 @@ def open_folder(
 
 def open_merged(folder: Path, base: Path, *, with_tokenizer: bool) -> Stored:
     """Open the model that an adapter makes of its base; ValueError if it is for another base."""
-    adapter = open_adapter(folder)
     own = (folder / "tokenizer.json").is_file()
     stored = open_folder(base, with_tokenizer=with_tokenizer and not own)
+    adapter = open_adapter(folder, stored.config)
     check_base(adapter, stored, base)
     merged = with_adapter(stored, adapter)
     if own:

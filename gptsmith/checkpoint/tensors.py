@@ -151,7 +151,7 @@ def with_more_tokens(stored: Stored, vocab_size: int) -> Stored:
 
     def fetch(name: str) -> Tensor:
         tensor = stored.fetch(name)
-        if name not in VOCABULARY:
+        if name not in VOCABULARY or len(tensor) != V:  # a classifier's head has labels
             return tensor
         mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
         return torch.cat((tensor, mean.expand(vocab_size - V, -1)))

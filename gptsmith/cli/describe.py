@@ -6,8 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from ..checkpoint.described import describe
-from ..config.fields import setting
+from ..config.fields import at_least, setting
 from ..config.model import PRESETS
+from ..config.settings import BASE_HELP
 from .flags import Parser, add_flags, chosen
 
 
@@ -18,7 +19,14 @@ class DescribeSettings:
     trace: str | None = setting(
         None, "run a forward pass of B rows of T tokens, and show every shape", metavar="BxT"
     )
+    lora: int | None = setting(
+        None, "also show what learning adapters of this rank would cost", metavar="RANK"
+    )
+    base: str | None = setting(None, BASE_HELP, metavar="MODEL")
     json: bool = setting(False, "write JSON")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "lora")
 
 
 def arguments(parser: Parser) -> None:
@@ -31,7 +39,7 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Show every component of a model: shapes, parameters, memory, FLOPs."""
     settings = chosen(options, DescribeSettings)
-    description = describe(options.what)
+    description = describe(options.what, lora=settings.lora, base=settings.base)
     values = description.to_json()
     trace = None
     if settings.trace is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.fields import REQUIRED, Bytes, setting
+from ..config.settings import BASE_HELP
 from ..convert.formats import DTYPES, WRITABLE
 from ..machine.dtypes import dtype_named
 from ..machine.environment import return_freed_memory
@@ -31,6 +32,7 @@ class ExportSettings:
         None, f"{DTYPE_HELP}; q8_0 is for gguf", metavar="|".join(DTYPES)
     )
     shard_size: Bytes | None = setting(None, SHARD_HELP)
+    base: str | None = setting(None, BASE_HELP, metavar="MODEL")
     json: bool = setting(False, "write the report as JSON")
 
 
@@ -54,5 +56,6 @@ def run(options: Namespace) -> None:
         approximate=settings.approximate,
         dtype=settings.dtype,
         shard_bytes=settings.shard_size,
+        base=settings.base,
     )
     print(json.dumps(report.to_json(), indent=2) if settings.json else report)

@@ -34,6 +34,7 @@ VERBS = {
     "describe": "show a model's parameters, shapes, memory and FLOPs",
     "import": "import a model from another format",
     "export": "export a model to another format",
+    "merge": "merge a LoRA adapter into its base model",
     "quantize": "quantize a model to 8 or 4 bits, and measure what it costs",
     "serve": "serve a model through OpenAI's API",
     "bench": "measure how fast this machine trains and generates",

@@ -6,7 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ..checkpoint.folder import find_model, read_bits, read_config
+from ..checkpoint.adapter_json import is_adapter
+from ..checkpoint.folder import find_base, find_model, read_bits, read_config
 from ..config.classifier import ClassifierConfig, check_writes
 from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.environment import importing
@@ -14,26 +15,31 @@ from ..machine.terminal import tell
 from .flags import chosen
 
 SOURCE_HELP = "a built-in text (shakespeare), a file, a folder, or - for standard input"
-MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 folder"
+MODEL_HELP = "a run, a checkpoint, or a Hugging Face GPT-2 or LoRA folder"
 CLASSIFIER_HELP = "a run, a checkpoint, or a Hugging Face folder of a GPT-2 that labels texts"
 DATA_HELP = "a text, or a folder made by `gptsmith prepare`"
 
 
-def open_model(options: Namespace, name: str, *, labels: bool | None = False) -> Any:
+def open_model(
+    options: Namespace, name: str, *, labels: bool | None = False, base: str | Path | None = None
+) -> Any:
     """Return MODEL's verified folder, model and tokenizer, with the flags' device and dtype.
 
     ValueError if it is a classifier, or with `labels` if it is none; with None it may be either.
+    `base` is that of an adapter, if not the flags' or what its folder names.
     """
+    settings = chosen(options, InferenceSettings)
+    if name == options.model:  # not of another model, which drafts for it
+        base = base or settings.base
     # Verifying the files and importing PyTorch take a second each, so they run in parallel.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        opening = pool.submit(verified, name, labels=labels)
+        opening = pool.submit(verified, name, labels=labels, base=base)
         with importing():
             from ..checkpoint.saved import load_folder
             from ..machine import devices
             from ..model.attention import WAYS
 
         folder, tokenizer = opening.result()
-    settings = chosen(options, InferenceSettings)
     dtype = settings.dtype
     # What auto chooses is measured on text that the model writes.
     if dtype == "auto" and isinstance(read_config(folder), ClassifierConfig):
@@ -41,19 +47,19 @@ def open_model(options: Namespace, name: str, *, labels: bool | None = False) ->
     machine = devices.choose(
         MachineSettings(
             device=settings.device,
-            dtype=dtype_to_use(dtype, folder, settings.device),
+            dtype=dtype_to_use(dtype, folder, settings.device, base),
             attention=settings.attention,
             threads=settings.threads,
         )
     )
     device = devices.prepare_machine(machine)
     how = devices.loading(machine.dtype, device)
-    model, tokenizer = load_folder(folder, tokenizer=tokenizer, **how)
+    model, tokenizer = load_folder(folder, tokenizer=tokenizer, base=base, **how)
     model.attend_by(WAYS[machine.attention])
     return folder, model, tokenizer
 
 
-def verified(name: str, *, labels: bool | None) -> tuple[Path, Any]:
+def verified(name: str, *, labels: bool | None, base: str | Path | None = None) -> tuple[Path, Any]:
     """Return MODEL's verified folder and its tokenizer, if it has one; neither needs PyTorch.
 
     ValueError as in `open_model`.
@@ -61,7 +67,7 @@ def verified(name: str, *, labels: bool | None) -> tuple[Path, Any]:
     from ..tokenizers import load_tokenizer
 
     folder = find_model(name)
-    config = read_config(folder)
+    config = read_config(folder, base)
     if labels is False:
         check_writes(config, name)
     elif labels and not isinstance(config, ClassifierConfig):
@@ -72,15 +78,22 @@ def verified(name: str, *, labels: bool | None) -> tuple[Path, Any]:
     return folder, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def open_writer(options: Namespace, name: str) -> Any:
+def open_writer(options: Namespace, name: str, **more: Any) -> Any:
     """As `open_model`, but return the compiled step as well; ValueError without a tokenizer."""
-    return with_decoder(options, name, *open_model(options, name))
+    return with_decoder(options, name, *open_model(options, name, **more))
 
 
 def with_decoder(
-    options: Namespace, name: str, folder: Path, model: Any, tokenizer: Any
+    options: Namespace, name: str, folder: Path, model: Any, tokenizer: Any, *, sharing: Any = None
 ) -> tuple[Path, Any, Any, Any]:
-    """Return what `open_model` opened, and its compiled step; ValueError without a tokenizer."""
+    """Return what `open_model` opened, and its compiled step; ValueError without a tokenizer.
+
+    Tensors that equal those of the model `sharing` are its own.
+    """
+    if sharing is not None:
+        from ..model.lora import share_weights
+
+        share_weights(model, sharing)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which generating text needs: add one")
     from ..generation.compiled import CompiledDecoder, open_decoder
@@ -93,11 +106,13 @@ def with_decoder(
     return folder, model, tokenizer, decoder
 
 
-def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
+def dtype_to_use(
+    word: Any, folder: Path | None, device: str, base: str | Path | None = None
+) -> Any:
     """Return the precision that a --dtype means for using a model.
 
     Without one it is float32, or the folder's own if it is quantized. "auto" is the fastest that
-    keeps the model's loss; a line says which.
+    keeps the model's loss, or that of an adapter's base; a line says which.
     """
     if word not in (None, "auto"):
         return word
@@ -112,7 +127,8 @@ def dtype_to_use(word: Any, folder: Path | None, device: str) -> Any:
     from ..evaluation.precision import KEEPS_LOSS, fastest
 
     found = devices.find_device(device)
-    dtype, kl, times = fastest(folder, found)
+    place = find_base(folder, base) if is_adapter(folder) else folder
+    dtype, kl, times = fastest(place, found)
     if dtype == "float32":
         tell(f"dtype float32: no faster one stays within {KEEPS_LOSS} nats of it on average")
     elif found.type == "cpu":

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..checkpoint.folder import find_model
 from ..config.fields import REQUIRED, at_least, setting
-from ..config.settings import PrepareSettings
+from ..config.settings import BASE_HELP, PrepareSettings
 from ..machine.environment import return_freed_memory
 from .flags import Parser, add_flags, chosen
 from .opening import DATA_HELP, MODEL_HELP
@@ -27,6 +27,7 @@ class QuantizeSettings:
         metavar="DATA",
     )
     tokens: int = setting(1024, "compare on N tokens")
+    base: str | None = setting(None, BASE_HELP, metavar="MODEL")
     json: bool = setting(False, "write the report as JSON")
 
     def __post_init__(self) -> None:
@@ -54,5 +55,6 @@ def run(options: Namespace) -> None:
         tokens=settings.tokens,
         data=settings.data,
         text=text,
+        base=settings.base,
     )
     print(json.dumps(asdict(report), indent=2) if settings.json else report)

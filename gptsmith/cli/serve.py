@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
@@ -129,22 +130,49 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     if isinstance(opened[1], Classifier):
         return classifier_served(options, settings, *opened[1:])
     folder, model, tokenizer, decoder = with_decoder(options, options.model, *opened)
+    from ..model.lora import own_bytes
     from ..serving.handler import ServedModel
     from ..serving.metrics import Metrics
-    from ..serving.worker import Service
+    from ..serving.worker import Counts, Service, Turns
     from ..tokenizers.chat import open_template
 
-    service = Service(model, decoder=decoder, slots=settings.slots, waiting=settings.waiting)
-    return ServedModel(
-        service=service,
-        tokenizer=tokenizer,
-        name=settings.name or Path(options.model).resolve().name,
-        aliases=frozenset({options.model}),
-        ends=tokenizer.ends,
-        template=open_template(folder, tokenizer),
-        timeout=settings.timeout,
-        metrics=Metrics(service.counts, slots=service.slots),
-    )
+    turns = Turns()
+    limits: Any = {"slots": settings.slots, "waiting": settings.waiting}
+    service = Service(model, decoder=decoder, turns=turns, **limits)
+    services = [service]
+
+    def counts() -> Counts:
+        return Counts(*map(sum, zip(*(each.counts() for each in services), strict=True)))
+
+    adapters = []
+    for word in settings.adapter:
+        name, _, path = word.partition("=")
+        place, merged, its_tokenizer, its_decoder = with_decoder(
+            options, path, *open_model(options, path, base=folder), sharing=model
+        )
+        services.append(Service(merged, decoder=its_decoder, turns=turns, **limits))
+        LOG.info(
+            f"adapter {name}: {own_bytes(merged, model) / 1e9:.2f} GB of weights of its own, and "
+            f"{services[-1].engine.slots.cache.size / 1e9:.2f} GB for {services[-1].slots} slots"
+        )
+        adapters.append((name, path, place, its_tokenizer, services[-1]))
+    metrics = Metrics(counts, slots=sum(each.slots for each in services))
+
+    def served(name: str, path: str, place: Path, tokenizer: Any, service: Any) -> ServedModel:
+        return ServedModel(
+            service=service,
+            tokenizer=tokenizer,
+            name=name,
+            aliases=frozenset({path}),
+            ends=tokenizer.ends,
+            template=open_template(place, tokenizer),
+            timeout=settings.timeout,
+            metrics=metrics,
+        )
+
+    name = settings.name or Path(options.model).resolve().name
+    whole = served(name, options.model, folder, tokenizer, service)
+    return replace(whole, adapters=tuple(served(*each) for each in adapters))
 
 
 def classifier_served(

@@ -178,19 +178,23 @@ def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
     return FLOAT32 * (rotated + heads) + normed + dtype_bytes * repeated
 
 
-def training_memory(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
+def training_memory(
+    config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32, learned: int | None = None
+) -> int:
     """Bytes that a training step needs: weights, gradients, AdamW's state and activations.
 
-    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast. This estimate
-    serves to choose a micro-batch on a CPU: it adds half of the blocks' activations for heap
-    fragmentation, and leaves out PyTorch itself (about 0.3 GB). In eleven measurements of 0.05 to
+    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast; `learned`
+    parameters (default: all) have gradients and state. This estimate serves to choose a micro-batch
+    on a CPU: it adds half of the blocks' activations for heap fragmentation, and leaves out PyTorch
+    itself (about 0.3 GB). In eleven measurements of 0.05 to
     3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it was 0.91 to 1.05
     times the process's peak, so leave a fifth free.
     """
     activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
     fragmentation = int(HEAP_FRAGMENTATION * (activations - loss_bytes(config, micro_batch)))
-    weights = weight_bytes(config)  # the gradients take as much, and AdamW's state twice that
-    return 4 * weights + activations + fragmentation
+    learning = (parameter_count(config) if learned is None else learned) * FLOAT32
+    # The gradients take as much as what learns, and AdamW's state twice that.
+    return weight_bytes(config) + 3 * learning + activations + fragmentation
 
 
 def memory(config: GPTConfig) -> dict[str, int]:

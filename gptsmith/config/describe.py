@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import cost
+from .lora import LoRASettings, adapter_count, adapter_terms
 from .model import GPTConfig
 from .tables import WIDTH, columns, figures, flushed, human_bytes, human_flops, shape_text
 
@@ -36,16 +37,22 @@ class Description:
 
     title: str
     config: GPTConfig
+    lora: LoRASettings | None = None  # adapters that would be trained in place of the weights
 
     def __str__(self) -> str:
         sections = (_tensors, _sums, _forward, _memory, _flops)
         parts = [_heading(self.title, self.config), *(section(self.config) for section in sections)]
+        if self.lora is not None:
+            parts.append(_adapters(self.config, self.lora))
         return "\n\n".join("\n".join(part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values: parameter counts, memory in bytes, and FLOPs per token."""
-        config = self.config
+        config, more = self.config, {}
+        if self.lora is not None:
+            more["lora"] = adapters_json(config, self.lora)
         return {
+            **more,
             "title": self.title,
             "config": asdict(config),
             "sizes": cost.sizes(config),
@@ -66,6 +73,25 @@ class Description:
                 "training": cost.flops_per_token(config, training=True),
             },
         }
+
+
+def adapters_json(config: GPTConfig, lora: LoRASettings) -> dict[str, Any]:
+    """Return the parameters of adapters, and the memory of training them, in bytes."""
+    learned = adapter_count(config, lora)
+    whole = cost.training_memory(config, 1)
+    needed = cost.training_memory(config, 1, learned=learned)
+    return {
+        "rank": lora.rank,
+        "terms": [asdict(Term(*term)) for term in adapter_terms(config, lora)],
+        "learned": learned,
+        "head_per_label": config.n_embd,
+        "memory": {
+            "gradients": cost.FLOAT32 * learned,
+            "optimizer": 2 * cost.FLOAT32 * learned,
+            "training": needed,
+            "saved": whole - needed,
+        },
+    }
 
 
 # ---- What the page says --------------------------------------------------------------------------
@@ -245,3 +271,25 @@ def _flops(config: GPTConfig) -> list[str]:
         ("training", f"6 N + 12 L C T: {backward}", human_flops(training)),
     ]
     return [f"ARITHMETIC  per token, with T = {config.context_length:,}", *figures(rows)]
+
+
+def _adapters(config: GPTConfig, lora: LoRASettings) -> list[str]:
+    """Return the parameters of adapters, and the memory of training only these."""
+    values, C = adapters_json(config, lora), config.n_embd
+    memory, learned = values["memory"], f"{values['learned']:,}"
+    added = "gradients and AdamW's state of what learns: 3 x 4 bytes each"
+    rows = [
+        ("", added, human_bytes(memory["gradients"] + memory["optimizer"])),
+        ("training", "with the frozen weights and one context", human_bytes(memory["training"])),
+        ("", "less than training all weights", human_bytes(memory["saved"])),
+    ]
+    return [
+        f"LORA  rank {lora.rank}, on the linear layers of the blocks: L x R x (in + out)",
+        *figures(
+            (term["name"], term["arithmetic"], f"{term['count']:,}") for term in values["terms"]
+        ),
+        flushed("", "-" * len(learned)),
+        flushed("  learned", learned),
+        *figures([("a classifier's head", f"2 labels x {C:,}, beside them", f"{2 * C:,}")]),
+        *figures(rows),
+    ]

@@ -94,3 +94,20 @@ def adapter_terms(config: GPTConfig, lora: LoRASettings) -> list[tuple[str, str,
 def adapter_count(config: GPTConfig, lora: LoRASettings) -> int:
     """Return the number of the adapters' parameters, where all have the same rank."""
     return sum(count for _, _, count in adapter_terms(config, lora))
+
+
+def learned_count(config: GPTConfig, finetune: FinetuneSettings, *, labels: int = 0) -> int:
+    """Return how many parameters a run learns: all, or adapters, or the last blocks and the head.
+
+    `labels` are those of a classifier, whose head always learns; it is no part of the config.
+    """
+    head = labels * config.n_embd
+    if finetune.lora is not None:
+        return adapter_count(config, lora_settings(finetune, "")) + head
+    if finetune.freeze is None:
+        return cost.parameter_count(config) + head
+    last = min(int(finetune.freeze.rpartition("-")[2]), config.n_layer)
+    after = sum(part.count for part in cost.components(config) if part.name.startswith("ln_f"))
+    if not labels:  # a tied head is the embedding, which learns with it
+        head = config.vocab_size * config.n_embd
+    return last * cost.block_count(config) + after + head

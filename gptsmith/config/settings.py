@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bf16", "fp16", "fp8", "int8", "int4"]  # eve
 Attention = Literal["auto", "kernel", "blocks"]
 Split = Literal["train", "validation"]
 
+BASE_HELP = "the model that an adapter belongs to, if it is not where the adapter's folder says"
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps; auto takes CUDA, else MPS, else the CPU"
 ATTENTION_HELP = (
     "kernel: PyTorch's fused attention; blocks: matrix products over blocks of queries; auto takes "
@@ -165,6 +166,7 @@ class InferenceSettings:
     )
     attention: Attention = setting("auto", f"{ATTENTION_HELP}blocks for bf16 on a CPU")
     threads: int | None = setting(None, "CPU threads (default: one per core)")
+    base: str | None = setting(None, BASE_HELP, metavar="MODEL")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "threads")
@@ -259,6 +261,9 @@ class ServingSettings:
         "key that requests must send (default: the variable GPTSMITH_API_KEY; without it, none)",
         metavar="KEY",
     )
+    adapter: tuple[str, ...] = setting(
+        (), "serve an adapter of the model too, under its own name; repeatable", metavar="NAME=PATH"
+    )
     slots: int | None = setting(
         None, "texts generated at once (default: as many as suit the model and the machine)"
     )
@@ -275,6 +280,14 @@ class ServingSettings:
         above(self, 0, "timeout")
         if self.name == "":
             raise SettingError("name", "is empty: requests need a name for the model")
+        taken = [self.name]
+        for word in self.adapter:
+            name, _, path = word.partition("=")
+            if not name or not path:
+                raise SettingError("adapter", f"is '{word}': NAME=PATH is needed")
+            if name in taken:
+                raise SettingError("adapter", f"has the name '{name}' twice: choose another")
+            taken.append(name)
         for origin in self.allow_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise SettingError(

@@ -4,6 +4,7 @@ Uses the formats only through the functions listed in `formats.py`.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import saved
+from ..checkpoint.adapter_json import is_adapter
 from ..checkpoint.folder import find_model
 from ..checkpoint.names import TIED
 from ..checkpoint.tensors import Stored, first_tokens, with_all
@@ -70,18 +72,40 @@ def import_model(
     return carry(stored, source, target, padding=padding, run_original=True, **choices)
 
 
-def export_model(model: str | Path, out: Path, *, to: str, **choices: Any) -> ConversionReport:
+def export_model(
+    model: str | Path, out: Path, *, to: str, base: str | None = None, **choices: Any
+) -> ConversionReport:
     """Convert a MODEL to a new file or folder of another format.
 
-    `choices` are further arguments of `carry`.
+    `base` is that of an adapter, which is merged; `choices` are further arguments of `carry`.
     """
     target = FormatPath(out, check_name(to, WRITABLE, "written"))
     source = FormatPath(find_model(model), "huggingface")
-    stored = saved.open_folder(source.path)
+    stored = saved.open_folder(source.path, base=base)
     if stored.bits is not None:
         warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
         stored = replace(stored, bits=None)
     return carry(stored, source, target, **choices)
+
+
+def merge_adapter(
+    adapter: str | Path, out: Path, *, base: str | None = None, **choices: Any
+) -> ConversionReport:
+    """Write the whole model that a LoRA adapter makes of its base as a new Hugging Face folder.
+
+    Its logits are compared with those of the base with the adapter beside its weights, as it was
+    trained. `choices` are further arguments of `carry`. ValueError if it is no adapter.
+    """
+    source = FormatPath(find_model(adapter), "huggingface")
+    if not is_adapter(source.path):
+        raise ValueError(f"{source.path} is a whole model: an adapter is needed, to be merged")
+    stored = saved.open_folder(source.path, base=base)
+
+    @torch.inference_mode()
+    def beside(tokens: Tensor) -> Tensor:
+        return saved.load_adapted(source.path, base=base)(tokens).logits
+
+    return carry(stored, source, FormatPath(out, "huggingface"), before=beside, **choices)
 
 
 # -- the model and its tokenizer
@@ -150,12 +174,14 @@ def carry(
     shard_bytes: int | None = None,
     padding: int = 0,
     run_original: bool = False,
+    before: Callable[[Tensor], Tensor] | None = None,
 ) -> ConversionReport:
     """Write a stored model in the target's format, all or nothing, and compare the logits.
 
     ValueError if the format cannot express the model, unless `approximate`; and if an exact copy
     computes other logits than the model, or the model others than its original system. `padding` is
-    the number of rows that were dropped from the vocabulary.
+    the number of rows that were dropped from the vocabulary; `before` computes the logits to keep,
+    if not the stored model does.
     """
     check_writes(stored.config, source.path)
     dtype = check_dtype(target, dtype, stored.dtype)
@@ -174,16 +200,16 @@ def carry(
             replace(stored, config=near, fetch=fetch, dtype=dtype), temporary, dtype, **options
         )
         tokens = some_tokens(stored.config)
-        before = logits(stored, tokens)
+        kept = logits(stored, tokens) if before is None else before(tokens)
         after, copy = read_back(FormatPath(temporary, target.name), stored, tokens)
         tokenizer = compare_tokenizers(stored.tokenizer, copy.tokenizer, target)
-        difference = largest_difference(before, after)
+        difference = largest_difference(kept, after)
         exact = not lost and dtype in ("float32", stored.dtype)
-        if not (difference <= rounding_of(before) if exact else isfinite(difference)):
+        if not (difference <= rounding_of(kept) if exact else isfinite(difference)):
             raise ValueError(
                 f"{target.path} was not written: its logits would differ by {difference:.2g}"
             )
-        original = "" if not run_original else compare_original(source, stored, tokens, before)
+        original = "" if not run_original else compare_original(source, stored, tokens, kept)
         size = bytes_in(temporary)
     return ConversionReport(
         source=str(source.path),

@@ -198,14 +198,16 @@ def quantize(
     tokens: int,
     data: str | None = None,
     text: PrepareSettings | None = None,
+    base: str | None = None,
 ) -> Report:
     """Write a folder's model to a new folder in 8 or 4 bits, and measure what that costs.
 
     The models are compared on the first `tokens` tokens of DATA, whose text is read with the
-    settings `text`, or of text that the original generates. The folder is written complete or not
-    at all. ValueError where the model is quantized already or cannot be.
+    settings `text`, or of text that the original generates. `base` is that of an adapter. The
+    folder is written complete or not at all. ValueError where the model is quantized already or
+    cannot be.
     """
-    stored = saved.open_folder(source)
+    stored = saved.open_folder(source, base=base)
     config, tokenizer = stored.config, stored.tokenizer
     check_writes(config, source)
     if stored.bits is not None:
@@ -234,7 +236,7 @@ def quantize(
             source=str(source),
             target=str(out),
             bits=bits,
-            weight_bytes={when: read_folder(at).tensor_bytes for when, at in places.items()},
+            weight_bytes={when: read_folder(at, base).tensor_bytes for when, at in places.items()},
             folder_bytes={when: bytes_of_folder(at) for when, at in places.items()},
             speeds=speeds,
             text=compared_on,

@@ -9,6 +9,7 @@ Shapes:  B batch    T tokens    N = B T    C channels    H heads    M channels i
          V vocabulary
 """
 
+from collections.abc import Sequence
 from ctypes import CDLL, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from .cache import KVCache
 from .dropout import UNSEEDED, BlockSeeds
 from .gpt import GPT, Block
-from .loss import cross_entropy
+from .loss import cross_entropy, product_dtype
+from .product import Adapter, Product, adapter_of
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 SUPPORTED = (torch.float32, torch.bfloat16)
@@ -80,7 +82,11 @@ NO_DROPOUT = (None, 0, 1.0)
 
 
 class _Block(torch.autograd.Function):
-    """A block of gpt.py: x + attn(ln_1(x)), then that + mlp(ln_2(that)).  (N, C) -> (N, C)"""
+    """A block of gpt.py: x + attn(ln_1(x)), then that + mlp(ln_2(that)).  (N, C) -> (N, C)
+
+    `weights` are weight and bias of the two norms and four layers, in the block's order; the rest
+    are the adapters' two matrices for each layer, None where it has no adapter.
+    """
 
     @staticmethod
     def forward(
@@ -89,12 +95,14 @@ class _Block(torch.autograd.Function):
         pieces: Pieces,
         sizes: Sizes,
         seeds: BlockSeeds,
+        adapters: tuple[Adapter, ...],
         *weights: Tensor,
     ) -> Tensor:
-        ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias = weights[:6]
-        ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias = weights[6:]
-        (N, C), M, dtype, bits = x.shape, len(fc), sizes.dtype, sizes.bits
-        attn, proj, fc, mlp_proj = (each.to(dtype) for each in (attn, proj, fc, mlp_proj))
+        ln_1, ln_1_bias, _, attn_bias, _, proj_bias, ln_2, ln_2_bias, _, fc_bias, _, mlp_bias = (
+            weights[:12]
+        )
+        attn, proj, fc, mlp_proj = products(weights, adapters, sizes.dtype)
+        (N, C), M, dtype, bits = x.shape, len(fc.weight), sizes.dtype, sizes.bits
         of_weights, of_attn, of_mlp = map(sizes.dropping, seeds)
         in_stream = (sizes.T, N, C, sizes.eps, bits)
 
@@ -106,80 +114,103 @@ class _Block(torch.autograd.Function):
             "add_and_norm", x, None, None, *NO_DROPOUT, None, ln_1, ln_1_bias, h_1, stats_1,
             *in_stream,
         )  # fmt: skip
-        qkv = h_1 @ attn.T
+        qkv, attn_low = attn.forward(h_1)
         y, logs = empty(C), x.new_empty(sizes.B, sizes.H, sizes.T)
         heads = (sizes.B, sizes.T, sizes.H, C // sizes.H, bits)
         pieces.call("attention", qkv, attn_bias, *of_weights, y, logs, *heads)
         middle, h_2, stats_2 = torch.empty_like(x), empty(C), x.new_empty(N, 2)
+        branch, proj_low = proj.forward(y)
         pieces.call(
-            "add_and_norm", x, y @ proj.T, proj_bias, *of_attn, middle, ln_2, ln_2_bias, h_2,
+            "add_and_norm", x, branch, proj_bias, *of_attn, middle, ln_2, ln_2_bias, h_2,
             stats_2, *in_stream,
         )  # fmt: skip
-        hidden, slope = empty(M), h_2 @ fc.T
+        hidden, (slope, fc_low) = empty(M), fc.forward(h_2)
         pieces.call("gelu", slope, fc_bias, hidden, N, M, sizes.tanh, bits)
-        out = torch.empty_like(x)
+        out, (branch, mlp_low) = torch.empty_like(x), mlp_proj.forward(hidden)
         pieces.call(
-            "add_and_norm", middle, hidden @ mlp_proj.T, mlp_bias, *of_mlp, out, None, None,
+            "add_and_norm", middle, branch, mlp_bias, *of_mlp, out, None, None,
             None, None, *in_stream,
         )  # fmt: skip
         ctx.save_for_backward(
             x, stats_1, h_1, qkv, y, logs, middle, stats_2, h_2, slope, hidden,
-            ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias,
-            ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias,
+            attn_low, proj_low, fc_low, mlp_low, *weights,
         )  # fmt: skip
-        ctx.pieces, ctx.sizes, ctx.seeds = pieces, sizes, seeds
+        ctx.pieces, ctx.sizes, ctx.seeds, ctx.adapters = pieces, sizes, seeds, adapters
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats_1, h_1, qkv, y, logs, middle, stats_2, h_2, slope, hidden, *weights = (
+        x, stats_1, h_1, qkv, y, logs, middle, stats_2, h_2, slope, hidden, *rest = (
             ctx.saved_tensors
         )
-        ln_1, ln_1_bias, attn, attn_bias, proj, proj_bias = weights[:6]
-        ln_2, ln_2_bias, fc, fc_bias, mlp_proj, mlp_bias = weights[6:]
-        pieces, sizes, (N, C), M = ctx.pieces, ctx.sizes, x.shape, len(fc)
+        (attn_low, proj_low, fc_low, mlp_low), weights = rest[:4], rest[4:]
+        pieces, sizes, (N, C) = ctx.pieces, ctx.sizes, x.shape
+        attn, proj, fc, mlp_proj = products(weights, ctx.adapters, sizes.dtype)
+        M, learns = len(fc.weight), ctx.needs_input_grad[5:]
+        ln_1, ln_2, attn_bias = weights[0], weights[6], weights[3]
+        # The gradients of biases that learn, for the pieces to fill.
+        d_biases = [like(w) if needed else None for w, needed in zip(weights, learns, strict=True)]
+        _, d_ln_1_bias, _, _, _, d_proj_bias, _, d_ln_2_bias, _, d_fc_bias, _, d_mlp_bias = (
+            d_biases[:12]
+        )
         of_weights, of_attn, of_mlp = map(sizes.dropping, ctx.seeds)
         bits, d_out = sizes.bits, d_out.contiguous()
 
         def branch(
-            d_stream: Tensor, dropping: tuple[Tensor | None, int, float], bias: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            if bits == 32 and bias is None and dropping[0] is None:
-                return d_stream, None
-            d, d_bias = torch.empty_like(h_1), like(bias)
+            d_stream: Tensor, dropping: tuple[Tensor | None, int, float], d_bias: Tensor | None
+        ) -> Tensor:
+            if bits == 32 and d_bias is None and dropping[0] is None:
+                return d_stream
+            d = torch.empty_like(h_1)
             pieces.call("branch_gradient", d_stream, *dropping, d, d_bias, sizes.T, N, C, bits)
-            return d, d_bias
+            return d
 
-        def through_norm(d: Tensor, of: Tensor, stats: Tensor, norm: Tensor, bias: Tensor | None,
-                         around: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-            d_of, d_norm, d_norm_bias = torch.empty_like(of), torch.empty_like(norm), like(bias)
+        def through_norm(d: Tensor, of: Tensor, stats: Tensor, norm: Tensor, d_bias: Tensor | None,
+                         around: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+            d_of, d_norm = torch.empty_like(of), torch.empty_like(norm)
             pieces.call(
-                "norm_backward", d, of, stats, norm, around, d_of, d_norm, d_norm_bias, N, C, bits
+                "norm_backward", d, of, stats, norm, around, d_of, d_norm, d_bias, N, C, bits
             )
-            return d_of, d_norm, d_norm_bias
+            return d_of, d_norm
 
-        d, d_mlp_bias = branch(d_out, of_mlp, mlp_bias)
-        d_mlp_proj, d_hidden, d_fc_bias = d.T @ hidden, d @ mlp_proj, like(fc_bias)
+        d = branch(d_out, of_mlp, d_mlp_bias)
+        d_hidden, d_mlp_proj = mlp_proj.backward(d, hidden, mlp_low, learns[10])
         pieces.call("gelu_backward", d_hidden, slope, d_fc_bias, N, M, bits)
-        d_fc = d_hidden.T @ h_2
-        d_middle, d_ln_2, d_ln_2_bias = through_norm(
-            d_hidden @ fc, middle, stats_2, ln_2, ln_2_bias, d_out
-        )
-        d, d_proj_bias = branch(d_middle, of_attn, proj_bias)
-        d_proj, d_qkv = d.T @ y, torch.empty_like(qkv)
-        heads = (sizes.B, sizes.T, sizes.H, C // sizes.H, bits)
-        pieces.call(
-            "attention_backward", qkv, attn_bias, *of_weights, y, d @ proj, logs, d_qkv, *heads
-        )
-        d_attn_bias = None if attn_bias is None else d_qkv.sum(0, dtype=torch.float32)
-        d_attn = d_qkv.T @ h_1
-        d_x, d_ln_1, d_ln_1_bias = through_norm(d_qkv @ attn, x, stats_1, ln_1, ln_1_bias, d_middle)
+        d_h_2, d_fc = fc.backward(d_hidden, h_2, fc_low, learns[8])
+        d_middle, d_ln_2 = through_norm(d_h_2, middle, stats_2, ln_2, d_ln_2_bias, d_out)
+        d = branch(d_middle, of_attn, d_proj_bias)
+        d_y, d_proj = proj.backward(d, y, proj_low, learns[4])
+        d_qkv, heads = torch.empty_like(qkv), (sizes.B, sizes.T, sizes.H, C // sizes.H, bits)
+        pieces.call("attention_backward", qkv, attn_bias, *of_weights, y, d_y, logs, d_qkv, *heads)
+        d_attn_bias = d_qkv.sum(0, dtype=torch.float32) if learns[3] else None
+        further = ctx.needs_input_grad[0] or learns[0]  # else nothing before the layer learns
+        d_h_1, d_attn = attn.backward(d_qkv, h_1, attn_low, learns[2], further=further)
+        d_x, d_ln_1 = None, None
+        if further:
+            d_x, d_ln_1 = through_norm(d_h_1, x, stats_1, ln_1, d_ln_1_bias, d_middle)
         return (
-            d_x, None, None, None,
-            d_ln_1, d_ln_1_bias, d_attn.float(), d_attn_bias, d_proj.float(), d_proj_bias,
-            d_ln_2, d_ln_2_bias, d_fc.float(), d_fc_bias, d_mlp_proj.float(), d_mlp_bias,
+            d_x, None, None, None, None,
+            d_ln_1, d_ln_1_bias, d_attn[0], d_attn_bias, d_proj[0], d_proj_bias,
+            d_ln_2, d_ln_2_bias, d_fc[0], d_fc_bias, d_mlp_proj[0], d_mlp_bias,
+            *d_attn[1:], *d_proj[1:], *d_fc[1:], *d_mlp_proj[1:],
         )  # fmt: skip
+
+
+def products(
+    weights: Sequence[Tensor], adapters: Sequence[Adapter], dtype: torch.dtype
+) -> list[Product]:
+    """Return the products with a block's four layers, given what _Block is given, of any shape."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    matrices = (weights[2], weights[4], weights[8], weights[10])
+    of_adapters = zip(weights[12::2], weights[13::2], adapters, strict=True)
+    return [
+        Product(weight.to(dtype), cast(a), cast(b), adapter)
+        for weight, (a, b, adapter) in zip(matrices, of_adapters, strict=True)
+    ]
 
 
 def like(tensor: Tensor | None) -> Tensor | None:
@@ -200,23 +231,22 @@ class FusedBlock(Block):
         seeds: BlockSeeds = UNSEEDED,
     ) -> Tensor:
         attn, mlp, dtype = self.attn, self.mlp, product_dtype(x)
+        layers = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        adapters, pairs = zip(*(adapter_of(layer) for layer in layers), strict=True)
         dropout = attn.dropout if self.training else 0.0
         drawn = dropout > 0 and any(each is None for each in seeds)  # by PyTorch's generator
+        drawn |= any(adapter.drawn for adapter in adapters)
         if cache is not None or drawn or x.dtype != torch.float32 or dtype not in SUPPORTED:
             return super().forward(x, cache, layer, seeds)
         (B, T, C), tanh = x.shape, mlp.activation.approximate == "tanh"
         sizes = Sizes(B, T, attn.n_head, self.ln_1.eps, tanh, dtype, dropout)
-        parts = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        parts = (self.ln_1, *layers[:2], self.ln_2, *layers[2:])
         weights = [each for part in parts for each in (part.weight, part.bias)]
+        matrices = [matrix for pair in pairs for matrix in pair]
         stream = x.reshape(-1, C).contiguous()  # (N, C)
         seeds = seeds if dropout else UNSEEDED
-        return _Block.apply(stream, self.pieces, sizes, seeds, *weights).view(B, T, C)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast multiplies a tensor of any shape."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        out = _Block.apply(stream, self.pieces, sizes, seeds, adapters, *weights, *matrices)
+        return out.view(B, T, C)
 
 
 def fuse(model: GPT, library: CDLL | None) -> None:

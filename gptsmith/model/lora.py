@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.lora import LoRASettings
+from .classifier import Classifier
 from .dropout import BlockSeeds, drop, mixed
 from .gpt import GPT
 
@@ -65,7 +66,7 @@ def add_lora(model: GPT, lora: LoRASettings, *, seed: int = 0) -> None:
         a = torch.empty(rank, layer.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         adapt(layer, a, torch.zeros(layer.out_features, rank), lora.scale_of(name), lora.dropout)
-    if getattr(model, "labels", ()):
+    if isinstance(model, Classifier):
         model.lm_head.requires_grad_(True)
     if lora.tokens:
         learn_rows(model, lora.tokens)
@@ -105,8 +106,26 @@ def merge_lora(model: GPT) -> None:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
     if isinstance(model.wte, LearnedEmbedding):
         model.wte.merge()
-        model.lm_head.__class__ = nn.Linear
+        if isinstance(model.lm_head, LearnedHead):
+            model.lm_head.__class__ = nn.Linear  # type: ignore[assignment]
     model.lora = None
+
+
+def share_weights(model: nn.Module, other: nn.Module) -> None:
+    """Let a model use another's tensors where they are equal, so that these are in memory once."""
+    of_other = other.state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        same = of_other.get(name)
+        if same is not None and same.shape == tensor.shape and torch.equal(same, tensor):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, same)
+
+
+def own_bytes(model: nn.Module, other: nn.Module) -> int:
+    """Return the bytes of a model's tensors that are not another model's."""
+    shared = {tensor.data_ptr() for tensor in other.state_dict().values()}
+    own = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    return sum(size for place, size in own.items() if place not in shared)
 
 
 # -- dropout
@@ -167,15 +186,19 @@ class LearnedHead(LearnedRows, nn.Linear):  # type: ignore[override]
 def learn_rows(model: GPT, tokens: Sequence[int]) -> None:
     """Learn the rows of some tokens in a frozen embedding and the head that is tied to it.
 
-    ValueError where the head is not tied, or the vocabulary has no such token.
+    ValueError where the head has rows for tokens of its own, or the vocabulary has no such token.
     """
-    if not model.config.tie_weights:
-        raise ValueError("tokens can only be learned with adapters where the head is tied: use all")
+    tied = model.config.tie_weights
+    if not tied and not isinstance(model, Classifier):
+        raise ValueError(
+            "new tokens can be learned with adapters only where the head is tied to the embedding: "
+            "choose a template without new tokens, or train all weights"
+        )
     if not 0 <= min(tokens) <= max(tokens) < model.config.vocab_size:
         raise ValueError(f"{max(tokens)} is not a token of the {model.config.vocab_size:,} known")
     ids = torch.tensor(tokens, device=model.device)
     rows = nn.Parameter(model.wte.weight[ids].detach().clone())
-    for part, kind in ((model.wte, LearnedEmbedding), (model.lm_head, LearnedHead)):
+    for part, kind in ((model.wte, LearnedEmbedding), (model.lm_head, LearnedHead))[: 1 + tied]:
         part.__class__ = kind
         part.register_buffer("ids", ids, persistent=False)
         part.register_parameter("rows", rows)

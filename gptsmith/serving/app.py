@@ -4,7 +4,7 @@ Knows nothing of how a request is handled (handler.py) or of access control (gua
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
@@ -53,14 +53,16 @@ class Application(FastAPI):
 
 
 def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
-    """Return the application that serves a model.
+    """Return the application that serves a model and its adapters.
 
     `with_key` only adds the API key to the OpenAPI description; guard.py checks it.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with served.service:
+        async with AsyncExitStack() as running:
+            for model in served.models:
+                await running.enter_async_context(model.service)
             yield
 
     app = Application(
@@ -97,14 +99,17 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
 def openai_api(served: ServedModel) -> APIRouter:
     """Return the routes of OpenAI's API."""
     api = APIRouter(prefix="/v1", tags=["OpenAI's API"], redirect_slashes=False)
-    model = Model(
-        id=served.name,
-        object="model",
-        created=served.created,
-        owned_by="gptsmith",
-        context_length=served.service.config.context_length,
-        labels=served.labels,
-    )
+
+    def described(model: ServedModel) -> Model:
+        return Model(
+            id=model.name,
+            object="model",
+            created=model.created,
+            owned_by="gptsmith",
+            context_length=model.service.config.context_length,
+            labels=model.labels,
+        )
+
     refusals = failures(400, 401, 404, 413, 429, 503, 504)
 
     @api.post(
@@ -115,7 +120,7 @@ def openai_api(served: ServedModel) -> APIRouter:
         include_in_schema=served.writes,
     )
     async def completions(request: CompletionRequest, http: Request) -> Any:
-        return await served.complete(request, http)
+        return await served.named(request.model).complete(request, http)
 
     @api.post(
         "/chat/completions",
@@ -125,26 +130,25 @@ def openai_api(served: ServedModel) -> APIRouter:
         include_in_schema=served.writes,
     )
     async def chat_completions(request: ChatCompletionRequest, http: Request) -> Any:
-        return await served.chat(request, http)
+        return await served.named(request.model).chat(request, http)
 
     @api.get(
         "/models",
-        summary="List the served model",
+        summary="List the served models",
         responses=failures(401),
         response_model_exclude_none=True,
     )
     async def models() -> ModelList:
-        return ModelList(object="list", data=[model])
+        return ModelList(object="list", data=[described(model) for model in served.models])
 
     @api.get(
         "/models/{name:path}",
-        summary="Describe the model",
+        summary="Describe a model",
         responses=failures(401, 404),
         response_model_exclude_none=True,
     )
     async def one_model(name: str) -> Model:
-        served.check_name(name)
-        return model
+        return described(served.named(name))
 
     return api
 
@@ -155,13 +159,13 @@ def state(served: ServedModel) -> APIRouter:
 
     @router.get("/health", summary="Report running and waiting completions")
     async def health() -> Health:
-        counts = served.service.counts()
+        counts = [model.service.counts() for model in served.models]
         return Health(
             status="ok",
             model=served.name,
-            running=counts.running,
-            waiting=counts.waiting,
-            slots=served.service.slots,
+            running=sum(each.running for each in counts),
+            waiting=sum(each.waiting for each in counts),
+            slots=sum(model.service.slots for model in served.models),
         )
 
     @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)

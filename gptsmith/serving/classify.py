@@ -76,7 +76,7 @@ class ServedClassifier(ServedModel):
     async def classify(self, request: ClassifyRequest, http: Request) -> Classifications:
         """Label the texts of a request."""
         begun, config = time.monotonic(), self.service.config
-        self.check_name(request.model or self.name)
+        self.named(request.model or self.name)
         most = self.service.slots + self.service.waiting
         if (count := len(request.input)) > most:
             raise refused(f"the request is for {count:,} texts: at most {most:,} are possible")

@@ -62,17 +62,26 @@ class ServedModel:
     template: ChatTemplate | None = None
     timeout: float = 600.0  # seconds that a request may take
     created: int = field(default_factory=lambda: int(time.time()))
+    adapters: tuple["ServedModel", ...] = ()  # of this model, each with an engine of its own
 
     # -- checking requests
-    def check_name(self, name: str) -> None:
-        """Raise ApiError if the request names another model."""
-        if name != self.name and name not in self.aliases:
-            raise ApiError(
-                404,
-                f"this server has no model {shown(name)}: use '{self.name}'",
-                param="model",
-                code="model_not_found",
-            )
+    @property
+    def models(self) -> tuple["ServedModel", ...]:
+        """The model itself and its adapters."""
+        return (self, *self.adapters)
+
+    def named(self, name: str) -> "ServedModel":
+        """Return the model that a request names: this one or an adapter; ApiError for another."""
+        for model in self.models:
+            if name == model.name or name in model.aliases:
+                return model
+        known = " or ".join(f"'{model.name}'" for model in self.models)
+        raise ApiError(
+            404,
+            f"this server has no model {shown(name)}: use {known}",
+            param="model",
+            code="model_not_found",
+        )
 
     def check_count(self, prompts: int, request: GenerationRequest) -> None:
         """Raise ApiError for more texts than could ever run and wait at once."""
@@ -124,7 +133,6 @@ class ServedModel:
     async def complete(self, request: CompletionRequest, http: Request) -> BaseModel | Response:
         """Complete the prompts of a request."""
         begun = time.monotonic()
-        self.check_name(request.model)
         self.check_count(len(request.prompt), request)
         rows = await self.rows(request.prompt)
         echoes = None
@@ -138,7 +146,6 @@ class ServedModel:
     async def chat(self, request: ChatCompletionRequest, http: Request) -> BaseModel | Response:
         """Answer a conversation."""
         begun = time.monotonic()
-        self.check_name(request.model)
         self.check_count(1, request)
         ids = await self.conversation(request.messages)
         return await self.answer(request, http, [ids], begun=begun)

@@ -63,28 +63,27 @@ class DecodedPrompt(BaseModel):
 def tokens_api(served: ServedModel) -> APIRouter:
     """Return the routes."""
     api = APIRouter(tags=["Tokens"], redirect_slashes=False)
-    tokenizer, config = served.tokenizer, served.service.config
 
     @api.post("/tokenize", summary="Return the tokens of a prompt or a conversation")
     async def tokenize(request: TokenizeRequest) -> Tokens:
-        served.check_name(request.model or served.name)
+        model = served.named(request.model or served.name)
         if request.messages:
-            ids = await served.conversation(request.messages)
+            ids = await model.conversation(request.messages)
         else:
-            (ids,) = await served.rows([request.prompt or ""])
-        names = [tokenizer.backend.id_to_token(id) or "" for id in ids]
+            (ids,) = await model.rows([request.prompt or ""])
+        names = [model.tokenizer.backend.id_to_token(id) or "" for id in ids]
         return Tokens(
             count=len(ids),
-            max_model_len=config.context_length,
+            max_model_len=model.service.config.context_length,
             tokens=ids,
             token_strs=names if request.return_token_strs else None,
         )
 
     @api.post("/detokenize", summary="Return the text of tokens")
     async def detokenize(request: DetokenizeRequest) -> DecodedPrompt:
-        served.check_name(request.model or served.name)
-        ids = request.tokens
-        check_ids("tokens", ids, config.vocab_size)
-        return DecodedPrompt(prompt=await in_thread(lambda: tokenizer.decode(ids), len(ids)))
+        model = served.named(request.model or served.name)
+        ids, decode = request.tokens, model.tokenizer.decode
+        check_ids("tokens", ids, model.service.config.vocab_size)
+        return DecodedPrompt(prompt=await in_thread(lambda: decode(ids), len(ids)))
 
     return api

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, NamedTuple, Self
 
 from ..generation.compiled import CompiledDecoder, Decoder
@@ -63,6 +63,21 @@ class Stream:
         self.service.cancel(self)
 
 
+class Turns:
+    """Engines that share a machine compute in turns, as each step uses all of its cores."""
+
+    def __init__(self) -> None:
+        self.next, self.now = Lock(), Lock()
+
+    def __enter__(self) -> None:
+        # Whoever has just had its turn has to wait here for the one that is waiting already.
+        with self.next:
+            self.now.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.now.release()
+
+
 class Service:
     """A model that many clients share. The engine's thread runs inside `async with service`."""
 
@@ -73,7 +88,9 @@ class Service:
         decoder: Decoder | None = None,
         slots: int | None = None,
         waiting: int = 512,
+        turns: Turns | None = None,
     ) -> None:
+        self.turns = Turns() if turns is None else turns
         self.config = model.config
         count = suitable_slots(model, decoder, slots)
         self.engine = Engine(Slots(model, count, decoder, in_chunks=True))
@@ -156,7 +173,8 @@ class Service:
             except Empty:
                 pass
             try:
-                news = self.engine.step(time.monotonic())
+                with self.turns:
+                    news = self.engine.step(time.monotonic())
             except Exception:  # one failed step must not end the service
                 LOG.exception("a step failed")
                 news = self.engine.abandon("the engine's step failed")

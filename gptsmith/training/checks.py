@@ -12,6 +12,7 @@ import torch
 
 from ..config import cost
 from ..config.fields import SettingError
+from ..config.lora import learned_count
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import Dataset
 from ..machine import devices
@@ -88,16 +89,19 @@ def check_memory(settings: RunSettings, device: torch.device) -> None:
     config, machine = settings.model, settings.machine
     assert machine.micro_batch is not None
     weights, on_cpu = cost.weight_bytes(config), device.type == "cpu"
+    learned = learned_count(config, settings.finetune)  # the others have neither of both
+    certain = 2 * learned * cost.FLOAT32
     free, swap = devices.available_memory(device), psutil.swap_memory().free if on_cpu else 0
     processes = world_size() if on_cpu else 1  # which share the memory
-    if 2 * weights * processes > free + swap:
+    if certain * processes > free + swap:
         raise ValueError(
-            f"training {cost.parameter_count(config):,} parameters needs {size(2 * weights)} for "
+            f"training {learned:,} parameters needs {size(certain)} for "
             f"gradients and the optimizer, but {size(free / processes)} are free: use a smaller "
             "model"
         )
     rows = machine.micro_batch if on_cpu else 1
-    whole = cost.training_memory(config, rows, dtype_bytes=number_bytes(machine.dtype))
+    width = number_bytes(machine.dtype)
+    whole = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
     needed = (whole - weights) * processes
     if needed > free and rank() == 0:
         smaller = f"--micro-batch {rows // 2} or a smaller model" if rows > 1 else "a smaller model"

@@ -118,8 +118,8 @@ class Trainer:
         PyTorch's generator is seeded instead where it draws the masks. No generator's state has to
         be saved for a resume, and evaluating or sampling between two steps does not change them.
         """
-        config, seed = self.model.config, self.settings.seed
-        if not config.dropout:
+        config, lora, seed = self.model.config, self.model.lora, self.settings.seed
+        if not (config.dropout or (lora and lora.dropout)):
             return ()
         if not self.dropout_by_row:
             seed_device(self.device, step_seed(seed, self.done, self.batches.rank))

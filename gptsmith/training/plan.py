@@ -50,7 +50,10 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     assert machine.micro_batch is not None
     assert machine.threads is not None
     bytes_each = number_bytes(machine.dtype)
-    memory = cost.training_memory(config, machine.micro_batch, dtype_bytes=bytes_each)
+    learned = sum(parameter.numel() for parameter in trainer.parameters)
+    memory = cost.training_memory(
+        config, machine.micro_batch, dtype_bytes=bytes_each, learned=learned
+    )
     left = training.steps - run.done
     rows = {
         "model": f"{cost.parameter_count(config):,} parameters: "
