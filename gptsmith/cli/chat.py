@@ -161,18 +161,17 @@ class Chat:
             self.commands[name](rest.strip())
         else:
             hint = suggestion(name, self.commands)
-            raise ValueError(f"there is no command '{name}'{hint}: /help shows them all")
+            raise ValueError(f"there is no command '{name}'{hint} (/help shows them all)")
 
     def answer(self, message: str) -> None:
         """Show the answer to a message while it is generated, until Ctrl-C if somebody types."""
         talk = self.conversation
-        with interrupts() if self.live else nullcontext([]) as stopped:
+        with interrupts(self.live) as stopped:
             pieces = talk.answer(message)
             for number, piece in enumerate(pieces):
                 if number == 0 and talk.forgotten:
-                    self.note(
-                        f"(the context is full: {count(talk.forgotten, 'message')} forgotten)"
-                    )
+                    forgotten = count(talk.forgotten, "message")
+                    self.note(f"(the context is full: the oldest {forgotten} left)")
                 print(visible(piece) if self.seen else piece, end="", flush=True)
                 if stopped:
                     break

@@ -99,6 +99,7 @@ def openai_api(served: ServedModel) -> APIRouter:
         created=served.created,
         owned_by="gptsmith",
         context_length=served.service.config.context_length,
+        chat=served.template is not None,
     )
     refusals = failures(400, 401, 404, 413, 429, 503, 504)
 
