@@ -24,7 +24,7 @@ from .opening import MODEL_HELP, open_writer
 HELP = """\
 /system TEXT  set what the model is told first; without TEXT, drop it
 /reset        forget the conversation, but for the system's message
-/save FILE    write the conversation as a row of JSON, from which `gptsmith finetune` can learn
+/save FILE    write the conversation as a row of data for `gptsmith finetune`
 /help         show these lines
 Ctrl-C stops an answer, Ctrl-D leaves. A line that ends with \\ goes on in the next one.
 To send a message that begins with /, begin it with a space."""
@@ -113,6 +113,8 @@ class Chat:
                 if not self.live:
                     raise
                 self.display.say(one_line(error), "red")
+            if self.live and self.seen and line.strip():
+                print(flush=True)
 
     def note(self, text: str) -> None:
         """Say something beside the conversation."""
@@ -171,7 +173,7 @@ class Chat:
             for number, piece in enumerate(pieces):
                 if number == 0 and talk.forgotten:
                     forgotten = count(talk.forgotten, "message")
-                    self.note(f"(the context is full: the oldest {forgotten} left)")
+                    self.note(f"(the context is full: the oldest {forgotten} were dropped)")
                 print(visible(piece) if self.seen else piece, end="", flush=True)
                 if stopped:
                     break
@@ -181,8 +183,6 @@ class Chat:
             self.note("(stopped)")
         elif talk.finish == "length":
             self.note("(cut: the answer reached --max-tokens or the end of the context)")
-        if self.seen:
-            print()
 
     # -- commands
 

@@ -127,7 +127,7 @@ def test_the_oldest_messages_leave_and_a_line_says_so(
 ) -> None:
     status, _, err = chat(monkeypatch, capsys, ("y" * 60 + "\n") * 5, folder)
     assert status == 0
-    assert re.search(r"\(the context is full: the oldest [24] messages left\)", err)
+    assert re.search(r"\(the context is full: the oldest [24] messages were dropped\)", err)
 
 
 def test_a_model_without_a_template_names_finetune(
