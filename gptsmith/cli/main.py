@@ -28,6 +28,7 @@ VERBS = {
     "train": "train a model, or resume a run",
     "finetune": "fine-tune a model on examples of answers, labels or preferences",
     "sample": "generate text",
+    "chat": "talk with a model in the terminal",
     "classify": "label texts",
     "evaluate": "measure a model's loss on a text",
     "plot": "plot the loss curves of runs",

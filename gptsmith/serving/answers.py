@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from ..generation.text import Piece
@@ -85,6 +85,7 @@ class Model(BaseModel):
     owned_by: str
     context_length: int
     labels: list[str] | None = None
+    chat: bool = Field(description="whether it has a chat template, and so answers conversations")
 
 
 class ModelList(BaseModel):

@@ -108,6 +108,7 @@ def openai_api(served: ServedModel) -> APIRouter:
             owned_by="gptsmith",
             context_length=model.service.config.context_length,
             labels=model.labels,
+            chat=model.template is not None,
         )
 
     refusals = failures(400, 401, 404, 413, 429, 503, 504)

@@ -258,7 +258,7 @@ def test_the_first_batch_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         ("base --data chat.jsonl --freeze most", "--freeze is 'most': all-but-last-N is needed"),
         ("base --data chat.jsonl --lora 2 --freeze all-but-last-1", "leave --freeze out"),
         ("base --data chat.jsonl --batch-rows 49", "--batch-rows is 49: from 1"),
-        ("base --data text.txt --show-batch", "all of it is learned"),
+        ("base --data text.txt --show-batch", "all of which is learned"),
         ("base --data chat.jsonl --tokenizer gpt2", "is not that of"),
         ("base --data nowhere.jsonl", "nowhere.jsonl"),
         ("base", "add --data"),

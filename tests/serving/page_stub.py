@@ -1,6 +1,7 @@
 """A server that speaks the formats of `gptsmith serve`, and whose texts a page's tests know.
 
-Words of the prompt choose what goes wrong: "busy", "forbidden", "vanish", "stumble", "slow".
+Words of the prompt choose what goes wrong: "busy", "forbidden", "vanish", "stumble", "slow". A
+conversation of more than 6 messages is too long.
 """
 
 import asyncio
@@ -112,8 +113,22 @@ async def written(body: dict[str, Any]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "a_type", "param": None, "code": None}}
+async def said(body: dict[str, Any]) -> AsyncIterator[str]:
+    """The events of an answer: the last message and the story, up to where it is to be long."""
+    text = f"You said: {body['messages'][-1]['content']}\n" + STORY
+    words = re.findall(r"\s*\S+", text)[: body["max_tokens"]]
+    for delta in [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]:
+        finish = None if delta else "length" if len(words) == body["max_tokens"] else "stop"
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+        await asyncio.sleep(0.05 if "slow" in text else 0.001)
+        if "vanish" in text and delta.get("content", "").endswith("the"):
+            raise ConnectionError
+    yield "data: [DONE]\n\n"
+
+
+def error(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "a_type", "param": None, "code": code}}
 
 
 def policy(page: str) -> str:
@@ -129,7 +144,7 @@ def policy(page: str) -> str:
     return f"default-src 'none'; {hashes('script')}; {hashes('style')}; {rest}"
 
 
-def application(stub: Stub, key: str | None) -> FastAPI:
+def application(stub: Stub, key: str | None, chat: bool) -> FastAPI:
     app = FastAPI(docs_url=None, openapi_url=None)
 
     @app.get("/")
@@ -151,7 +166,13 @@ def application(stub: Stub, key: str | None) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": "harbour", "object": "model", "owned_by": "you", "context_length": 1024}
+        model: dict[str, Any] = {
+            "id": "harbour",
+            "object": "model",
+            "owned_by": "you",
+            "context_length": 1024,
+        }
+        model["chat"] = chat
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/completions")
@@ -165,16 +186,27 @@ def application(stub: Stub, key: str | None) -> FastAPI:
             return JSONResponse(error("the queue is full"), 429, {"Retry-After": "3"})
         return StreamingResponse(written(body), media_type="text/event-stream")
 
+    @app.post("/v1/chat/completions")
+    async def conversation(body: dict[str, Any]) -> Response:
+        stub.asked.append(body)
+        if unknown := set(body) - (FIELDS | {"stream", "messages"}) | {*body} & {"n", "prompt"}:
+            return JSONResponse(error(f"unknown {unknown}"), 400)
+        if len(body["messages"]) > 6:
+            return JSONResponse(error("too many tokens", "context_length_exceeded"), 400)
+        if "forbidden" in body["messages"][-1]["content"]:
+            return JSONResponse(error("the chat template refuses these messages"), 400)
+        return StreamingResponse(said(body), media_type="text/event-stream")
+
     return app
 
 
 @contextmanager
-def serving(key: str | None = None) -> Iterator[Stub]:
+def serving(key: str | None = None, *, chat: bool = False) -> Iterator[Stub]:
     """The stub on a free port of this machine, in a thread."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         stub = Stub(f"http://127.0.0.1:{door.getsockname()[1]}/")
-        config = uvicorn.Config(application(stub, key), log_level="critical", lifespan="off")
+        config = uvicorn.Config(application(stub, key, chat), log_level="critical", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
         thread.start()

@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 
 from gptsmith import GPTConfig, SamplingSettings, complete
+from gptsmith.config.settings import GREEDY
+from gptsmith.generation.conversation import Conversation
 from gptsmith.tokenizers import byte_tokenizer
+from gptsmith.tokenizers.chat import ALPACA, open_template, with_template
 from tests.conftest import TINY, scrambled
 from tests.serving import running as real
 from tests.serving.page_stub import KEY, PAGE, serving
@@ -464,7 +467,207 @@ def test_a_long_text_grows_without_being_drawn_again(visit: Any, server_url: str
     assert here.tokens().first.evaluate("one => one.mark") == "the same node"
 
 
+# -- a conversation
+
+
+@pytest.fixture
+def chat_url() -> Iterator[str]:
+    with serving(chat=True) as stub:
+        yield stub.url
+
+
+def say(here: Visit, text: str) -> None:
+    here.page.fill("#message", text)
+    here.page.keyboard.press("Enter")
+
+
+def answered(here: Visit, number: int = 0) -> str:
+    """Waits for the end of an answer; how it ended."""
+    bubble = here.page.locator(".bubble.assistant").nth(number)
+    return str(bubble.and_(here.page.locator("[data-finish]")).get_attribute("data-finish"))
+
+
+def messages(here: Visit) -> list[dict[str, str]]:
+    """What the page last asked an answer to."""
+    return list(here.asked[-1]["messages"])
+
+
+def test_a_model_that_cannot_talk_has_no_talk(visit: Any, server_url: str) -> None:
+    here = visit(server_url)
+    here.until("document.title === 'harbour · gptsmith'")
+    assert not here.page.locator("#modes").is_visible()
+    assert not here.page.locator("#talk").is_visible()
+    assert here.page.locator("#prompt").is_visible()
+
+
+def test_a_conversation_goes_back_and_forth(visit: Any, chat_url: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    assert here.page.evaluate("document.activeElement.id") == "message"
+    assert not here.page.locator("#prompt, .scale, #generate").first.is_visible()
+    here.page.fill("#system", "Be brief.")
+    here.page.fill("#max_tokens", "12")
+    say(here, "Good evening")
+    assert answered(here) == "length"
+    assert here.page.locator(".bubble.user").inner_text() == "Good evening"
+    assert here.page.locator(".remark").inner_text() == "length reached"
+    (first,) = here.page.locator(".bubble.assistant").all_text_contents()
+    assert first.startswith("You said: Good evening\n The keeper")
+    system = {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": "Good evening"}
+    assert messages(here) == [system, question]
+    assert here.asked[-1]["temperature"] == 0.8
+    here.page.fill("#max_tokens", "900")
+    here.page.focus("#message")
+    here.page.keyboard.type("Two")
+    here.page.keyboard.press("Shift+Enter")
+    here.page.keyboard.type("lines")
+    here.page.keyboard.press("Enter")
+    assert answered(here, 1) == "stop"
+    answer = {"role": "assistant", "content": first}
+    assert messages(here) == [system, question, answer, {"role": "user", "content": "Two\nlines"}]
+    here.page.click("#reset")
+    assert here.page.locator("#bubbles > *").count() == 0
+    here.page.fill("#system", "")
+    say(here, "Anew")
+    answered(here)
+    assert messages(here) == [{"role": "user", "content": "Anew"}]
+
+
+@pytest.mark.parametrize("way", ["Escape", "button"])
+def test_an_answer_can_be_stopped(visit: Any, chat_url: str, way: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    say(here, "slow, please")
+    here.until("document.querySelector('.bubble.assistant')?.textContent.length > 30")
+    assert not here.page.locator("#send").is_visible()
+    if way == "Escape":
+        here.page.keyboard.press("Escape")
+    else:
+        here.page.click("#hush")
+    assert answered(here) == "stopped"
+    kept = here.page.locator(".bubble.assistant").text_content()
+    here.page.wait_for_timeout(200)
+    assert here.page.locator(".bubble.assistant").text_content() == kept
+    say(here, "Go on")
+    answered(here, 1)
+    assert messages(here)[1] == {"role": "assistant", "content": kept}
+
+
+def test_a_refused_message_can_be_changed(visit: Any, chat_url: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    here.refused = 1
+    say(here, "forbidden")
+    here.until("!trouble.hidden")
+    assert "the chat template refuses" in here.page.inner_text("#trouble")
+    assert here.page.locator(".bubble").count() == 0
+    assert here.page.input_value("#message") == "forbidden"
+    say(here, "Allowed")
+    assert answered(here) == "stop"
+    assert not here.page.locator("#trouble").is_visible()
+
+
+def test_an_answer_that_breaks_off_is_kept(visit: Any, chat_url: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    here.broken = True
+    say(here, "vanish")
+    assert answered(here) == "broken"
+    assert here.page.locator(".bubble.assistant").text_content().startswith("You said: vanish")
+    here.until("!trouble.hidden")
+    assert "went away" in here.page.inner_text("#trouble")
+
+
+def test_the_oldest_turns_leave_a_full_context(visit: Any, chat_url: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    here.page.fill("#system", "Stay.")
+    here.page.fill("#max_tokens", "3")
+    here.refused = 1
+    for number in range(4):
+        say(here, f"Question {number}")
+        answered(here, number)
+    asked = [message["content"] for message in messages(here) if message["role"] != "assistant"]
+    assert asked == ["Stay.", "Question 2", "Question 3"]
+    assert "no longer reads" in here.page.locator(".divider").inner_text()
+    assert here.page.locator(".bubble").count() == 8
+
+
+def test_the_choice_between_talking_and_writing_is_remembered(visit: Any, chat_url: str) -> None:
+    here = visit(chat_url)
+    here.page.wait_for_selector("#message:visible")
+    here.page.locator("#modes label", has_text="Write").click()
+    here.write(max_tokens=5)
+    here.finished()
+    assert not here.page.locator("#talk").is_visible()
+    here.page.reload()
+    here.page.wait_for_selector("#modes:visible")
+    assert here.page.locator("#prompt").is_visible()
+    here.page.locator("#modes label", has_text="Talk").click()
+    say(here, "Hello")
+    answered(here)
+
+
+BUBBLES = "all => all.map((one) => one.getBoundingClientRect()).map((b) => [b.left, b.right])"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1360, 860), (360, 740)])
+def test_a_talk_has_its_picture_taken(
+    visit: Any, chat_url: str, scheme: str, size: tuple[int, int]
+) -> None:
+    width, height = size
+    viewport = {"width": width, "height": height}
+    here = visit(chat_url, viewport=viewport, color_scheme=scheme, has_touch=width < 500)
+    here.page.wait_for_selector("#message:visible")
+    here.page.fill("#max_tokens", "40")
+    say(here, "Who keeps the light?")
+    answered(here)
+    here.page.fill("#max_tokens", "9")
+    say(here, "And " + "m" * 90 + "?")
+    answered(here, 1)
+    here.page.fill("#message", "Tell me of the ship")
+    assert here.page.evaluate("document.documentElement.scrollWidth") == width
+    assert here.page.locator("main").bounding_box()["width"] > 0.6 * min(width, 1000)
+    for left, right in here.page.locator(".bubble").evaluate_all(BUBBLES):
+        assert 0 <= left < right <= width
+    box = here.page.locator("#type").bounding_box()
+    assert height - 60 <= box["y"] + box["height"] <= height + 1  # where the thumb is
+    assert (
+        min(
+            here.page.evaluate(
+                CONTRASTS.replace(".token, .given, .figures span", ".bubble").replace(
+                    ".sheet", ".bubble.assistant"
+                )
+            )
+        )
+        >= 4.5
+    )
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    here.page.screenshot(path=PICTURES / f"talk-{width}-{scheme}.png")
+
+
 # -- with the server itself
+
+
+def test_a_tuned_model_answers_on_the_page(visit: Any, tmp_path: Path) -> None:
+    tokenizer = with_template(byte_tokenizer(), ALPACA)
+    model = scrambled(GPTConfig(**(TINY | {"vocab_size": 257, "context_length": 300})))
+    template = open_template(tmp_path, tokenizer)
+    assert template is not None
+    talk = Conversation(model, tokenizer, template, sampling=GREEDY, max_tokens=20)
+    expected = ["".join(talk.answer(text)) for text in ("Hello", "Well?")]
+    with real.serving(model, tokenizer, template=template) as server:
+        here = visit(server.url)
+        here.page.wait_for_selector("#message:visible")
+        here.page.fill("#max_tokens", "20")
+        here.page.fill("#temperature", "0")
+        for number, text in enumerate(("Hello", "Well?")):
+            say(here, text)
+            answered(here, number)
+        assert here.page.locator(".bubble.assistant").all_text_contents() == expected
+        here.page.close()
 
 
 def test_what_the_model_writes_is_what_the_page_shows(visit: Any) -> None:
