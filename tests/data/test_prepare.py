@@ -666,7 +666,7 @@ def test_what_is_advised_where_the_place_is_taken_works(
         ("notes", "notes already exists: choose another --out, or remove it first"),
         (
             "made",
-            "made was prepared with other split and settings: choose another --out, or remove it first",
+            "other split and settings: choose another --out, or remove it first",
         ),
     ):
         line = f"prepare text.txt --tokenizer byte --validation-fraction 0.3 --out {place}"
