@@ -1182,6 +1182,14 @@ def test_what_moved_is_where_the_message_says(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
+def test_the_first_run_that_the_help_advises_works(here: Path, does: Callable[..., str]) -> None:
+    advised = does("--help").rpartition("A first run:  gptsmith ")[2].split()
+    assert len(advised) == 2
+    does(*advised, *TOY.split(), "--evaluate-tokens", "99", "--out", "first")
+    assert Path("first/last").read_text() == "step-00000001\n"
+
+
+@pytest.mark.slow
 def test_everything_that_is_advised_after_training_works(
     toys: Path, does: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
