@@ -117,7 +117,7 @@ def test_more_memory_than_is_free(
         assert re.match(rf"training needs about \d+ KB more memory, but {free} KB are free", note)
         assert f"use --micro-batch {rows} or a smaller model" in note
         assert noted(*flags_in(note.removesuffix(" or a smaller model"))) == []
-    assert noted("--micro-batch", "6", "--n-embd", "2", "--n-head", "1") == []
+    assert noted("--micro-batch", "3", "--n-embd", "2", "--n-head", "1") == []
     with_free(monkeypatch, 7_000)
     assert main(["train", "text.txt", *TINY, "--steps", "3", "--out", "none"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
