@@ -2,6 +2,8 @@
 
 import re
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,20 @@ def cured(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) ->
     for number, cure in enumerate(cures(words, said)):
         line = [word.replace("OUT", f"cured-{number}") for word in cure]
         assert main(line) == 0, (said, line, capsys.readouterr().err)
+
+
+def followed(
+    line: str, message: str, cures: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Check that a command line is refused with an advice in words, and that each way of doing it
+    works; return the refusal. OUT in the lines is a new place."""
+    said = refusal(shlex.split(line.replace("OUT", "refused")), capsys)
+    assert message in said
+    assert not Path("refused").exists()
+    for number, cure in enumerate(cures):
+        words = shlex.split(cure.replace("OUT", f"cured-{number}"))
+        assert main(words) == 0, (said, cure, capsys.readouterr().err)
+    return said
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -147,7 +147,8 @@ def run_settings(
     if settings.training.start_from is not None:
         for choice in choices:
             if choice in types_of(GPTConfig) and choice != "dropout":
-                raise SettingError(choice, "cannot go with --from, which brings its own model")
+                problem = "cannot go with --from, which brings its own model: leave it out"
+                raise SettingError(choice, problem)
     return settings, name
 
 

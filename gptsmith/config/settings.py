@@ -291,5 +291,6 @@ class ServingSettings:
         for origin in self.allow_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise SettingError(
-                    "allow_origin", f"is '{origin}': a scheme and a host are needed, or *"
+                    "allow_origin",
+                    f"is '{origin}': a scheme and a host are needed, as https://example.org, or *",
                 )

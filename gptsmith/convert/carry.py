@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import saved
 from ..checkpoint.adapter_json import is_adapter
-from ..checkpoint.folder import find_model
+from ..checkpoint.folder import best_of, find_model
 from ..checkpoint.names import TIED
 from ..checkpoint.tensors import Stored, first_tokens, with_all
 from ..config.classifier import check_writes
@@ -135,7 +135,7 @@ def stored_at(source: FormatPath, tokenizer: str | None = None) -> Stored:
 
 def named_tokenizer(name: str) -> Tokenizer | None:
     """Return the tokenizer that a name means: none, gpt2, byte, a folder, or a `meta.pkl`."""
-    return None if name == "none" else open_tokenizer(name)
+    return None if name == "none" else open_tokenizer(best_of(name))
 
 
 def padded_sizes(vocab_size: int) -> set[int]:

@@ -4,10 +4,12 @@ Knows nothing of other architectures, or of quantizations coarser than Q8_0. Sta
 llama.cpp come from its source and behaviour; the tests check them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -184,10 +186,15 @@ def read(path: Path) -> Stored:
     A head that equals the embedding is tied: llama.cpp's converter writes it twice.
     """
     values, tensors = read_header(path)
+    # First, because only the first part has the model's values; in a joined file the count is 0.
+    if (parts := values.get("split.count", 1)) not in (0, 1):
+        first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", str(path))
+        raise ValueError(
+            f"{path} is one of {parts} parts: join them with llama.cpp's "
+            f"`llama-gguf-split --merge {quote(first)} OUT`"
+        )
     if (got := values.get("general.architecture")) != ARCHITECTURE:
         raise ValueError(f"{path} has a model of architecture {got!r}: only 'gpt2' is supported")
-    if (parts := values.get("split.count", 1)) != 1:
-        raise ValueError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
     config = config_of(path, values, tensors)
     stored = stored_under(
         NAMES,

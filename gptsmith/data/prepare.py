@@ -168,7 +168,8 @@ def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field
     free = shutil.disk_usage(place).free
     if most > free:
         raise OSError(
-            f"{out} could need {most / 1e9:,.3f} GB, but {free / 1e9:,.3f} GB are free on its disk"
+            f"{out} could need {most / 1e9:,.3f} GB, but {free / 1e9:,.3f} GB are free on its "
+            "disk: free some space, or choose an --out on another"
         )
 
 

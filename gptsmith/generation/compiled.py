@@ -236,7 +236,10 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
         return CompiledDecoder(model, open_library(STEP))
     except (ValueError, OSError) as error:
         if compile == "yes":
-            raise
+            if isinstance(error, OSError | SettingError):
+                raise
+            problem = f"is yes, but {error}; leave it out to do without"
+            raise SettingError("compile", problem) from error
         if isinstance(error, OSError):
             warnings.warn(f"the compiled step cannot be loaded: {error}", stacklevel=2)
         return None

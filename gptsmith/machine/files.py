@@ -82,7 +82,9 @@ def renamed_once_written(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(f"the disk is full: {path} was not written; free some space") from error
+            raise OSError(
+                f"the disk is full: {path} was not written; free some space and try again"
+            ) from error
         raise
 
 

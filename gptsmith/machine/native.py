@@ -60,13 +60,9 @@ def compile_library(source: Path, path: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
-                raise ValueError(
-                    f"{compiler} could not compile {source.name}: {reason}; leave compile out"
-                )
+                raise ValueError(f"{compiler} could not compile {source.name}: {reason}")
             with library.open("ab") as file:  # after the content, which the loader ignores
                 file.write(hashlib.sha256(library.read_bytes()).digest())
             library.replace(path)
     except OSError as error:
-        raise ValueError(
-            f"{source.name} could not be compiled: {error}; leave compile out"
-        ) from error
+        raise ValueError(f"{source.name} could not be compiled: {error}") from error

@@ -132,12 +132,14 @@ class Guard:
     def _refusal(self, headers: dict[bytes, bytes], guarded: bool) -> ApiError | None:
         """Return why a request is refused by its headers; None if it is not."""
         if guarded and self.key is not None and not _has_key(headers, self.key):
-            given = b"authorization" in headers
+            problem = (
+                "wrong: ask whoever runs this server for it, and"
+                if b"authorization" in headers
+                else "missing:"
+            )
             return ApiError(
                 401,
-                "the API key is wrong: ask whoever runs this server for it"
-                if given
-                else "the API key is missing: send the header 'Authorization: Bearer KEY'",
+                f"the API key is {problem} send the header 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -115,7 +115,8 @@ class ServedModel:
         """Return the token ids of a conversation; ApiError if there is no template."""
         if (template := self.template) is None:
             raise refused(
-                "this model has no chat template: send the prompt as text to /v1/completions",
+                "this model has no chat template: send the prompt as text to /v1/completions, "
+                "or /tokenize",
                 code="no_chat_template",
             )
         plain = [message.model_dump(exclude_none=True) for message in messages]

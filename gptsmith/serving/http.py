@@ -36,12 +36,15 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except socket.gaierror as error:
         raise ValueError(
-            f"no host '{host}': a name or address of this machine is needed"
+            f"no host '{host}': a name or address of this machine is needed, as 127.0.0.1"
         ) from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise taken(host, port) from error
-        raise ValueError(f"{host}, port {port}, cannot be used: {error.strerror}") from error
+        raise ValueError(
+            f"{host}, port {port}, cannot be used: {error.strerror}; "
+            "choose another --host or --port"
+        ) from error
     return bound
 
 

@@ -101,12 +101,16 @@ def check_memory(settings: RunSettings, device: torch.device) -> None:
         )
     rows = machine.micro_batch if on_cpu else 1
     width = number_bytes(machine.dtype)
-    whole = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
-    needed = (whole - weights) * processes
-    if needed > free and rank() == 0:
-        smaller = f"--micro-batch {rows // 2} or a smaller model" if rows > 1 else "a smaller model"
+
+    def needed(rows: int) -> int:
+        whole = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
+        return (whole - weights) * processes
+
+    if needed(rows) > free and rank() == 0:
+        fits = next((fewer for fewer in range(rows - 1, 0, -1) if needed(fewer) <= free), 0)
+        smaller = f"--micro-batch {fits} or a smaller model" if fits else "a smaller model"
         warnings.warn(
-            f"training needs about {size(needed)} more memory, but {size(free)} are free: the "
-            f"machine may become slow or end the run; use {smaller}",
+            f"training needs about {size(needed(rows))} more memory, but {size(free)} are free: "
+            f"the machine may become slow or end the run; use {smaller}",
             stacklevel=2,
         )

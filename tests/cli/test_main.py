@@ -347,7 +347,7 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
         )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "the disk is full" in done.stderr
+    assert "the disk is full: free some space and try again" in done.stderr
 
 
 def test_traceback_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -810,14 +810,23 @@ def small_disk(here: Path) -> Iterator[SmallDisk]:
         "tokenizer text.txt --vocab-size 300 --out disk/new",
         "plot RUN --out disk/new.png",
         f"train text.txt {' '.join(TINY)} --out disk/new",
+        "import RUN disk/new",
+        "export RUN disk/new --to book --approximate",
+        "quantize RUN disk/new --bits 8 --tokens 8",
     ],
 )
-def test_a_full_disk(words: str, run: str, small_disk: SmallDisk, refused: Any) -> None:
+def test_a_full_disk(words: str, run: str, small_disk: SmallDisk, refused: Any, does: Any) -> None:
+    """It is said, and what is advised then works: more space, or for text another disk."""
     Path("tiny.txt").write_text(TEXT[:200])
     small_disk.fill()
-    said = refused(*words.replace("RUN", run).split())
+    line = words.replace("RUN", run).split()
+    said = refused(*line)
     assert "disk" in said
-    assert "full" in said or "free" in said
+    assert "free some space" in said
+    if "choose an --out on another" in said:
+        does(*line[:-1], "other")
+    small_disk.free()
+    does(*line)
 
 
 def test_a_disk_that_fills_up_during_a_run(
@@ -1170,6 +1179,14 @@ def test_what_moved_is_where_the_message_says(capsys: pytest.CaptureFixture[str]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_first_run_that_the_help_advises_works(here: Path, does: Callable[..., str]) -> None:
+    advised = does("--help").rpartition("A first run:  gptsmith ")[2].split()
+    assert len(advised) == 2
+    does(*advised, *TOY.split(), "--evaluate-tokens", "99", "--out", "first")
+    assert Path("first/last").read_text() == "step-00000001\n"
 
 
 @pytest.mark.slow

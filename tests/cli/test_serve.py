@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import httpx2
@@ -22,8 +25,9 @@ import pytest
 from gptsmith import GPTConfig, save
 from gptsmith.cli import serve as command
 from gptsmith.cli.main import main
-from gptsmith.serving.http import listen, url
+from gptsmith.serving.http import UvicornServer, listen, url
 from gptsmith.tokenizers import byte_tokenizer
+from tests.advice import refusal
 from tests.conftest import TINY, scrambled, until
 from tests.serving.running import refuses
 
@@ -232,11 +236,177 @@ def test_a_model_that_anybody_may_use_is_noted(
     key: str,
     noted: bool,
 ) -> None:
-    from gptsmith.serving.http import UvicornServer
-
     monkeypatch.setenv("GPTSMITH_API_KEY", key)
     guards = []
     monkeypatch.setattr(UvicornServer, "run", lambda self, sockets: guards.append(self.config.app))
     assert main(["serve", str(folder), "--host", host, "--port", "0"]) == 0
     assert ("can use the model: set GPTSMITH_API_KEY" in capsys.readouterr().err) is noted
     assert guards[0].key == (key.encode() or None)
+
+
+# -- what is advised
+
+
+@contextmanager
+def answering(model: Path, *flags: str) -> Iterator[tuple[UvicornServer, httpx2.Client]]:
+    """The command in a thread of the test, once it is ready, and a client of it."""
+    told = SimpleQueue[Any]()
+
+    class Told(UvicornServer):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            told.put((self, url((sockets or [])[0])))
+
+    words = ["serve", str(model), "--threads", "1", "--compile", "no", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptsmith.serving.http.UvicornServer", Told)
+        thread = Thread(target=lambda: told.put(main(words)))
+        thread.start()
+        found = told.get(timeout=120)
+    assert not isinstance(found, int), f"refused: {words}"
+    server, address = found
+    unix = address.removeprefix("unix:")
+    try:
+        with httpx2.Client(base_url=address) if unix == address else over(Path(unix)) as client:
+            yield server, client
+    finally:
+        server.should_exit = True
+        thread.join(120)
+    assert told.get(timeout=120) == 0
+
+
+def check_answers(client: httpx2.Client, key: str = "", name: str = "my-toy") -> None:
+    """It writes, for whoever has the key."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {"model": name, "prompt": "a", "max_tokens": 2}
+    found = client.post("/v1/completions", json=body, headers=headers)
+    assert found.status_code == 200, found.text
+    assert found.json()["usage"]["prompt_tokens"] == 1
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        return str(other.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "cures"),
+    [
+        ("--port TAKEN", "choose another --port, or 0 for a free one", ["--port FREE", "--port 0"]),
+        ("--port 65536", "at least 0 and below 65536 is needed", ["--port FREE"]),
+        ("--host 256.1.1.1.1 --port 0", "address of this machine is needed, as 127.0.0.1",
+         ["--host 127.0.0.1 --port 0", "--host localhost --port 0"]),
+        ("--host 192.0.2.1 --port 0", "choose another --host or --port", ["--port 0"]),
+        ("--unix-socket FILE", "choose another path", ["--unix-socket NEW"]),
+        ("--unix-socket /no/x", "choose another path", ["--unix-socket NEW"]),
+        (f"--unix-socket {'x' * 200}", "choose another path", ["--unix-socket NEW"]),
+        ("--api-key '' --port 0", "give one word, or no key", ["--api-key w --port 0", "--port 0"]),
+        ("--api-key 'a b' --port 0", "give one word, or no key", ["--api-key a_b --port 0"]),
+        ("--name '' --port 0", "requests need a name for the model", ["--name my-toy --port 0"]),
+        ("--slots 0 --port 0", "at least 1 is needed", ["--slots 1 --port 0"]),
+        ("--slots 9 --port 0", "choose fewer slots", ["--slots 3 --port 0"]),
+    ],
+)  # fmt: skip
+def test_what_is_advised_for_a_server_works(
+    flags: str,
+    message: str,
+    cures: list[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server begins, and answers."""
+    if "choose fewer" in message:  # 1.1 MB each
+        monkeypatch.setattr("gptsmith.serving.worker.available_memory", lambda device: 5_000_000)
+    (tmp_path / "file").touch()
+    with (
+        tempfile.TemporaryDirectory() as short,  # a socket's path has at most 107 bytes
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        places = {"TAKEN": str(other.getsockname()[1]), "FILE": str(tmp_path / "file")}
+        places |= {"FREE": free_port(), "NEW": f"{short}/s"}
+
+        def words(line: str) -> list[str]:
+            return [places.get(word, word) for word in shlex.split(line)]
+
+        assert message in refusal(["serve", str(folder), *words(flags)], capsys)
+        for cure in cures:
+            line = words(cure)
+            key = line[1] if line[0] == "--api-key" else ""
+            with answering(folder, *line) as (_, client):
+                check_answers(client, key)
+
+
+def test_another_path_than_that_of_a_running_server(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        line = ["serve", str(folder), "--unix-socket", f"{short}/a"]
+        with answering(folder, *line[2:]) as (_, one):
+            assert "listens there; choose another path" in refusal(line, capsys)
+            with answering(folder, "--unix-socket", f"{short}/b") as (_, two):
+                check_answers(two)
+            check_answers(one)
+
+
+def test_the_key_that_is_advised_is_needed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the variable that the note names, and in the header that the refusal names."""
+    with monkeypatch.context() as patch:
+        patch.setattr(UvicornServer, "run", lambda self, sockets: None)
+        assert main(["serve", str(folder), "--host", "0.0.0.0", "--port", "0"]) == 0
+    name = re.search(r"set (GPTSMITH_\w+)", capsys.readouterr().err)
+    assert name
+    monkeypatch.setenv(name[1], "secret")
+    with answering(folder, "--port", "0") as (_, client):
+        for headers in ({}, {"Authorization": "secret"}, {"Authorization": "Basic secret"}):
+            found = client.get("/v1/models", headers=headers)
+            assert found.status_code == 401
+            said = re.search("send the header '(.*): (.*)'", found.json()["error"]["message"])
+            assert said, found.text
+            cure = {said[1]: said[2].replace("KEY", "secret")}
+            assert client.get("/v1/models", headers=cure).status_code == 200
+        check_answers(client, "secret")
+
+
+def test_the_origin_that_is_advised_may_ask(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["serve", str(folder), "--allow-origin", "example.org"]
+    said = re.search(r"as (\S+), or (\S)$", refusal(line, capsys))
+    assert said
+    origin, anybody = said.groups()
+    for allowed in (origin, anybody):
+        with answering(folder, "--port", "0", "--allow-origin", allowed) as (_, client):
+            found = client.get("/health", headers={"origin": origin})
+            assert found.headers["access-control-allow-origin"] == allowed
+
+
+def test_a_tokenizer_that_is_added_is_enough(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mute = tmp_path / "my-toy"
+    save(scrambled(GPTConfig(**(TINY | {"vocab_size": 257}))), None, mute)
+    said = refusal(["serve", str(mute), "--port", "0"], capsys)
+    assert "has no tokenizer.json, which generating text needs: add one" in said
+    (mute / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with answering(mute, "--port", "0") as (_, client):
+        check_answers(client)
+
+
+@pytest.mark.slow
+def test_who_is_told_to_retry_in_a_moment_is_answered_by_the_next_server(folder: Path) -> None:
+    port = free_port()
+    body = FOREVER | {"model": "my-toy"}
+    with (
+        answering(folder, "--port", port, "--drain", "1") as (server, client),
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        server.should_exit = True
+        assert "the server is stopping: retry in a moment" in list(lines)[-2]
+    with answering(folder, "--port", port) as (_, client):
+        check_answers(client)

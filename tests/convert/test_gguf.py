@@ -1,8 +1,10 @@
 """GGUF: llama.cpp computes what we compute, from our files, and we read what others write."""
 
 import json
+import os
 import random
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -25,9 +27,11 @@ from gptsmith import GPT, GPTConfig, Tokenizer, generate_greedy
 from gptsmith.checkpoint.names import TIED
 from gptsmith.checkpoint.saved import build
 from gptsmith.checkpoint.tensors import Stored, with_all
+from gptsmith.cli.main import main
 from gptsmith.convert.gguf import DTYPES, nearest, read, recognise, write
 from gptsmith.machine.files import DamagedError
 from gptsmith.tokenizers import byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe
+from tests.advice import refusal
 from tests.conftest import scrambled
 
 TEXT = (
@@ -630,6 +634,38 @@ def test_other_files_are_refused_in_one_line(how: Any, message: str, tmp_path: P
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{message}") as error:
         read(path)
     assert "\n" not in str(error.value)
+
+
+def test_parts_are_joined_as_advised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever part is given: only the first says what the model is."""
+    tool = tmp_path / "bin" / "llama-gguf-split"
+    tool.parent.mkdir()
+    program = Path(__file__).with_name("llama_gguf_split.py")
+    tool.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(program)])} "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{tool.parent}")  # a real one comes first
+    place = tmp_path / "my models"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    write(stored(scrambled(GPTConfig(**(SIZES | {"vocab_size": 257}))), byte_tokenizer()),
+          Path("m.gguf"), "q8_0")  # fmt: skip
+    line = "llama-gguf-split --split --split-max-tensors 10 m.gguf part"
+    subprocess.run(line.split(), check=True, capture_output=True)
+    parts = sorted(Path().glob("part-*.gguf"))
+    assert len(parts) == 3
+    with served(parts[0]) as server:  # llama.cpp takes them as they are
+        assert server.ids("hi") == [104, 105]
+    for number, part in enumerate(parts):
+        said = refusal(["import", str(place / part), "out"], capsys)
+        assert f"{part} is one of 3 parts" in said
+        command = said.split("`")[1].replace(" OUT", f" joined-{number}.gguf")
+        subprocess.run(shlex.split(command), check=True, capture_output=True)
+        assert main(["import", f"joined-{number}.gguf", f"joined-{number}"]) == 0
+    assert main(["import", "m.gguf", "m"]) == 0
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("m", "joined-1")]
+    assert weights[0] == weights[1]
 
 
 @pytest.fixture(scope="module")

@@ -404,3 +404,36 @@ def test_a_killed_download_is_not_mistaken_for_a_whole_one(
     found, said = fetch(tmp_path, server)
     assert said == ""
     assert is_our_model(found)
+
+
+# -- what is advised
+
+
+@pytest.mark.slow
+def test_what_is_advised_after_a_failed_download_works(
+    files: dict[str, bytes], server: Hub, tmp_path: Path
+) -> None:
+    """Trying again imports the model, and so does a folder with the files that the line names."""
+
+    def imported(source: str, out: str, address: Hub | None) -> str:
+        words = [sys.executable, "-m", "gptsmith", "import", source, out]
+        home = environment(tmp_path / "home", address)
+        done = subprocess.run(words, cwd=tmp_path, env=home, capture_output=True, text=True)
+        assert done.returncode == (0 if (tmp_path / out).exists() else 2), done.stderr
+        return done.stderr
+
+    server.files = {}
+    said = imported("gpt2", "out", server)
+    assert re.fullmatch(rf"gptsmith: gpt2 could not be downloaded \(.*\): {HOW}import that\n", said)
+    server.files = files
+    assert "could not" not in imported("gpt2", "again", server)
+    by_hand = tmp_path / "by hand"
+    by_hand.mkdir()
+    named = re.search("put its (.*) into a folder", said)
+    assert named
+    for name in re.split(", | and ", named[1]):
+        (by_hand / name).write_bytes(files[name])
+    server.stop()
+    imported("by hand", "whole", None)
+    for out in ("again", "whole"):
+        assert is_our_model(str(tmp_path / out))

@@ -641,6 +641,16 @@ def test_a_folder_that_is_no_gpt2_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_sizes_are_copied_from_the_original_as_advised(toy: Path, tmp_path: Path) -> None:
+    """And a folder with them is imported."""
+    original = (toy / "hparams.json").rename(tmp_path / "hparams.json")
+    with pytest.raises(FileNotFoundError, match=r"has no (\S+): copy it from the") as caught:
+        tensorflow.read(toy)
+    name = str(caught.value).partition("has no ")[2].partition(":")[0]
+    (toy / name).write_bytes(original.read_bytes())
+    assert np.array_equal(tensorflow.read(toy).fetch("wpe.weight"), ARRAYS["model/wpe"])
+
+
 def data_of(folder: Path) -> Path:
     return folder / "model.ckpt.data-00000-of-00001"
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -23,6 +24,7 @@ import tiktoken
 import tokenizers
 import transformers
 
+from gptsmith.cli.main import main
 from gptsmith.config.settings import PrepareSettings
 from gptsmith.data import encode
 from gptsmith.data import prepare as prepare_module
@@ -40,6 +42,8 @@ from gptsmith.tokenizers import (
     gpt2_tokenizer,
     load_tokenizer,
 )
+from tests.advice import followed
+from tests.conftest import TOY
 
 END = "<|endoftext|>"
 
@@ -577,3 +581,158 @@ def test_names_of_encodings_are_pythons_own():
         "cp1252",
         "utf-16",
     ]
+
+
+# -- what is advised
+
+
+def write_texts() -> None:
+    """Texts of which each has something odd."""
+    text = Path("text.txt").read_text()
+    Path("few.txt").write_text("few words 🙂")  # its last tenth begins within the last character
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 99)
+    Path("other.jsonl").write_text('{"body": "fox", "number": 3}\n' * 99)
+    Path("bad.jsonl").write_text('{"text": "fox"}\n' * 99 + '{"text": 3}\n')
+    Path("odd").mkdir()
+    Path("odd/text.odd").write_text(text)
+    Path("table.txt").write_bytes(b"")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["fox"] * 99}), "table.txt")
+    shutil.copy("table.txt", "table.parquet")
+    for tool in ("gzip", "bzip2", "xz", "zstd"):
+        if shutil.which(tool):
+            packed = subprocess.run(tool, input=text.encode(), stdout=subprocess.PIPE, check=True)
+            Path(f"{tool}.txt").write_bytes(packed.stdout)
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "cures"),
+    [
+        ("other.jsonl", "(there are: body, number): name the right one with --field",
+         ["other.jsonl --field body"]),
+        ("other.jsonl --field number", "not text: name another --field",
+         ["other.jsonl --field body"]),
+        ("bad.jsonl", "or skip such rows with --bad-rows skip", ["bad.jsonl --bad-rows skip"]),
+        ("latin.txt", "name the file's encoding with --encoding, as latin-1",
+         ["latin.txt --encoding latin-1"]),
+        ("text.txt --encoding punycode", "name its --encoding, as utf-8",
+         ["text.txt --encoding utf-8"]),
+        ("text.txt --encoding nonsense", "try utf-8 or latin-1",
+         ["text.txt --encoding utf-8", "text.txt --encoding latin-1"]),
+        ("text.txt --encoding utf8x", "did you mean 'utf-8'", ["text.txt --encoding utf-8"]),
+        ("table.txt", "name it .parquet, and its rows are read", ["table.parquet"]),
+        ("few.txt --tokenizer char", "use a larger --validation-fraction, or 0",
+         ["few.txt --tokenizer char --validation-fraction 0.5",
+          "few.txt --tokenizer char --validation-fraction 0"]),
+        ("few.txt --validation-fraction 0.99", "too little text to train on: use more",
+         ["text.txt --validation-fraction 0.99"]),
+        ("run", "name a file or a folder of text", ["text.txt", "odd/text.odd"]),
+        ("odd", "name a file itself to read it whatever its suffix", ["odd/text.odd"]),
+        ("'' text.txt", "a file, a folder or - is needed", ["text.txt", "few.txt text.txt"]),
+        ("text.txt --tokenizer char --unknown skip --workers 99999", "leave it out",
+         ["text.txt --tokenizer char --unknown skip"]),
+        ("text.txt --tokenizer nonsense", "gpt2, char, byte or a folder is needed",
+         [f"text.txt --tokenizer {kind}" for kind in ("gpt2", "char", "byte", "run")]),
+    ],
+)  # fmt: skip
+def test_what_is_advised_for_a_text_works(
+    line: str, message: str, cures: list[str], toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts()
+    kind = "" if "--tokenizer" in line else " --tokenizer byte"
+    lines = [f"prepare {each}{kind} --out OUT" for each in cures]
+    followed(f"prepare {line}{kind} --out OUT", message, lines, capsys)
+
+
+@pytest.mark.parametrize("tool", ["gzip", "bzip2", "xz", "zstd"])
+def test_a_compressed_text_is_decompressed_as_advised(
+    tool: str, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not on this machine")
+    write_texts()
+    said = followed(f"prepare {tool}.txt --out OUT", "decompress it first, as by ", [], capsys)
+    with Path(f"{tool}.txt").open("rb") as packed:
+        text = subprocess.run([said.split()[-1]], stdin=packed, stdout=subprocess.PIPE, check=True)
+    assert text.stdout == Path("text.txt").read_bytes()
+
+
+def test_what_is_advised_where_the_place_is_taken_works(
+    toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes").mkdir()
+    Path("notes/mine.txt").touch()
+    assert main("prepare text.txt --tokenizer byte --out made".split()) == 0
+    for place, message in (
+        ("notes", "notes already exists: choose another --out, or remove it first"),
+        (
+            "made",
+            "other split and settings: choose another --out, or remove it first",
+        ),
+    ):
+        line = f"prepare text.txt --tokenizer byte --validation-fraction 0.3 --out {place}"
+        followed(line, message, [line.replace(place, f"other-{place}")], capsys)
+        shutil.rmtree(place)
+        assert main(line.split()) == 0
+
+
+def publish(folder: str, ids: range) -> None:
+    """Shards as others publish them, without a word on the tokenizer."""
+    Path(folder).mkdir()
+    for split in ("train", "val"):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 900
+        tokens = np.resize(np.array(ids, np.uint16), 900)
+        Path(folder, f"web_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "cures"),
+    [
+        ("train bytes TOY --out OUT", "add --tokenizer with gpt2, byte, or a folder",
+         ["train bytes TOY --out OUT --tokenizer byte", "train bytes TOY --out OUT --tokenizer bpe",
+          "train bytes TOY --out OUT --tokenizer gpt2"]),
+        ("train more TOY --out OUT --tokenizer byte", "name the tokenizer that made it with --tok",
+         ["train more TOY --out OUT --tokenizer bpe"]),
+        ("train chars TOY --out OUT --tokenizer byte",
+         "prepare the text again, or name its --tokenizer",
+         ["train chars TOY --out OUT --tokenizer char", "train again TOY --out OUT",
+          "train again TOY --out OUT --tokenizer byte"]),
+        ("train text.txt TOY --out OUT --context-length 99999 --batch-tokens 99999",
+         "use more text or a smaller context_length",
+         ["train text.txt TOY --out OUT", ]),
+        ("train tiny.txt TOY --tokenizer char --out OUT", "use --validation-fraction 0, or more",
+         ["train tiny.txt TOY --tokenizer char --out OUT --validation-fraction 0",
+          "train text.txt TOY --tokenizer char --out OUT"]),
+        ("train tiny TOY --out OUT", "prepare the text again and use --validation-fraction 0",
+         ["prepare tiny.txt --tokenizer char --out OUT --validation-fraction 0",
+          "train cured-0 TOY --out OUT"]),
+        ("train default TOY --tokenizer char --out OUT", "add --data with a source or a prepared",
+         ["train default TOY --tokenizer char --out OUT --data text.txt",
+          "train default TOY --out OUT --data chars"]),
+        ("evaluate run --data whole --split validation", "use train",
+         ["evaluate run --data whole --split train"]),
+        ("evaluate mute --data text.txt", "use data made by `gptsmith prepare`",
+         ["prepare text.txt --tokenizer run --out OUT", "evaluate mute --data cured-0"]),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_what_is_advised_for_prepared_data_works(
+    line: str, message: str, cures: list[str], toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("tiny.txt").write_text("ten bytes!")
+    for made in (
+        "prepare text.txt --tokenizer char --out chars",
+        "prepare text.txt --tokenizer byte --out again",
+        "prepare text.txt --tokenizer run --out whole --validation-fraction 0",
+        "prepare tiny.txt --tokenizer char --out tiny",
+        "tokenizer text.txt --vocab-size 300 --out bpe",
+    ):
+        assert main(made.split()) == 0, capsys.readouterr().err
+    publish("bytes", range(256))
+    publish("more", range(300))
+    shutil.copytree(next(Path("run/checkpoints").iterdir()), "mute")
+    for name in ("manifest.json", "tokenizer.json"):
+        Path("mute", name).unlink()
+    toy = TOY.replace("--tokenizer char ", "")
+    followed(*(each.replace("TOY", toy) for each in (line, message)),
+             [cure.replace("TOY", toy) for cure in cures], capsys)  # fmt: skip

