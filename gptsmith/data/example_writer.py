@@ -84,9 +84,9 @@ def divided(
     free = splits < 0
     test = settings["test_fraction"]
     test = (0.2 if task == "classify" else 0.1) if test is None else test
-    splits[free] = held_out(
-        hashes[free], {"test": test, "validation": settings["validation_fraction"]}
-    )
+    fractions = {"test": test, "validation": settings["validation_fraction"]}
+    if free.any():
+        splits[free] = held_out(hashes[free], fractions)
     if not (splits == 0).any():
         raise ValueError(
             f"of {len(splits)} examples, none is left to learn from: use more, or smaller "

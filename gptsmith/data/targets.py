@@ -70,11 +70,11 @@ class Encoder:
 
     def labelled(self, example: Labelled) -> Row:
         """Return the row of a text, which is cut at its end if it is too long."""
-        ids = self.tokenizer.encode(example.text, unknown=self.unknown)
-        if not ids:
+        ids = self.tokenizer.encode_array(example.text, unknown=self.unknown)
+        if not len(ids):
             raise ValueError("its text has no token that is known")
         self.cut_prompts += len(ids) > self.context_length
-        tokens = np.array(ids[: self.context_length], np.int32)
+        tokens = ids[: self.context_length].astype(np.int32)
         targets = np.full_like(tokens, -1)
         targets[-1] = self.labels.setdefault(example.label, len(self.labels))
         return tokens, targets

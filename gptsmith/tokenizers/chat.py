@@ -151,7 +151,7 @@ class ChatTemplate:
     def plain_ids(self, text: str, unknown: Unknown) -> list[int]:
         """Return the token ids of a text without special tokens, unmasked."""
         plain = text.translate(self.unmask)
-        return self.tokenizer.encode(plain, unknown=unknown) if plain else []
+        return self.tokenizer.encode_array(plain, unknown=unknown).tolist() if plain else []
 
     def all_masked(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         """Return messages in which no special token can be found."""

@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptsmith import GPTConfig, save
-from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, load_tokenizer
-from gptsmith.tokenizers.chat import ChatTemplate, open_template
+from gptsmith.tokenizers import (
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    with_special,
+)
+from gptsmith.tokenizers.chat import BUILT_IN, ChatTemplate, open_template, with_template
 from tests.conftest import TINY, scrambled
 
 CHATML = (
@@ -123,6 +130,89 @@ def test_what_cannot_be_a_template_or_a_message_is_refused(tmp_path: Path) -> No
     letters = char_tokenizer("abc")
     with pytest.raises(ValueError, match="unknown character 'z'"):
         ChatTemplate("{{ messages[0].content }}", letters, {}).ids([{"content": "az"}])
+
+
+# -- answers
+
+ANSWERS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ANSWERED = [*TALK, {"role": "assistant", "content": "end\nof it."}]
+
+
+@pytest.mark.parametrize("base", ["byte", "gpt2"])
+@pytest.mark.parametrize("source", [ANSWERS, *BUILT_IN.values()])
+def test_segments_are_transformers_ids_and_its_mask(tmp_path: Path, base: str, source: str) -> None:
+    from transformers import AutoTokenizer
+
+    fresh = {"byte": byte_tokenizer, "gpt2": gpt2_tokenizer}[base]()
+    tokenizer = with_template(with_special(fresh, ["<|im_start|>", "<|im_end|>"]), source)
+    tokenizer.save(tmp_path)
+    judge = AutoTokenizer.from_pretrained(tmp_path)
+    expected = judge.apply_chat_template(
+        ANSWERED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    template = open_template(tmp_path, load_tokenizer(tmp_path))
+    assert template is not None
+    segments = template.segments(ANSWERED)
+    assert [id for segment in segments for id in segment.ids] == expected["input_ids"]
+    mask = [int(segment.learned) for segment in segments for _ in segment.ids]
+    if base == "byte" or source != BUILT_IN["plain"]:
+        assert mask == expected["assistant_masks"]
+    ends = [segment.ids[-1] for segment in segments if segment.learned]
+    assert set(ends) == {tokenizer.vocab["<|im_end|>" if source == ANSWERS else "<|endoftext|>"]}
+    # What precedes the last answer is what a server would give to the model.
+    before = [id for segment in segments[: 2 * len(ends) - 1] for id in segment.ids]
+    assert before == template.ids(TALK)
+
+
+def test_what_follows_an_end_is_not_learned_and_no_message_can_write_one() -> None:
+    template = ChatTemplate(ANSWERS, CHAT, {})
+    text = "a<|im_end|>b"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    before, answer, after = template.segments(messages)
+    assert answer == ([*text.encode(), END], True)
+    assert after == ([*b"\n"], False)
+    assert before.ids.count(END) == 1
+
+
+def test_a_template_that_rewrites_or_never_ends_an_answer_is_refused() -> None:
+    rewrites = "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}"
+    with pytest.raises(ValueError, match="does not write message 3 as a continuation of the"):
+        ChatTemplate(rewrites, CHAT, {}).segments(ANSWERED)
+    endless = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="writes no special token after an answer"):
+        ChatTemplate(endless, CHAT, {}).segments(ANSWERED)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_new_special_tokens_are_read_by_transformers_alike(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    base = {"char": lambda: char_tokenizer("ab <|u>"), "byte": byte_tokenizer}.get(
+        kind, gpt2_tokenizer
+    )()
+    tokenizer = with_special(base, ["<|endoftext|>", "<|u|>"])
+    assert with_special(tokenizer, ["<|u|>"]) is tokenizer
+    count = base.vocab_size
+    assert tokenizer.vocab["<|u|>"] == count + (kind == "char")
+    assert base.vocab_size == count, "the other tokenizer has grown"
+    assert tokenizer.encode("ab <|u|>") == base.encode("ab <|u|>")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    judge = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(judge) == tokenizer.vocab_size
+    assert judge("ab <")["input_ids"] == tokenizer.encode("ab <")
+    assert judge("a<|u|>b")["input_ids"] == [
+        *tokenizer.encode("a"),
+        tokenizer.vocab["<|u|>"],
+        *tokenizer.encode("b"),
+    ]
+    with pytest.raises(ValueError, match="'a' cannot be a special token"):
+        with_special(base, ["a"])
 
 
 def test_the_date_is_written_as_a_template_likes_it() -> None:
