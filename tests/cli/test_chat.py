@@ -22,7 +22,7 @@ from gptsmith.cli.main import main
 from gptsmith.generation.writing import generate_greedy
 from gptsmith.tokenizers import byte_tokenizer
 from gptsmith.tokenizers.chat import ALPACA, open_template, with_template
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, until
 
 FLAGS = "--temperature 0 --max-tokens 6 --compile no --threads 1".split()
 
@@ -173,6 +173,11 @@ class Terminal:
         os.write(self.mine, keys.encode())
 
     def interrupt(self) -> None:
+        """Send what Ctrl-C sends, once the process waits for a key: a signal that comes between
+        the prompt and that would be noticed with the next key only."""
+        time.sleep(0.2)
+        state = Path(f"/proc/{self.process.pid}/stat")
+        until(lambda: state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "S")
         self.process.send_signal(signal.SIGINT)
 
 
@@ -216,7 +221,7 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(folder: Path, terminal: Termin
     terminal.see("Go on")
     while len(terminal.screen) < 40:
         terminal.screen += os.read(terminal.mine, 4096).decode(errors="replace")
-    terminal.interrupt()
+    terminal.process.send_signal(signal.SIGINT)
     terminal.see("(stopped)")
     terminal.see("> ")
     terminal.interrupt()
