@@ -251,3 +251,5 @@ def check_model(model: GPT) -> None:
         raise SettingError(
             "compile", "is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
         )
+    if model.lora is not None:
+        raise SettingError("compile", "is yes, but the compiled step knows no adapters: merge them")

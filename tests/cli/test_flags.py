@@ -31,6 +31,7 @@ NEEDED = {
     "describe": "gpt2",
     "import": "model out",
     "export": "model out --to nanogpt",
+    "merge": "adapter out",
     "quantize": "model out --bits 8",
     "serve": "model",
     "bench": "generate gpt2",
