@@ -1,5 +1,6 @@
 """`gptsmith chat`: a line a turn where nobody types, and in a real terminal where somebody does."""
 
+import codecs
 import io
 import json
 import os
@@ -154,9 +155,11 @@ class Terminal:
             stderr=theirs,
             env=environment,
             start_new_session=True,
+            # Whoever runs the tests in the background lets them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
-        self.screen = ""
+        self.screen, self.decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
     def see(self, text: str, seconds: float = 120) -> str:
         """Wait until a text is shown, without colours; what was shown up to it."""
@@ -164,10 +167,14 @@ class Terminal:
         while text not in (plain := re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.screen)):
             assert time.monotonic() < end, f"no {text!r} in {plain!r}"
             if select.select([self.mine], [], [], 0.2)[0]:
-                self.screen += os.read(self.mine, 4096).decode(errors="replace")
+                self.read()
         before, _, rest = plain.partition(text)
         self.screen = rest
         return before
+
+    def read(self) -> None:
+        """Read what is there, or wait for it."""
+        self.screen += self.decoder.decode(os.read(self.mine, 4096))
 
     def type(self, keys: str) -> None:
         os.write(self.mine, keys.encode())
@@ -220,7 +227,7 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(folder: Path, terminal: Termin
     terminal.type("Go on\n")
     terminal.see("Go on")
     while len(terminal.screen) < 40:
-        terminal.screen += os.read(terminal.mine, 4096).decode(errors="replace")
+        terminal.read()
     terminal.process.send_signal(signal.SIGINT)
     terminal.see("(stopped)")
     terminal.see("> ")

@@ -25,6 +25,7 @@ NEEDED = {
     "train": "text.txt",
     "finetune": "model --data text.txt",
     "sample": "model",
+    "chat": "model",
     "classify": "model --text hello",
     "evaluate": "model --data text.txt",
     "plot": "run",
