@@ -122,6 +122,7 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> None:
         theirs["pad_token_id"] = pad = config.pad_token_id
         if tokenizer is not None and pad in tokenizer.specials:
             tokenizer = tokenizer.padding_with(tokenizer.specials[pad])
+            stored = replace(stored, tokenizer=tokenizer)
     elif "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
         fewer = {"max_new_tokens": generation["max_new_tokens"]}
         theirs["task_specific_params"] = {"text-generation": fewer}
