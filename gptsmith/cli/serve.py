@@ -128,6 +128,8 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     from ..model.classifier import Classifier
 
     if isinstance(opened[1], Classifier):
+        if settings.adapter:
+            raise SettingError("adapter", f"is of a model that writes, not of {options.model}")
         return classifier_served(options, settings, *opened[1:])
     folder, model, tokenizer, decoder = with_decoder(options, options.model, *opened)
     from ..model.lora import own_bytes
