@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from ..config.fields import SettingError
 from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from .flags import Parser, add_flags, chosen
