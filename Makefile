@@ -31,7 +31,7 @@ check: .venv/test
 soak: .venv/test
 	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
 
-# The compiled step on processors of other kinds, emulated.
+# The C++ files on processors of other kinds, emulated.
 other-processors: .venv/test | system-other-processors
 	$(BIN)/pytest tests/processors
 

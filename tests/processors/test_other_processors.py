@@ -20,6 +20,7 @@ from tests.generation.test_compiled import exactly, opened, read, some_text
 SOURCE = Path(__file__).with_name("run_step.cpp")
 FLAGS = [f for f in native.FLAGS if f not in ("-march=native", "-shared", "-fPIC")]
 TARGETS = {
+    "SSE": ("g++ -march=x86-64-v2", "qemu-x86_64-static -cpu Nehalem"),
     "AVX2": ("g++ -march=haswell", "qemu-x86_64-static -cpu Haswell"),
     "ARM": ("aarch64-linux-gnu-g++ -march=armv8-a", "qemu-aarch64-static -cpu cortex-a72"),
 }
