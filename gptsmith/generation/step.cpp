@@ -2,9 +2,9 @@
 // texts in the KV cache.
 //
 // Each weight is read from memory once for all rows, in the format in which it is stored: float32,
-// bfloat16, or several small integers in a word (products.h). The numbers of a row are always summed in
-// the same order, so its logits do not depend, to the bit, on the other rows or on the number of
-// threads.
+// bfloat16, or several small integers in a word (products.h). The numbers of a row are always
+// summed in the same order, so its logits do not depend, to the bit, on the other rows or on the
+// number of threads.
 //
 // Uses the vector extensions of GCC and Clang, which work on every processor. compiled.py describes
 // the model to it; machine/native.py compiles it.
@@ -163,7 +163,8 @@ void attend(const float* q, const typename In::Stored* keys, const typename In::
             Floats dots[KEYS] = {};
             for (int64_t d = 0; d < D; d += LANES)
                 for (int i = 0; i < KEYS; i++)
-                    dots[i] += load<Floats>(q + h * D + d, D - d) * get(keys, s + i, h * D + d, D - d);
+                    dots[i] += load<Floats>(q + h * D + d, D - d) *
+                               get(keys, s + i, h * D + d, D - d);
             for (int i = 0; i < KEYS; i++)
                 store(scratch.dots[h * LANES + s % LANES + i].numbers, dots[i]);
         }
