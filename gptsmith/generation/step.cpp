@@ -152,7 +152,8 @@ void attend(const float* q, const typename In::Stored* keys, const typename In::
     scratch.p.resize(heads * room);
     scratch.dots.resize(heads * LANES);
     float scale = 1 / std::sqrt((float)D), *p = scratch.p.data();
-    // Return 16 numbers of a key or value from c on; repeat the last one if there are too few.
+    // Return 16 numbers of key or value s from c on, and ask for those that are read eight keys
+    // later, once for each cache line. The last key is repeated if there are too few.
     auto get = [&](auto from, int64_t s, int64_t c, int64_t left) __attribute__((always_inline)) {
         from += std::min(s, S - 1) * C + c;
         if (c % LINE == 0) __builtin_prefetch(from + 2 * KEYS * C);
