@@ -308,7 +308,8 @@ inline void multiply(typename F::Sum (&sums)[MS][RS * F::SUMS],
         for (int r = 0; r < RS * F::SUMS; r++) {
             Floats inputs = load<Floats>(x + r * LANES);
 #ifdef __AVX512F__
-            asm("" : "+v"(inputs));  // or else GCC loads it again for each row of the matrix
+            // Or else GCC loads it again for each row of the matrix. A single row waits for memory.
+            if (RS > 1) asm("" : "+v"(inputs));
 #endif
 #pragma GCC unroll 4
             for (int m = 0; m < MS; m++)
