@@ -20,7 +20,7 @@ from ..config.settings import PrepareSettings
 from ..machine.files import DamagedError, read_json, sha256, write_json, written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 from .example_writer import TARGETS, TOKENS, RowWriter, counted, divided, number_labels
-from .examples import SPLITS, ExampleReader
+from .examples import SPLITS, ExampleReader, none_in
 from .prepare import Progress, timed
 from .targets import Encoder
 
@@ -123,8 +123,7 @@ def write_examples(
             if len(writer.said) % REPORTED == 0:
                 yield reader.read, reader.size, writer.tokens
     if encoder is None or not writer.said:
-        first = f"; the first bad row: {reader.bad_rows.first}" if reader.bad_rows.first else ""
-        raise ValueError(f"there is no example in {', '.join(reader.names)}{first}")
+        raise ValueError(none_in(reader.names, reader.bad_rows))
     reader.bad_rows.warn()
     if encoder.same_answers:
         warnings.warn(

@@ -49,7 +49,7 @@ def read_texts(
             if problem := row.problem or problem_of(row, options.field):
                 if options.bad_rows == "error":
                     raise ValueError(
-                        f"{row.place} {problem}; or skip such rows with --bad-rows skip"
+                        f"{row.place} {problem}; correct it, or skip such rows with --bad-rows skip"
                     )
                 skipped, first = skipped + 1, first or f"{row.place} {problem}"
                 continue

@@ -79,11 +79,30 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
         display.close_bar()
     wait_for_processes()
     examples = Examples.open(prepared)
+    if prepared != folder / "data":
+        check_examples(examples, settings)
     if examples.task != settings.finetune.task:
         raise ValueError(
-            f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}"
+            f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}: "
+            "leave out --task"
         )
     return examples
+
+
+def check_examples(examples: Examples, settings: RunSettings) -> None:
+    """Raise ValueError if examples that were prepared for another model do not suit this one."""
+    made, context_length = examples.info["base"], first_context(settings)
+    if made["fingerprint"] != first_tokenizer(settings).fingerprint:
+        raise ValueError(
+            f"{examples.folder} was made with another tokenizer than the model's: name the file "
+            f"that it was made from, {examples.info['sources'][0]['path']}"
+        )
+    if (longest := examples.info["settings"]["context_length"]) > context_length:
+        raise ValueError(
+            f"{examples.folder} has rows of up to {longest} tokens, but the model a context of "
+            f"{context_length}: name the file that it was made from, "
+            f"{examples.info['sources'][0]['path']}"
+        )
 
 
 def first_tokenizer(settings: RunSettings) -> Tokenizer:

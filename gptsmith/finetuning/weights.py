@@ -5,6 +5,7 @@ Knows nothing of tasks.
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -40,7 +41,10 @@ def choose_weights(
     if finetune.freeze is not None:
         raise ValueError("--lora freezes the whole model: leave --freeze out")
     if is_adapter(Path(start_from)):
-        raise ValueError(f"{start_from} is an adapter: merge it first, with gptsmith merge")
+        raise ValueError(
+            f"{start_from} is an adapter, which cannot have another: `gptsmith merge "
+            f"{quote(start_from)} OUT` makes it a whole model; without --lora, it learns further"
+        )
     before = saved.open_folder(Path(start_from)).tokenizer
     known = tokenizer.vocab_size if before is None else before.vocab_size
     lora = lora_settings(finetune, str(Path(start_from).resolve()))
