@@ -26,7 +26,7 @@ from .example_fields import (
     there_are,
 )
 from .rows import BadRows, Row, read_rows
-from .sources import Source, find_sources
+from .sources import STANDARD_INPUT, Source, find_sources
 
 SPLITS = ("train", "validation", "test")
 FORMS = (
@@ -228,7 +228,10 @@ def recognised_task(
     if finetune.task is not None:
         return finetune.task
     for name in names:
-        if Path(name).is_dir() and label_folders(Path(name), None):
+        path = Path(os.path.expanduser(name))
+        if name == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir()):
+            return "text"  # a pipe, which can be read only once
+        if name and path.is_dir() and label_folders(path, None):
             return "classify"
     header = finetune.columns.split(",") if finetune.columns else None
     sources, bad_rows = find_sources(names), BadRows(options.bad_rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.folder import find_model
 from ..config.fields import SettingError
+from ..config.finetune import check_meaning
 from ..config.model import GPTConfig, current_names
 from ..config.recipe import read_toml, recipes, short_name, types_of, with_overrides
 from ..config.settings import RunSettings
@@ -85,6 +86,7 @@ def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettin
     if recipe not in recipes():
         better = "gptsmith train" if task == "text" else "a model that answers already"
         raise ValueError(f"there is nothing to fine-tune in fresh weights on {task}: use {better}")
+    check_meaning(task, choices)
     settings = read_toml(recipes()[recipe])
     if "steps" in choices and "epochs" not in choices:
         choices = {**choices, "epochs": None}

@@ -114,6 +114,7 @@ def first_tokenizer(settings: RunSettings) -> Tokenizer:
                 "--tokenizer char learns its characters from a text, not from examples: use byte"
             )
         return open_tokenizer(kind or "byte")
+    read_config(Path(start_from))  # a folder that is no model is refused as one
     if not has_tokenizer(Path(start_from)):
         raise ValueError(f"{start_from} has no tokenizer.json, which examples need: add one")
     tokenizer = load_tokenizer(Path(start_from))

@@ -15,7 +15,7 @@ from gptsmith.cli.main import main
 from gptsmith.finetuning import report
 from gptsmith.finetuning.preference import PreferenceTask
 from tests.conftest import until
-from tests.finetuning.test_finetune import TOY, here, same_weights, tuned
+from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
 from tests.training.test_run import records
 
 __all__ = ["here"]  # each test in a folder with a small model and data for each task
@@ -43,8 +43,8 @@ def test_processes_learn_what_one_does(task: str, processes: int) -> None:
     words = ["--dropout", "0.2", "--micro-batch", "1"]
     one = tuned(task, "one", *words)
     data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
-    more = ["--batch-tokens", "400"] if task == "text" else []
-    finetune_in(processes, "base", *data, "--out", "many", *TOY, *more, *words)
+    toy = TOY if task != "text" else TOY_TEXT
+    finetune_in(processes, "base", *data, "--out", "many", *toy, *words)
     for mine, theirs in zip(records(one), records(Path("many")), strict=True):
         for name in ("loss", "validation_loss", "validation_accuracy", "reward_margin", "tokens"):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-6), name
