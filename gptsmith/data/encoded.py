@@ -213,6 +213,8 @@ class Examples:
         info = read_json(folder / INFO)
         if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
             raise DamagedError(f"{folder / INFO} is not of this format, {FORMAT} {VERSION}")
+        if missing := {"task", "labels", "tokenizer", "settings", "splits", "counts"} - {*info}:
+            raise DamagedError(f"{folder / INFO} lacks {', '.join(sorted(missing))}")
         try:
             ends, order = (np.load(folder / name) for name in (ENDS, SPLIT))
             sizes = {(folder / name).stat().st_size for name in (TOKENS, TARGETS)}

@@ -11,6 +11,7 @@ from ..checkpoint.folder import find_model, read_config
 from ..config.settings import RunSettings
 from ..data.encoded import Examples, is_examples, prepare_examples
 from ..machine.environment import rank
+from ..machine.files import DamagedError
 from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
@@ -63,7 +64,8 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
     source, prepared = settings.data.data, folder / "data"
     if source is None:
         raise ValueError("no data is given: add --data with rows of examples")
-    if is_examples(Path(source)):
+    own = not is_examples(Path(source))  # of the run, in its folder
+    if not own:
         prepared = Path(source)
     elif rank() == 0 and not is_examples(prepared):
         for progress in prepare_examples(
@@ -78,8 +80,12 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
     wait_for_processes()
-    examples = Examples.open(prepared)
-    if prepared != folder / "data":
+    try:
+        examples = Examples.open(prepared)
+    except DamagedError as error:
+        cure = f"remove {prepared}, and the examples are read again"
+        raise DamagedError(f"{error}: {cure if own else 'make it again'}") from error
+    if not own:
         check_examples(examples, settings)
     if examples.task != settings.finetune.task:
         raise ValueError(
