@@ -143,7 +143,7 @@ SKIP = "skip such rows with --bad-rows skip"
          [tuning("latin.json --encoding latin-1")]),
         (tuning("headless.tsv"), "if the file has no header, name its columns with --columns",
          [tuning("headless.tsv --columns text,label")]),
-        (tuning("labels.jsonl", model="label-adapter") + " --lora 2", "without --lora, it learns",
+        (tuning("labels.jsonl", model="label-adapter") + " --lora 3", "without --lora, it learns",
          [tuning("labels.jsonl", model="label-adapter")]),
         (tuning("chat.jsonl", model="orphan"), "is not there: name it with --base, as in `gptsmith "
          "merge ", ["merge orphan OUT --base base", tuning("chat.jsonl", model="cured-0")]),
@@ -180,6 +180,7 @@ def test_advice_in_words_works(
         ("chat.jsonl --epochs 1", "--steps cannot go with epochs, which set the steps: leave "),
         ("labels.jsonl --template alpaca", "has no effect on the task classify, only on chat and "
          "preference: leave it out"),
+        ("adapter/data --freeze all-but-last-1", "--freeze cannot go with an adapter, "),
         ("chat.jsonl --beta 0.2", "--beta has no effect on the task chat, only on preference: "),
         ("chat.jsonl --batch-tokens 64", "--batch-tokens has no effect on the task chat, only on "),
         ("chat.jsonl --task classfy", "did you mean 'classify'?"),
@@ -192,13 +193,15 @@ def test_advice_about_a_flag_works(
     line = tuning(words)
     if "classfy" in words:
         line = line.replace("chat.jsonl", "labels.jsonl")
+    if "adapter" in words:
+        line = line.replace("base", "adapter")
     cured(line.split(), message, capsys)
 
 
 def test_the_adapter_of_a_classifier_is_merged_as_advised(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = tuning("labels.jsonl", model="label-adapter") + " --lora 2"
+    line = tuning("labels.jsonl", model="label-adapter") + " --lora 3"
     cured(line.split(), "`gptsmith merge ", capsys)
     one, other = (gptsmith.load(name)[0] for name in ("label-adapter", "cured-0"))
     tokens = torch.arange(40)[None]
@@ -282,6 +285,25 @@ def test_a_context_of_a_few_tokens_and_a_thousandth_of_an_epoch(task: str) -> No
     few = TOY.replace("--steps 1", "--epochs 0.001")
     succeed(f"finetune short --data {task}.jsonl {few} --out run")
     assert json.loads(Path("run/metrics.jsonl").read_text())["step"] == 1
+
+
+def test_an_adapter_learns_further_as_its_run_advises(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    succeed(tuning("chat.jsonl --lora 2", model="adapter").replace("OUT", "on"))
+    succeed("train on/config.toml --from on --steps 1 --out further")
+    assert Path("further/checkpoints/step-00000001/adapter_model.safetensors").exists()
+
+
+def test_a_classifier_keeps_the_adapters_of_the_model_it_is_made_from() -> None:
+    """A checkpoint has what the classifier has learned from: the adapters too."""
+    fast = "--learning-rate 0.1"
+    succeed(tuning(f"chat.jsonl --lora 2 {fast}").replace("OUT", "far"))
+    line = tuning("labels.jsonl --learning-rate 0", model="far").replace("OUT", "labels")
+    succeed(line.replace("--steps 1", "--steps 1 --evaluate-every 1"))
+    assert Path("labels/checkpoints/step-00000001/adapter_model.safetensors").exists()
+    one, other = (gptsmith.load(name)[0] for name in ("far", "labels"))
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(one.features(tokens), other.features(tokens), atol=1e-5, rtol=0)
 
 
 # -- damage
