@@ -100,7 +100,7 @@ def check_meaning(task: Task, chosen: Mapping[str, object]) -> None:
             raise SettingError(name, f"{effect}: leave it out")
     for name in ("lora_alpha", "lora_dropout", "lora_targets"):
         if name in chosen and chosen.get("lora") is None:
-            raise SettingError(name, "has no effect without adapters: add lora 16, or another rank")
+            raise SettingError(name, "has no effect without adapters: add lora 16")
     if chosen.get("epochs") is not None and "steps" in chosen:
         raise SettingError("steps", "cannot go with epochs, which set the steps: leave it out")
 

@@ -141,14 +141,11 @@ class ExampleReader:
             raise ValueError(no_example(row, fields))
         try:
             example = self.example_for(task, fields, row)
-        except ValueError:
+        except ValueError as error:
             other = task_of(fields)
-            if self.finetune.task is None and self.task and other not in (None, task):
-                raise ValueError(
-                    f"is an example for the task {other}, but those before it are for {task}: "
-                    "all must be for one task"
-                ) from None
-            raise
+            if other in (None, task):
+                raise
+            raise ValueError(f"{error}: it is an example for {other}, not for {task}") from None
         self.task = task
         return example
 

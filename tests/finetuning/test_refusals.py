@@ -120,12 +120,12 @@ SKIP = "skip such rows with --bad-rows skip"
 @pytest.mark.parametrize(
     ("line", "message", "cures"),
     [
-        (tuning("mixed.jsonl"), "line 6 is an example for the task classify, but those before it "
-         "are for chat: all must be for one task", [tuning("mixed.jsonl --bad-rows skip")]),
         *(
             (tuning(f"{name}.jsonl"), said, [tuning(f"{name}.jsonl --bad-rows skip")])
             for name, said in {
-                "mixed-pairs": "line 6 is an example for the task preference",
+                "mixed": "line 6 has no 'prompt' (there are: 'text', 'label'): it is an example "
+                "for classify, not for chat",
+                "mixed-pairs": "it is an example for preference, not for chat",
                 "null": "line 6 has no 'output' (there are: 'instruction')",
                 "number": "line 6 has int in 'instruction': text is needed",
                 "empty-answer": "line 6 has an empty 'output': text is needed",
@@ -154,8 +154,8 @@ SKIP = "skip such rows with --bad-rows skip"
          [tuning("chat.jsonl", model="narrow")]),
         (tuning("adapter/data", model="letters"), "was made with another tokenizer than the "
          "model's: name the file that it was made from, ", []),
-        (f"finetune base --data one.jsonl {ROWS} --out OUT", "none of the examples (1) is left to "
-         "learn from: use more, or --test-fraction 0 and --validation-fraction 0",
+        (f"finetune base --data one.jsonl {ROWS} --validation-fraction 0 --out OUT",
+         "none of the examples (1) is left to learn from: use more, or --test-fraction 0 and --validation-fraction 0",
          [tuning("one.jsonl")]),
         (tuning("chat.jsonl --template bad.jinja"), "bad.jinja, line 2, is not valid Jinja",
          [tuning("chat.jsonl --template plain")]),
@@ -229,7 +229,7 @@ def test_the_adapter_of_a_classifier_is_merged_as_advised(
         (tuning("chat.jsonl --template latin.jinja"), "latin.jinja is not in UTF-8"),
         (tuning("chat.jsonl --template base"), "no chat template 'base': alpaca, plain or a file"),
         (tuning("chat.jsonl", model="labeller"), "is a classifier, which labels texts and "),
-        (tuning("chat.jsonl", model="."), "no model at"),
+        (tuning("chat.jsonl", model="."), "has no config.json: a folder with a GPT-2"),
         (tuning("pairs.jsonl --beta 0"), "--beta is 0.0: above 0 is needed"),
         (f"finetune base --data text.txt --epochs 1 {MACHINE} --out OUT", "--epochs has no effect "
          "on the task text, only on chat, classify and preference: leave it out"),
