@@ -321,7 +321,8 @@ def find_base(folder: Path, base: str | Path | None = None) -> Path:
     found = [place for place in places if named and place.is_dir() and place.resolve() != here]
     if base is None and not found:
         raise FileNotFoundError(
-            f"{folder} is an adapter, and its base '{named}' is not there: name it with --base"
+            f"{folder} is an adapter, and its base '{named}' is not there: name it with --base, as "
+            f"in `gptsmith merge {quote(str(folder))} OUT --base MODEL`"
         )
     model = find_model(base or found[0])
     if is_adapter(model):

@@ -2,13 +2,13 @@
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..config.fields import setting
-from ..config.finetune import FinetuneSettings
-from ..config.recipe import sections
+from ..config.finetune import EXAMPLES, ONLY_FOR, FinetuneSettings, listed
+from ..config.recipe import read_toml, recipes, sections
 from ..config.settings import DataSettings
 from ..machine.environment import importing, rank
 from ..machine.terminal import Display
@@ -16,7 +16,7 @@ from .flags import Parser, UsageError, add_flags, chosen, given
 from .train import conclude, opener_of
 
 TITLES = {
-    "model": "the model, in place of one that exists (`finetune fresh`)",
+    "model": "the model that `finetune fresh` makes, in place of one that exists",
     "training": "the training",
     "machine": "the machine",
     "report": "reports, samples and checkpoints",
@@ -28,6 +28,18 @@ WITHOUT = {
     "training": ("start_from",),
     "prepare": ("workers", "shard_tokens"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSettings:
+    """What to learn from."""
+
+    data: str | None = setting(
+        None,
+        "examples: a .jsonl, .json (a list), .csv, .tsv or .parquet file, a folder with one folder "
+        "for each label, or small-tasks or comedy-or-tragedy, which are built in; or a text",
+        metavar="DATA",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +55,7 @@ class ShowSettings:
     """What is shown in place of training."""
 
     show_batch: bool = setting(
-        False, "show the first batch, with what is learned of it, and do not train"
+        False, "show the first batch and which of its tokens are learned, and do not train"
     )
     json: bool = setting(False, "with --show-batch: a JSON object for each row")
 
@@ -56,18 +68,44 @@ def arguments(parser: Parser) -> None:
         metavar="MODEL|fresh",
         help="the model to start from, or fresh for random weights",
     )
-    add_flags(parser, DataSettings)
+    add_flags(parser, ExampleSettings)
+    add_flags(parser, DataSettings, without=("data",))
     add_flags(parser, FolderSettings)
     add_flags(parser, ShowSettings)
-    add_flags(parser.add_argument_group("the examples"), FinetuneSettings)
+    examples = parser.add_argument_group("the examples, and how they are learned")
+    add_flags(examples, FinetuneSettings, defaults=defaults("finetune", "finetune"))
     for section, title in TITLES.items():
         group = parser.add_argument_group(title)
-        add_flags(group, sections()[section], without=WITHOUT.get(section, ()))
+        shown = defaults(section, "fresh" if section == "model" else "finetune")
+        add_flags(group, sections()[section], without=WITHOUT.get(section, ()), defaults=shown)
+
+
+def defaults(section: str, kind: str) -> Namespace:
+    """Return the defaults of a section as the help shows them: those of each task, where they
+    differ. `kind` is fresh or finetune, the recipes that they are in."""
+    of_tasks = {
+        task: read_toml(recipes()[f"{kind}-{task}"])
+        for task in (*EXAMPLES, "text")
+        if f"{kind}-{task}" in recipes()
+    }
+    shown = Namespace(task=None)
+    for name in {field.name for field in fields(sections()[section])} - {"task"}:
+        found: dict[Any, list[str]] = {}  # the tasks that have each default
+        for task, recipe in of_tasks.items():
+            if task in ONLY_FOR.get(name, of_tasks):
+                found.setdefault(getattr(getattr(recipe, section), name), []).append(task)
+        several = "; ".join(f"{value} for {listed(tasks)}" for value, tasks in found.items())
+        setattr(shown, name, several if len(found) > 1 else next(iter(found)))
+    if section == "training":
+        shown.steps = f"as epochs say, or {of_tasks['text'].training.steps} for text"
+    elif kind == "fresh":  # the only one of these settings that an existing model can be given
+        shown.dropout += f"; in a model that exists {defaults('model', 'finetune').dropout}"
+    return shown
 
 
 def run(options: Namespace) -> int:
-    """Fine-tune a model: on examples of answers, labels or preferences, or on more text. What the
-    data holds says which. The defaults shown are general; a task's recipe has its own."""
+    """Fine-tune a model on examples of answers, labels or preferences, or on more text. The fields
+    of the data tell the task, and each task has its own defaults."""
     folders, show = chosen(options, FolderSettings), chosen(options, ShowSettings)
     flags = given(options, *sections().values())
     display = Display(quiet=rank() != 0)

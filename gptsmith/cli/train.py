@@ -107,7 +107,13 @@ def conclude(trained: Any, display: Display) -> None:
     if trained.signal is None and trained.settings.finetune.task is not None:
         from ..finetuning.report import summary, test_run
 
-        for line in summary(test_run(trained.folder, display)):
+        try:
+            found = test_run(trained.folder, display)
+        except KeyboardInterrupt:
+            display.say("The run is finished and saved, but not tested.")
+            display.say(f"To test it:  {advice.resume_command(trained.folder)}")
+            raise
+        for line in summary(found):
             display.say(line)
     folder, training = trained.folder, trained.settings.training
     steps = training.steps

@@ -4,12 +4,24 @@ Knows nothing of how examples are read or learned; standard library only.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from .fields import SettingError, above, at_least, setting, within
 
 Task = Literal["text", "chat", "classify", "preference"]
+EXAMPLES: tuple[Task, ...] = ("chat", "classify", "preference")
+# Settings that have a meaning for some tasks only.
+ONLY_FOR: dict[str, tuple[Task, ...]] = {
+    "template": ("chat", "preference"),
+    "columns": EXAMPLES,
+    "test_fraction": EXAMPLES,
+    "batch_rows": EXAMPLES,
+    "epochs": EXAMPLES,
+    "beta": ("preference",),
+    "batch_tokens": ("text",),
+}
 LORA_TARGETS = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
 
 
@@ -36,20 +48,25 @@ class FinetuneSettings:
         "fraction of the examples kept for a test at the end (default: 0.2 for labels, else 0.1)",
     )
     batch_rows: int = setting(8, "examples per optimizer step, over all processes")
-    epochs: float | None = setting(None, "times that every example is learned; sets the steps")
+    epochs: float | None = setting(None, "passes over the examples to learn from; sets the steps")
     lora: int | None = setting(
-        None, "learn low-rank adapters of this rank in place of the weights", metavar="RANK"
+        None,
+        "rank of low-rank adapters, which learn in place of the weights; the default learning rate "
+        "is then ten times as high",
+        metavar="RANK",
     )
     lora_alpha: float | None = setting(
-        None, "adapters are multiplied by this over their rank (default: twice the rank)"
+        None, "scale of the adapters, which is divided by their rank (default: twice the rank)"
     )
-    lora_dropout: float = setting(0.0, "dropout of what enters an adapter")
+    lora_dropout: float = setting(0.0, "dropout probability of the adapters' input")
     lora_targets: str = setting(
-        LORA_TARGETS, "layers of a block that get an adapter, with commas", metavar="NAMES"
+        LORA_TARGETS,
+        "layers of each block that get an adapter, separated by commas",
+        metavar="NAMES",
     )
     freeze: str | None = setting(
         None,
-        "all-but-last-N: only the last N blocks, the final norm and the head learn",
+        "train only the last N blocks, the final norm and the head",
         metavar="all-but-last-N",
     )
     prefix_weight: float = setting(
@@ -57,7 +74,7 @@ class FinetuneSettings:
         "classify: share of the loss that is of the beginnings of texts, which have the label too",
     )
     beta: float = setting(
-        0.1, "preference: how strongly the model is held to the one it started from"
+        0.1, "preference: how strongly the model is kept near the one it started from (DPO's beta)"
     )
 
     def __post_init__(self) -> None:
@@ -77,3 +94,21 @@ class FinetuneSettings:
     def lora_scale(self) -> float:
         """What adapters are multiplied by; 2 unless `lora_alpha` says otherwise."""
         return 2.0 if self.lora_alpha is None else self.lora_alpha / (self.lora or 1)
+
+
+def check_meaning(task: Task, chosen: Mapping[str, object]) -> None:
+    """Raise SettingError for a setting that was chosen, by name, but would have no effect."""
+    for name, tasks in ONLY_FOR.items():
+        if name in chosen and task not in tasks:
+            effect = f"has no effect on the task {task}, only on {listed(tasks)}"
+            raise SettingError(name, f"{effect}: leave it out")
+    for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        if name in chosen and chosen.get("lora") is None:
+            raise SettingError(name, "has no effect without adapters: add lora 16")
+    if chosen.get("epochs") is not None and "steps" in chosen:
+        raise SettingError("steps", "cannot go with epochs, which set the steps: leave it out")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them, as in "chat, classify and preference"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -20,7 +20,7 @@ from ..config.settings import PrepareSettings
 from ..machine.files import DamagedError, read_json, sha256, write_json, written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 from .example_writer import ENDS, SPLIT, TARGETS, TOKENS, RowWriter, finished
-from .examples import SPLITS, ExampleReader
+from .examples import SPLITS, ExampleReader, none_in
 from .prepare import Progress, timed
 from .targets import Encoder
 
@@ -122,8 +122,7 @@ def write_examples(
             if len(writer.said) % REPORTED == 0:
                 yield reader.read, reader.size, writer.tokens
     if encoder is None or not writer.said:
-        first = f"; the first bad row: {reader.bad_rows.first}" if reader.bad_rows.first else ""
-        raise ValueError(f"there is no example in {', '.join(reader.names)}{first}")
+        raise ValueError(none_in(reader.names, reader.bad_rows))
     reader.bad_rows.warn()
     if encoder.same_answers:
         warnings.warn(
@@ -189,6 +188,8 @@ class Examples:
         info = read_json(folder / INFO)
         if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
             raise DamagedError(f"{folder / INFO} is not of this format, {FORMAT} {VERSION}")
+        if missing := {"task", "labels", "tokenizer", "settings", "splits", "counts"} - {*info}:
+            raise DamagedError(f"{folder / INFO} lacks {', '.join(sorted(missing))}")
         try:
             ends, order = (np.load(folder / name) for name in (ENDS, SPLIT))
             sizes = {(folder / name).stat().st_size for name in (TOKENS, TARGETS)}

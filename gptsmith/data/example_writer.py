@@ -126,9 +126,9 @@ def divided(
     if free.any():
         splits[free] = held_out(hashes[free], fractions)
     if not (splits == 0).any():
+        cure = "--test-fraction 0 and --validation-fraction 0" if free.any() else "change 'split'"
         raise ValueError(
-            f"of {len(splits)} examples, none is left to learn from: use more, or smaller "
-            "--test-fraction and --validation-fraction"
+            f"none of the examples ({len(splits)}) is left to learn from: use more, or {cure}"
         )
     return splits, len(hashes) - len(np.unique(hashes))
 

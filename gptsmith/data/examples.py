@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..config.finetune import FinetuneSettings, Task
 from ..config.settings import PrepareSettings
@@ -26,7 +26,7 @@ from .example_fields import (
     there_are,
 )
 from .rows import BadRows, Row, read_rows
-from .sources import Source, find_sources
+from .sources import STANDARD_INPUT, Source, find_sources
 
 SPLITS = ("train", "validation", "test")
 FORMS = (
@@ -138,21 +138,28 @@ class ExampleReader:
         fields = named(row)
         task = self.task or task_of(fields)
         if task not in ("chat", "classify", "preference"):
-            raise ValueError(f"has none of the fields of an example{there_are(fields)}: {FORMS}")
+            raise ValueError(no_example(row, fields))
+        try:
+            example = self.example_for(task, fields, row)
+        except ValueError as error:
+            other = task_of(fields)
+            if other in (None, task):
+                raise
+            raise ValueError(f"{error}: it is an example for {other}, not for {task}") from None
+        self.task = task
+        return example
+
+    def example_for(self, task: Task, fields: Mapping[str, Any], row: Row) -> Example:
+        """Return the example for a task that a row has; ValueError with what is wrong with it."""
         split = fields.get("split", "")
         if split not in ("", *SPLITS):
             raise ValueError(f"has {split!r} in 'split': train, validation or test is needed")
-        example: Example
         if task == "classify":
             text = text_in(fields, self.options.field.lower())
-            example = Labelled(row.place, "label", split, text, label_in(fields))
-        elif task == "preference":
-            example = Preference(row.place, form_of(fields), split, *preference_in(fields))
-        else:
-            messages = conversation_in(fields)
-            example = Conversation(row.place, form_of(fields), split, messages)
-        self.task = task
-        return example
+            return Labelled(row.place, "label", split, text, label_in(fields))
+        if task == "preference":
+            return Preference(row.place, form_of(fields), split, *preference_in(fields))
+        return Conversation(row.place, form_of(fields), split, conversation_in(fields))
 
 
 # -- which files, and which task
@@ -218,21 +225,39 @@ def recognised_task(
     if finetune.task is not None:
         return finetune.task
     for name in names:
-        if Path(name).is_dir() and label_folders(Path(name), None):
+        path = Path(os.path.expanduser(name))
+        if name == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir()):
+            return "text"  # a pipe, which can be read only once
+        if name and path.is_dir() and label_folders(path, None):
             return "classify"
     header = finetune.columns.split(",") if finetune.columns else None
-    sources = [source for source in find_sources(names) if source.has_rows]
+    sources, bad_rows = find_sources(names), BadRows(options.bad_rows)
     for source in sources:
+        if not source.has_rows:
+            if source.name.endswith(".json"):
+                raise ValueError(f"{source.name} is not a JSON list: a list of objects is needed")
+            continue
         encoding = "utf-8" if source.content is not None else checked_encoding(options.encoding)
         for row in read_rows(source, encoding=encoding, header=header):
-            if row.problem:
-                continue
             fields = named(row)
-            if task := task_of(fields):
+            if not row.problem and (task := task_of(fields)):
                 return task
-            if options.field.lower() in fields:
+            if not row.problem and options.field.lower() in fields:
                 return "text"
-            raise ValueError(
-                f"{row.place} has none of the fields of an example{there_are(fields)}: {FORMS}"
-            )
+            bad_rows.add(f"{row.place} {row.problem or no_example(row, fields)}")
+    if all(source.has_rows for source in sources):
+        raise ValueError(none_in(names, bad_rows))
     return "text"
+
+
+def no_example(row: Row, fields: Mapping[str, Any]) -> str:
+    """Return what is wrong with a row that is no example, for the end of an error."""
+    table = row.place.rpartition(",")[0].lower().endswith((".csv", ".tsv"))
+    cure = "; if the file has no header, name its columns with --columns" if table else ""
+    return f"has none of the fields of an example{there_are(fields)}: {FORMS}{cure}"
+
+
+def none_in(names: Sequence[str], bad_rows: BadRows) -> str:
+    """Return the error for sources that have no example."""
+    first = f"; the first bad row: {bad_rows.first}" if bad_rows.first else ""
+    return f"there is no example in {', '.join(names)}: rows of {FORMS} are needed{first}"

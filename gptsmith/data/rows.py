@@ -16,6 +16,15 @@ from .decoding import decoded_text
 from .sources import Source
 
 PARQUET_ROWS = 256  # at once
+QUOTES = (
+    "a field that begins with a quotation mark does not end with one: close it, or write the field "
+    "within quotation marks, with those that it has doubled"
+)
+CSV_CURES = {  # by what Python's csv says
+    "unexpected end of data": QUOTES,
+    "expected after": QUOTES,
+    "new-line character seen": "a carriage return alone does not end a line: end lines with \\n",
+}
 LONGEST_FIELD = 1 << 30  # characters of a field of CSV; Python's csv stops at 131,072 by default
 
 
@@ -38,7 +47,7 @@ class BadRows:
     def add(self, problem: str) -> None:
         """Count a bad row; ValueError where bad rows are errors."""
         if self.treatment == "error":
-            raise ValueError(f"{problem}; or skip such rows with --bad-rows skip")
+            raise ValueError(f"{problem}; correct it, or skip such rows with --bad-rows skip")
         self.count += 1
         self.first = self.first or problem
 
@@ -107,8 +116,9 @@ def jsonl_rows(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Row
 
 def json_rows(source: Source, texts: Iterator[tuple[str, int]]) -> Iterator[Row]:
     """Yield every object of a file that is one JSON list."""
+    text = "".join(text for text, _ in texts)
     try:
-        rows = json.loads("".join(text for text, _ in texts))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source.name} is not JSON: {error}") from error
     if not isinstance(rows, list):
@@ -152,7 +162,9 @@ def csv_rows(
             elif values:
                 yield Row(place, {}, read, f"has {len(values)} fields, but the header {len(names)}")
     except csv.Error as error:
-        raise ValueError(f"{source.name}, line {reader.line_num}: {error}") from error
+        place = f"{source.name}, line {max(1, reader.line_num)}"
+        why = next((cure for words, cure in CSV_CURES.items() if words in str(error)), str(error))
+        raise ValueError(f"{place}: {why}") from error
 
 
 def parquet_rows(

@@ -121,7 +121,8 @@ def file_source(path: Path, name: str) -> Source:
 def is_json_list(path: Path) -> bool:
     """Return whether a JSON file is a list, not an object or a value."""
     with path.open("rb") as file:
-        return file.read(CHUNK_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        # The marks at the beginning of UTF-8 and UTF-16, and the zeros of the latter.
+        return file.read(CHUNK_BYTES).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"[")
 
 
 def sources_in(folder: Path) -> list[Source]:

@@ -10,9 +10,11 @@ from typing import Any
 
 from ..checkpoint.folder import find_model
 from ..config.fields import SettingError
+from ..config.finetune import check_meaning
 from ..config.model import GPTConfig, current_names
 from ..config.recipe import read_toml, recipes, short_name, types_of, with_overrides
 from ..config.settings import RunSettings
+from ..data.encoded import Examples, is_examples
 from ..data.examples import recognised_task
 from ..machine.environment import rank
 from ..machine.terminal import Display
@@ -76,11 +78,15 @@ def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettin
     if choices.get("data") is None:
         raise ValueError("no data is given: add --data with rows of examples")
     asked = with_overrides(RunSettings(), {**choices, "task": choices.get("task")})
-    task = recognised_task([choices["data"]], asked.prepare, asked.finetune)
+    if asked.finetune.task is None and is_examples(Path(choices["data"])):
+        task = Examples.open(Path(choices["data"])).task
+    else:
+        task = recognised_task([choices["data"]], asked.prepare, asked.finetune)
     recipe = f"{'fresh' if model == FRESH else 'finetune'}-{task}"
     if recipe not in recipes():
         better = "gptsmith train" if task == "text" else "a model that answers already"
         raise ValueError(f"there is nothing to fine-tune in fresh weights on {task}: use {better}")
+    check_meaning(task, choices)
     settings = read_toml(recipes()[recipe])
     if "steps" in choices and "epochs" not in choices:
         choices = {**choices, "epochs": None}

@@ -20,7 +20,7 @@ from ..data.encoded import Examples
 from ..data.example_batches import ExampleBatches
 from ..machine.devices import autocast
 from ..machine.environment import rank, world_size
-from ..machine.files import file_written_whole
+from ..machine.files import DamagedError, file_written_whole
 from ..machine.processes import my_share, sum_of_numbers, sum_over_processes, wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
@@ -79,6 +79,19 @@ class PreferenceTask(ExampleTask):
         """Return the file of what the reference thinks of a split's answers."""
         return self.run / f"reference-{split}.npy"
 
+    def read_reference(self, split: str) -> np.ndarray:
+        """Read what the reference thinks of a split's answers, (N, 2); DamagedError in one line."""
+        path, pairs = self.reference_file(split), len(self.splits[split])
+        try:
+            known = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedError(f"{path} is damaged ({error}): start another run") from error
+        if known.shape != (pairs, 2):
+            raise DamagedError(
+                f"{path} is not about the {pairs} pairs of {split}: start another run"
+            )
+        return known
+
     def begin(self, trainer: Evaluating, display: Display) -> None:
         """Ask the reference about every pair, in the run's precision, or read what it said.
 
@@ -100,7 +113,7 @@ class PreferenceTask(ExampleTask):
                     with file_written_whole(path) as temporary, temporary.open("wb") as file:
                         np.save(file, known)
                 wait_for_processes()
-            self.reference[split] = np.load(path)
+            self.reference[split] = self.read_reference(split)
         self.pairs.reference = self.reference["train"]
 
     def asked(self, trainer: Evaluating, split: str, display: Display) -> np.ndarray:

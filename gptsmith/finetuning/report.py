@@ -18,7 +18,7 @@ from ..checkpoint.folder import find_model
 from ..config.recipe import read_toml
 from ..evaluation.classification import Confusion, baselines, draw_confusion
 from ..machine.devices import find_device
-from ..machine.files import write_json, write_text
+from ..machine.files import write_text
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..training.records import CONFIG_TOML
@@ -59,7 +59,7 @@ def test_run(run: Path, display: Display) -> dict[str, Any]:
     found = {"checkpoint": checkpoint.name, "examples": len(task.splits["test"])}
     judged = Judged(model, device, settings.machine.dtype)
     found |= TESTS.get(type(task), test_answers)(task, judged)
-    write_json(run / TEST, found)
+    write_text(run / TEST, json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -84,7 +84,7 @@ def test_answers(task: ExampleTask, judged: Judged) -> dict[str, Any]:
 def test_preferences(task: ExampleTask, judged: Judged) -> dict[str, Any]:
     """Return how often the chosen answer has the larger reward."""
     assert isinstance(task, PreferenceTask)
-    task.reference["test"] = np.load(task.reference_file("test"))
+    task.reference["test"] = task.read_reference("test")
     return loss_of(task, judged)
 
 

@@ -11,6 +11,7 @@ from ..checkpoint.folder import find_model, read_config
 from ..config.settings import RunSettings
 from ..data.encoded import Examples, is_examples, prepare_examples
 from ..machine.environment import rank
+from ..machine.files import DamagedError
 from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from ..model.gpt import GPT
@@ -63,7 +64,8 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
     source, prepared = settings.data.data, folder / "data"
     if source is None:
         raise ValueError("no data is given: add --data with rows of examples")
-    if is_examples(Path(source)):
+    own = not is_examples(Path(source))  # of the run, in its folder
+    if not own:
         prepared = Path(source)
     elif rank() == 0 and not is_examples(prepared):
         for progress in prepare_examples(
@@ -78,12 +80,35 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
     wait_for_processes()
-    examples = Examples.open(prepared)
+    try:
+        examples = Examples.open(prepared)
+    except DamagedError as error:
+        cure = f"remove {prepared}, and the examples are read again"
+        raise DamagedError(f"{error}: {cure if own else 'make it again'}") from error
+    if not own:
+        check_examples(examples, settings)
     if examples.task != settings.finetune.task:
         raise ValueError(
-            f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}"
+            f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}: "
+            "leave out --task"
         )
     return examples
+
+
+def check_examples(examples: Examples, settings: RunSettings) -> None:
+    """Raise ValueError if examples that were prepared for another model do not suit this one."""
+    made, context_length = examples.info["base"], first_context(settings)
+    if made["fingerprint"] != first_tokenizer(settings).fingerprint:
+        raise ValueError(
+            f"{examples.folder} was made with another tokenizer than the model's: name the file "
+            f"that it was made from, {examples.info['sources'][0]['path']}"
+        )
+    if (longest := examples.info["settings"]["context_length"]) > context_length:
+        raise ValueError(
+            f"{examples.folder} has rows of up to {longest} tokens, but the model a context of "
+            f"{context_length}: name the file that it was made from, "
+            f"{examples.info['sources'][0]['path']}"
+        )
 
 
 def first_tokenizer(settings: RunSettings) -> Tokenizer:
@@ -95,6 +120,7 @@ def first_tokenizer(settings: RunSettings) -> Tokenizer:
                 "--tokenizer char learns its characters from a text, not from examples: use byte"
             )
         return open_tokenizer(kind or "byte")
+    read_config(Path(start_from))  # a folder that is no model is refused as one
     if not has_tokenizer(Path(start_from)):
         raise ValueError(f"{start_from} has no tokenizer.json, which examples need: add one")
     tokenizer = load_tokenizer(Path(start_from))

@@ -5,11 +5,13 @@ Knows nothing of tasks.
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
 from ..checkpoint import saved
 from ..checkpoint.adapter_json import is_adapter
+from ..config.fields import SettingError
 from ..config.lora import lora_settings
 from ..config.settings import RunSettings
 from ..model.gpt import GPT
@@ -32,15 +34,23 @@ def choose_weights(
     """
     finetune, start_from = settings.finetune, settings.training.start_from
     if finetune.freeze is not None:
+        if finetune.lora is not None:
+            raise ValueError("--lora freezes the whole model: leave --freeze out")
+        if model.lora is not None:
+            problem = "cannot go with an adapter, whose base is frozen: leave it out"
+            raise SettingError("freeze", problem)
         freeze_all_but(model, int(finetune.freeze.rpartition("-")[2]))
     if finetune.lora is None or checkpoint is not None:
         return
     if start_from is None:
         raise ValueError("--lora adapts a model that has learned: name one in place of fresh")
-    if finetune.freeze is not None:
-        raise ValueError("--lora freezes the whole model: leave --freeze out")
-    if is_adapter(Path(start_from)):
-        raise ValueError(f"{start_from} is an adapter: merge it first, with gptsmith merge")
+    if model.lora is not None:
+        if replace(model.lora, tokens=()) == lora_settings(finetune, model.lora.base):
+            return  # it learns further
+        raise ValueError(
+            f"{start_from} is an adapter, which cannot have another: `gptsmith merge "
+            f"{quote(start_from)} OUT` makes it a whole model; without --lora, it learns further"
+        )
     before = saved.open_folder(Path(start_from)).tokenizer
     known = tokenizer.vocab_size if before is None else before.vocab_size
     lora = lora_settings(finetune, str(Path(start_from).resolve()))

@@ -49,7 +49,7 @@ class Classifier(GPT):
         for name, module in model.named_children():
             if name != "lm_head":
                 setattr(classifier, name, module)
-        classifier.cross_entropy = model.cross_entropy
+        classifier.cross_entropy, classifier.lora = model.cross_entropy, model.lora
         return classifier.train(model.training)
 
     def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jinja2
 
+from ..config.fields import suggestion
 from .jinja import language
 from .tokenizer import END_OF_TEXT, Tokenizer, Unknown
 
@@ -209,9 +210,19 @@ def template_source(name: str, tokenizer: Tokenizer, *, default: str) -> str:
         return BUILT_IN[name]
     if not Path(name).is_file():
         raise FileNotFoundError(
-            f"no chat template '{name}': auto, alpaca, plain or a file in Jinja is needed"
+            f"no chat template '{name}'{suggestion(name, BUILT_IN)}: alpaca, plain or a file in "
+            "Jinja is needed"
         )
-    return Path(name).read_text(encoding="utf-8-sig")
+    try:
+        source = Path(name).read_text(encoding="utf-8-sig")
+        language().from_string(source)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not in UTF-8 ({error.reason}): save it so") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
+        ) from error
+    return source
 
 
 def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:

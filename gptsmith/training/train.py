@@ -78,10 +78,9 @@ def train_fresh(
     if rank() == 0:
         text = to_toml(with_lasting_paths(settings))
         if folder.exists():
-            raise ValueError(
-                f"{folder} already exists: give --out another name, or resume it with "
-                f"`{resume_command(folder)}`"
-            )
+            resumable = (folder / CONFIG_TOML).is_file()
+            resume = f", or resume it with `{resume_command(folder)}`" if resumable else ""
+            raise ValueError(f"{folder} already exists: give --out another name{resume}")
         folder.mkdir(parents=True)
     try:
         if rank() == 0:

@@ -1,8 +1,9 @@
 """Trains a tiny run many times, killed each time at another instant, and tells what became of it.
 
-Run by test_kill.py as a program: it imports PyTorch once and forks a child for every attempt. A
-child dies by SIGKILL at the n-th of the moments that matter: before, after and in the middle of
-whatever touches the disk, and between steps. Prints a JSON object per attempt.
+Run by test_kill.py as a program, with the number of attempts, a seed and, for fine-tuning, a task:
+it imports PyTorch once and forks a child for every attempt. A child dies by SIGKILL at the n-th of
+the moments that matter: before, after and in the middle of whatever touches the disk, and between
+steps. Prints a JSON object per attempt.
 """
 
 import json
@@ -17,16 +18,26 @@ from typing import Any
 
 from matplotlib.figure import Figure  # imported once here, rather than by every child
 
-from gptsmith.checkpoint import saved
+import gptsmith
+from gptsmith.checkpoint import adapter, saved
 from gptsmith.cli.main import main as run_command
+from gptsmith.tokenizers import byte_tokenizer
 from gptsmith.training import loop
 
 STEPS = 12
 OPTIONS = (
     "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --dropout 0.2 "
-    f"--steps {STEPS} --batch-tokens 32 --warmup-steps 2 --evaluate-every 3 --save-every 2 "
-    "--sample-tokens 5 --keep 2 --threads 1 --dtype float32 --attention kernel"
-).split()
+    f"--batch-tokens 32 --steps {STEPS} "
+)
+COMMON = (
+    "--warmup-steps 2 --evaluate-every 3 --save-every 2 --sample-tokens 5 --keep 2 --threads 1 "
+    "--dtype float32 --attention kernel"
+)
+ROWS: dict[str, Callable[[int], dict[str, str]]] = {
+    "chat": lambda n: {"prompt": f"{n}+1=", "completion": str(n + 1)},
+    "classify": lambda n: {"text": f"number {n}", "label": ("even", "odd")[n % 2]},
+    "preference": lambda n: {"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"},
+}
 
 
 class Moments:
@@ -78,9 +89,10 @@ def train(words: list[str], deadly: int | None) -> int:
         moments.around(os, "replace")
         moments.around(shutil, "rmtree")
         moments.around(saved, "write_safetensors", half_file)
+        moments.around(adapter, "write_safetensors", half_file)
         moments.around(Path, "write_text", half_file)
         moments.around(loop.Trainer, "step")
-        status = run_command(["train", *words])
+        status = run_command(words)
         os.write(writer, json.dumps([status, moments.count]).encode())
         os._exit(0)
     os.close(writer)
@@ -100,9 +112,11 @@ def outcome(run: Path) -> dict[str, Any]:
     last = run / "checkpoints" / (run / "last").read_text().strip()
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((last / "training" / "state.json").read_text())
+    (weights,) = last.glob("*.safetensors")
+    test = run / "test.json"
     return {
         "checkpoint": last.name,
-        "weights": checkpoint_sum(last, "model.safetensors"),
+        "weights": checkpoint_sum(last, weights.name),
         "optimizer": checkpoint_sum(last, "training/optimizer.safetensors"),
         "steps": [record["step"] for record in steps],
         "losses": [record["loss"] for record in steps],
@@ -112,6 +126,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "samples": (run / "samples.md").read_text(),
         "left": sorted(p.name for p in run.rglob("*.partial")),
+        "test": json.loads(test.read_text()) if test.exists() else None,
     }
 
 
@@ -120,10 +135,24 @@ def checkpoint_sum(folder: Path, name: str) -> str:
     return manifest["files"][name]["sha256"]
 
 
+def command_line(task: str | None) -> list[str]:
+    """The line of a fresh run, whose model and data are written first."""
+    if task is None:
+        Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+        return ["train", "text.txt", *OPTIONS.split(), *COMMON.split()]
+    config = gptsmith.GPTConfig(
+        vocab_size=257, context_length=24, n_layer=1, n_head=2, n_embd=8, dropout=0.2
+    )
+    gptsmith.save(gptsmith.GPT(config), byte_tokenizer(), "base")
+    lines = [json.dumps(ROWS[task](n)) + "\n" for n in range(24)]
+    Path("rows.jsonl").write_text("".join(lines))
+    words = f"finetune base --data rows.jsonl --batch-rows 5 --steps {STEPS} --dropout 0.2"
+    return [*words.split(), *COMMON.split(), *(["--lora", "2"] if task == "chat" else [])]
+
+
 def main() -> None:
     attempts, seed = int(sys.argv[1]), int(sys.argv[2])
-    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-    fresh = ["text.txt", *OPTIONS]
+    fresh = command_line(sys.argv[3] if sys.argv[3:] else None)
     total = train([*fresh, "--out", "whole"], None)
     print(json.dumps({"moments": total, **outcome(Path("whole"))}))
     chosen = random.Random(seed)
@@ -138,9 +167,9 @@ def main() -> None:
             train([*fresh, "--out", str(run)], None)
         else:
             again = chosen.randrange(1, total)  # and perhaps once more, on the way back
-            if not train(["--resume", str(run)], again):
+            if not train([fresh[0], "--resume", str(run)], again):
                 kills.append(again)
-                train(["--resume", str(run)], None)
+                train(["train", "--resume", str(run)], None)
         print(json.dumps({"kills": kills, **outcome(run)}))
         shutil.rmtree(run)
 

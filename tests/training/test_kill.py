@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-ATTEMPTS = 25
-
 
 @pytest.mark.slow
-def test_killed_anywhere_and_resumed_is_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attempts", "task"), [(25, []), (5, ["chat"]), (5, ["classify"]), (5, ["preference"])]
+)
+def test_killed_anywhere_and_resumed_is_the_same_run(
+    tmp_path: Path, attempts: int, task: list[str]
+) -> None:
     """`killing.py` chooses the instants: around each write, flush, rename and step."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killing.py"), str(ATTEMPTS), "1"],
+        [sys.executable, Path(__file__).with_name("killing.py"), str(attempts), "1", *task],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -26,7 +29,7 @@ def test_killed_anywhere_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     assert whole["checkpoint"] == "step-00000012"
     assert len(whole["checkpoints"]) <= 3
     assert whole.pop("moments") > 150
-    assert len(killed) == ATTEMPTS
+    assert len(killed) == attempts
     for attempt in killed:
         kills = attempt.pop("kills")
         assert attempt == whole, f"killed at {kills}"

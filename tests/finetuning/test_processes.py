@@ -1,0 +1,129 @@
+"""Fine-tuning in several processes, and interrupted where training itself is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptsmith.cli.main import main
+from gptsmith.finetuning import report
+from gptsmith.finetuning.preference import PreferenceTask
+from tests.conftest import until
+from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
+from tests.training.test_run import records
+
+__all__ = ["here"]  # each test in a folder with a small model and data for each task
+
+
+def finetune_in(processes: int, *words: str) -> None:
+    """`gptsmith finetune` in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, str(processes), "-m", "gptsmith", "finetune", *words],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("task", ["chat", "classify", "preference", "text"])
+def test_processes_learn_what_one_does(task: str, processes: int) -> None:
+    """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
+    words = ["--dropout", "0.2", "--micro-batch", "1"]
+    one = tuned(task, "one", *words)
+    data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
+    toy = TOY if task != "text" else TOY_TEXT
+    finetune_in(processes, "base", *data, "--out", "many", *toy, *words)
+    for mine, theirs in zip(records(one), records(Path("many")), strict=True):
+        for name in ("loss", "validation_loss", "validation_accuracy", "reward_margin", "tokens"):
+            assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-6), name
+    if task != "text":
+        tests = [json.loads((run / "test.json").read_text()) for run in (one, Path("many"))]
+        assert tests[0]["loss"] == pytest.approx(tests[1]["loss"], abs=1e-5)
+
+
+# -- interrupted before the first step, and after the last
+
+
+def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, before which somebody presses Ctrl-C, the first time."""
+    pressed = list[bool]()
+
+    def pressing(*arguments: Any, **options: Any) -> Any:
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **options)
+
+    return pressing
+
+
+@pytest.mark.parametrize("place", ["encoding", "reference"])
+def test_interrupted_before_the_first_step_nothing_is_left(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner: Any = PreferenceTask
+    name = "logprobs"
+    if place == "encoding":
+        from gptsmith.data.encoded import Encoder as owner
+
+        name = "rows"
+    monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+    words = ["finetune", "base", "--data", "preference.jsonl", "--out", "runs/run", *TOY]
+    assert main(words) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not Path("runs").exists()
+    assert main([*words, "--steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("task", ["chat", "classify", "preference"])
+def test_interrupted_in_the_test_the_run_can_be_tested_again(
+    task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "batches_by_length", interrupting(report.batches_by_length))
+        patch.setattr(report, "answered", interrupting(report.answered))
+        patch.setattr(report, "loss_of", interrupting(report.loss_of))
+        words = ["finetune", "base", "--data", f"{task}.jsonl", "--out", "run", *TOY]
+        assert main([*words, "--steps", "1"]) == 130
+    said = capsys.readouterr().err
+    assert "gptsmith train --resume run" in said
+    assert said.endswith("interrupted\n")
+    assert not Path("run/test.json").exists()
+    assert main(["train", "--resume", "run"]) == 0
+    assert json.loads(Path("run/test.json").read_text())["examples"] > 0
+
+
+TERMINATED = """
+import pathlib, sys, time
+from gptsmith.cli.main import main
+from gptsmith.finetuning.preference import PreferenceTask
+def waiting(*arguments):
+    pathlib.Path("reached").touch()
+    time.sleep(300)
+PreferenceTask.logprobs = waiting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_terminated_in_the_reference_the_run_goes_on_to_the_same_end(verb: str) -> None:
+    words = ["finetune", "base", "--data", "preference.jsonl", "--out", "run", *TOY]
+    with subprocess.Popen([sys.executable, "-c", TERMINATED, *words]) as process:
+        until(lambda: Path("reached").exists() or process.poll() is not None)
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+    assert main([verb, "--resume", "run"]) == 0
+    assert same_weights(tuned("preference", "whole"), Path("run"))
