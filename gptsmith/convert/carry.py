@@ -183,7 +183,7 @@ def carry(
     the number of rows that were dropped from the vocabulary; `before` computes the logits to keep,
     if not the stored model does.
     """
-    if not target.format.ours:  # the other formats have no place for labels
+    if before is None:  # the model of an adapter may label
         check_writes(stored.config, source.path)
     dtype = check_dtype(target, dtype, stored.dtype)
     near, lost = nearest(stored.config, target)
