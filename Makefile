@@ -9,6 +9,13 @@ IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 demo: .venv/demo
 	$(BIN)/gptsmith train shakespeare
 
+# Small models of bytes learn simple tasks and labels in minutes; the first answers three questions.
+demo-finetune: .venv/demo
+	$(BIN)/gptsmith finetune fresh --data small-tasks --out runs/small-tasks
+	$(BIN)/gptsmith finetune fresh --data comedy-or-tragedy --out runs/comedy-or-tragedy
+	printf '%s\n' 'Reverse banana.' 'What is the plural of fly?' 'What is 17 + 25?' | \
+		$(BIN)/gptsmith chat runs/small-tasks --temperature 0
+
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
 
@@ -24,7 +31,7 @@ check: .venv/test
 soak: .venv/test
 	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
 
-# The compiled step on processors of other kinds, emulated.
+# The C++ files on processors of other kinds, emulated.
 other-processors: .venv/test | system-other-processors
 	$(BIN)/pytest tests/processors
 
@@ -96,4 +103,4 @@ system-demo system-test system-other-processors:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo test quick check soak clients other-processors test-benchmarks clean system-demo system-test system-other-processors
+.PHONY: demo demo-finetune test quick check soak clients other-processors test-benchmarks clean system-demo system-test system-other-processors

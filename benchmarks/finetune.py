@@ -9,7 +9,8 @@
 Each is a run of `gptsmith finetune` in a folder (--folder), and a line of JSON with what its test
 found. `sms` keeps each distinct message once and as many of both labels, and takes several seeds.
 `instructions` first trains a small model of bytes on Shakespeare's plays, which takes minutes.
-`lora` times whole steps in turn, and takes the peak memory of each.
+`lora` times whole steps in turn, and takes the peak memory of each. Words after `--` are further
+flags of `gptsmith finetune`.
 """
 
 import json
@@ -167,12 +168,13 @@ def main() -> None:
     known.add_argument("--folder", type=Path, default=Path("finetune"), help="for the runs")
     known.add_argument("--seeds", type=int, default=3, help="runs of sms (default: %(default)s)")
     known.add_argument("--rounds", type=int, default=3, help="of lora (default: %(default)s)")
-    known.add_argument("more", nargs="*", help="after --: further flags of gptsmith finetune")
-    options = known.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options, more = known.parse_args(words[:end]), words[end + 1 :]
     if options.what != "small-tasks" and options.source is None:
         raise ValueError(f"{options.what} needs its data: name the file")
     options.folder.mkdir(parents=True, exist_ok=True)
-    results, folder, more = Results(options.out), options.folder, options.more
+    results, folder = Results(options.out), options.folder
     if options.what == "sms":
         sms(options.source, folder, options.seeds, more, results)
     elif options.what == "small-tasks":

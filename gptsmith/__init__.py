@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.described import describe
-    from .checkpoint.saved import load, save
+    from .checkpoint.loading import load
+    from .checkpoint.saved import save
     from .config.model import PRESETS, GPTConfig
     from .config.settings import (
         DataSettings,
@@ -48,7 +49,7 @@ _HOMES = {
     "finetune": "finetuning.finetune",
     "generate": "generation.writing",
     "generate_greedy": "generation.writing",
-    "load": "checkpoint.saved",
+    "load": "checkpoint.loading",
     "save": "checkpoint.saved",
     "stream": "generation.writing",
     "train": "training.train",

@@ -52,6 +52,7 @@ NO_TORCH = (
     "tokenizers",
     "data.prepare",
     "checkpoint.folder",
+    "checkpoint.loading",
     "convert.formats",
     "training.schedules",
     "cli.main",

@@ -1,4 +1,4 @@
-"""Save a model as a Hugging Face folder, and load it.
+"""Save a model as a Hugging Face folder, and read it.
 
 Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
 """
@@ -32,9 +32,6 @@ from .config_json import quantized_json, to_hugging_face
 from .folder import (
     CONFIG,
     find_base,
-    find_model,
-    is_run,
-    pointed_to,
     read_folder,
     safetensors_header,
 )
@@ -122,6 +119,7 @@ def write_description(stored: Stored, folder: Path, **more: Any) -> None:
         theirs["pad_token_id"] = pad = config.pad_token_id
         if tokenizer is not None and pad in tokenizer.specials:
             tokenizer = tokenizer.padding_with(tokenizer.specials[pad])
+            stored = replace(stored, tokenizer=tokenizer)
     elif "max_new_tokens" in generation:  # transformers 4's pipeline looks for it here only
         fewer = {"max_new_tokens": generation["max_new_tokens"]}
         theirs["task_specific_params"] = {"text-generation": fewer}
@@ -165,39 +163,6 @@ def hugging_face_entries(stored: Stored) -> list[Entry]:
 # -- reading
 
 
-def load(
-    name: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    bits: int | None = None,
-    unpacked: bool = False,
-    base: str | Path | None = None,
-) -> tuple[GPT, Tokenizer | None]:
-    """Load the model of a run, checkpoint or Hugging Face folder, in evaluation mode.
-
-    An adapter is added to the weights of its base, which is found by the name in its folder, or is
-    `base`; `load_adapted` keeps both apart.
-
-    `bits` (8 or 4) packs its matrices while loading; `dtype` is then that of the activations. A
-    quantized folder stays packed unless `unpacked`. The tokenizer is None if the folder has none.
-    Files listed in a manifest are verified, while they are read.
-    """
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "bits": bits, "unpacked": unpacked}
-    how["base"] = base
-    likely = Path(name)
-    if is_run(likely):
-        likely = pointed_to(likely, "best") or likely
-    with ThreadPoolExecutor(1) as pool:
-        finding = pool.submit(find_model, name)
-        try:
-            loaded = load_folder(likely, **how)
-        except Exception:  # perhaps by a damaged file, which verifying names; or it comes again
-            return load_folder(finding.result(), **how)
-        folder = finding.result()
-    return loaded if folder == likely else load_folder(folder, **how)
-
-
 def load_folder(
     folder: Path,
     *,
@@ -208,7 +173,10 @@ def load_folder(
     unpacked: bool = False,
     base: str | Path | None = None,
 ) -> tuple[GPT, Tokenizer | None]:
-    """As `load`, for a folder that `find_model` returned; `tokenizer` if it was loaded before."""
+    """Load the model of a folder that `find_model` returned, and its tokenizer, unless it is given.
+
+    The other arguments are those of `loading.load`.
+    """
     stored = open_folder(folder, with_tokenizer=tokenizer is None, base=base)
     if tokenizer is not None:
         check_pair(stored.config, tokenizer, folder)

@@ -26,7 +26,8 @@ HELP = """\
 /reset        forget the conversation, but for the system's message
 /save FILE    write the conversation as a row of data for `gptsmith finetune`
 /help         show these lines
-Ctrl-C stops an answer, Ctrl-D leaves. A line that ends with \\ goes on in the next one.
+Ctrl-C stops an answer, Ctrl-D leaves.
+A line that ends with \\ goes on in the next one.
 To send a message that begins with /, begin it with a space."""
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 

@@ -19,9 +19,7 @@ class MergeSettings:
     """How the merged model is written."""
 
     base: str | None = setting(None, BASE_HELP, metavar="MODEL")
-    dtype: DtypeName | None = setting(
-        None, "number format of the weights (default: float32)", metavar="|".join(DTYPES)
-    )
+    dtype: DtypeName = setting("float32", "number format of the weights", metavar="|".join(DTYPES))
     shard_size: Bytes | None = setting(None, SHARD_HELP)
     json: bool = setting(False, "write the report as JSON")
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from ..config.fields import SettingError
 from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from .flags import Parser, add_flags, chosen
@@ -128,6 +129,8 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
     from ..model.classifier import Classifier
 
     if isinstance(opened[1], Classifier):
+        if settings.adapter:
+            raise SettingError("adapter", f"is of a model that writes, not of {options.model}")
         return classifier_served(options, settings, *opened[1:])
     folder, model, tokenizer, decoder = with_decoder(options, options.model, *opened)
     from ..model.lora import own_bytes

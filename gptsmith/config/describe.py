@@ -277,9 +277,12 @@ def _adapters(config: GPTConfig, lora: LoRASettings) -> list[str]:
     """Return the parameters of adapters, and the memory of training only these."""
     values, C = adapters_json(config, lora), config.n_embd
     memory, learned = values["memory"], f"{values['learned']:,}"
-    added = "gradients and AdamW's state of what learns: 3 x 4 bytes each"
     rows = [
-        ("", added, human_bytes(memory["gradients"] + memory["optimizer"])),
+        (
+            "gradients, AdamW",
+            "3 x 4 bytes for each that learns",
+            human_bytes(memory["gradients"] + memory["optimizer"]),
+        ),
         ("training", "with the frozen weights and one context", human_bytes(memory["training"])),
         ("", "less than training all weights", human_bytes(memory["saved"])),
     ]

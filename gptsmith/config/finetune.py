@@ -69,6 +69,10 @@ class FinetuneSettings:
         "train only the last N blocks, the final norm and the head",
         metavar="all-but-last-N",
     )
+    prefix_weight: float = setting(
+        0.0,
+        "classify: share of the loss that is of the beginnings of texts, which have the label too",
+    )
     beta: float = setting(
         0.1, "preference: how strongly the model is kept near the one it started from (DPO's beta)"
     )
@@ -76,7 +80,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_rows", "lora")
         above(self, 0, "epochs", "lora_alpha", "beta")
-        within(self, 0, 1, "test_fraction", "lora_dropout")
+        within(self, 0, 1, "test_fraction", "lora_dropout", "prefix_weight")
         if self.freeze is not None and not re.fullmatch(r"all-but-last-\d+", self.freeze):
             raise SettingError("freeze", f"is '{self.freeze}': all-but-last-N is needed")
         known = LORA_TARGETS.split(",")

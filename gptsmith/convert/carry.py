@@ -68,6 +68,7 @@ def import_model(
     """
     source = find_source(path, format)
     stored, padding = without_padding(stored_at(source, tokenizer), path)
+    check_writes(stored.config, path)
     target = FormatPath(out, "huggingface")
     return carry(stored, source, target, padding=padding, run_original=True, **choices)
 
@@ -82,6 +83,7 @@ def export_model(
     target = FormatPath(out, check_name(to, WRITABLE, "written"))
     source = FormatPath(find_model(model), "huggingface")
     stored = saved.open_folder(source.path, base=base)
+    check_writes(stored.config, source.path)
     if stored.bits is not None:
         warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
         stored = replace(stored, bits=None)
@@ -181,10 +183,8 @@ def carry(
     ValueError if the format cannot express the model, unless `approximate`; and if an exact copy
     computes other logits than the model, or the model others than its original system. `padding` is
     the number of rows that were dropped from the vocabulary; `before` computes the logits to keep,
-    if not the stored model does.
+    (B, T) -> (B, T, V), if not the stored model does.
     """
-    if before is None:  # the model of an adapter may label
-        check_writes(stored.config, source.path)
     dtype = check_dtype(target, dtype, stored.dtype)
     near, lost = nearest(stored.config, target)
     if lost and not approximate:

@@ -19,13 +19,12 @@ from ..config.finetune import FinetuneSettings, Task
 from ..config.settings import PrepareSettings
 from ..machine.files import DamagedError, read_json, sha256, write_json, written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
-from .example_writer import TARGETS, TOKENS, RowWriter, counted, divided, number_labels
+from .example_writer import ENDS, SPLIT, TARGETS, TOKENS, RowWriter, finished
 from .examples import SPLITS, ExampleReader, none_in
 from .prepare import Progress, timed
 from .targets import Encoder
 
 INFO, FORMAT, VERSION = "examples.json", "gptsmith-examples", 1
-ENDS, SPLIT = "ends.npy", "split.npy"
 REPORTED = 256  # examples between two reports of progress
 # Settings by which a folder is made; the others are for learning from it.
 SETTINGS = {
@@ -131,33 +130,9 @@ def write_examples(
             "which teaches nothing",
             stacklevel=2,
         )
-    labels = number_labels(folder, writer.ends, [*encoder.labels]) if encoder.labels else []
-    splits, repeats = divided(writer, reader.task, settings)
-    np.save(folder / ENDS, np.frombuffer(writer.ends, np.int64))
-    np.save(folder / SPLIT, np.argsort(splits, kind="stable"))
     encoder.tokenizer.save(folder)
-    info = described(reader, reader.sums, tokenizer, settings) | {
-        "task": reader.task,
-        "form": encoder.form,
-        "template": encoder.source,
-        "tokenizer": {
-            "kind": encoder.tokenizer.kind,
-            "fingerprint": encoder.tokenizer.fingerprint,
-            "vocab_size": encoder.tokenizer.vocab_size,
-        },
-        "labels": labels,
-        "counts": {
-            "examples": len(writer.said),
-            "bad_rows": reader.bad_rows.count,
-            "repeats": repeats,
-            "cut_prompts": encoder.cut_prompts,
-            "cut_answers": encoder.cut_answers,
-            "same_answers": encoder.same_answers,
-        },
-        "splits": {name: counted(writer, splits == n) for n, name in enumerate(SPLITS)},
-        "files": {n: sha256(folder / n) for n in (TOKENS, TARGETS, ENDS, SPLIT)},
-    }
-    write_json(folder / INFO, info)
+    asked = described(reader, reader.sums, tokenizer, settings)
+    write_json(folder / INFO, asked | finished(folder, reader, encoder, writer, settings))
 
 
 # -- reading

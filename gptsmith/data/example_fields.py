@@ -144,7 +144,7 @@ def text_in(fields: Mapping[str, Any], name: str, where: str = "", *, empty: boo
 
 
 def kind(value: Any) -> str:
-    """Return what JSON calls a value."""
+    """Return the name of the type of a value."""
     return "null" if value is None else type(value).__name__
 
 

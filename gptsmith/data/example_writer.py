@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..config.finetune import Task
-from .examples import SPLITS, Example
-from .targets import Row
+from ..machine.files import sha256
+from .examples import SPLITS, Example, ExampleReader
+from .targets import Encoder, Row
 
 TOKENS, TARGETS = "tokens.bin", "targets.bin"  # int32
+ENDS, SPLIT = "ends.npy", "split.npy"  # int64
 CHUNK = 1 << 16  # labels numbered at once
 
 
@@ -57,6 +59,42 @@ class RowWriter:
     def tokens(self) -> int:
         """The number of tokens so far."""
         return self.ends[-1] if self.ends else 0
+
+
+def finished(
+    folder: Path,
+    reader: ExampleReader,
+    encoder: Encoder,
+    writer: RowWriter,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Number the labels, divide the examples, and return the rest of examples.json."""
+    labels = number_labels(folder, writer.ends, [*encoder.labels]) if encoder.labels else []
+    splits, repeats = divided(writer, reader.task, settings)
+    np.save(folder / ENDS, np.frombuffer(writer.ends, np.int64))
+    np.save(folder / SPLIT, np.argsort(splits, kind="stable"))
+    tokenizer = encoder.tokenizer
+    return {
+        "task": reader.task,
+        "form": encoder.form,
+        "template": encoder.source,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "labels": labels,
+        "counts": {
+            "examples": len(writer.said),
+            "bad_rows": reader.bad_rows.count,
+            "repeats": repeats,
+            "cut_prompts": encoder.cut_prompts,
+            "cut_answers": encoder.cut_answers,
+            "same_answers": encoder.same_answers,
+        },
+        "splits": {name: counted(writer, splits == n) for n, name in enumerate(SPLITS)},
+        "files": {n: sha256(folder / n) for n in (TOKENS, TARGETS, ENDS, SPLIT)},
+    }
 
 
 def number_labels(folder: Path, ends: "array[int]", found: list[str]) -> list[str]:

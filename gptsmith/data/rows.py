@@ -16,7 +16,7 @@ from .decoding import decoded_text
 from .sources import Source
 
 PARQUET_ROWS = 256  # at once
-QUOTES = "a field that begins with a quotation mark must end with one, and those within it must be doubled"
+QUOTES = "a field that begins with a quotation mark ends with one, and those within it are doubled"
 CSV_CURES = {  # by what Python's csv says
     "unexpected end of data": QUOTES,
     "expected after": QUOTES,

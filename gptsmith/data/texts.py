@@ -4,7 +4,6 @@ A file of rows has a text in each row; any other file has a text on each line. K
 tokens, or of which labels there are.
 """
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from ..config.settings import PrepareSettings
 from .decoding import checked_encoding, decoded_text
 from .documents import problem_of
-from .rows import lines_of, read_rows
+from .rows import BadRows, lines_of, read_rows
 from .sources import find_sources
 
 
@@ -38,7 +37,7 @@ def read_texts(
     """
     if Path(name).is_dir():
         raise ValueError(f"{name} is a folder: name a file of texts")
-    encoding, skipped, first = checked_encoding(options.encoding), 0, ""
+    encoding, bad_rows = checked_encoding(options.encoding), BadRows(options.bad_rows)
     for source in find_sources([name]):
         if not source.has_rows:
             for line, _ in lines_of(decoded_text(source, encoding, None, None)):
@@ -47,13 +46,8 @@ def read_texts(
         columns = [options.field, label_field]
         for row in read_rows(source, encoding=encoding, columns=columns, header=header):
             if problem := row.problem or problem_of(row, options.field):
-                if options.bad_rows == "error":
-                    raise ValueError(
-                        f"{row.place} {problem}; correct it, or skip such rows with --bad-rows skip"
-                    )
-                skipped, first = skipped + 1, first or f"{row.place} {problem}"
+                bad_rows.add(f"{row.place} {problem}")
                 continue
             label = row.fields.get(label_field)
             yield LabelledText(row.fields[options.field], None if label is None else str(label))
-    if skipped:
-        warnings.warn(f"{skipped:,} bad rows were skipped; the first: {first}", stacklevel=2)
+    bad_rows.warn()

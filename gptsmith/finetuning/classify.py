@@ -5,28 +5,65 @@ Shapes:  R rows    T tokens    K labels
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ..config.settings import RunSettings
+from ..data.encoded import Examples
 from ..machine.devices import autocast
 from ..machine.processes import sum_of_numbers
 from ..model.classifier import Classifier
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
-from ..training.task import Evaluating
+from ..training.task import CountedTargets, Evaluating
 from .task import ExampleTask
 
 SHOWN = 5  # held-out texts that samples.md shows the labels of
 SHOWN_CHARACTERS = 200
 
 
+class LabelledPrefixes(CountedTargets):
+    """The label's cross entropy at a text's last token and, with a weight, at those before it.
+
+    Every beginning of a text is then an example too, and the more of the text it has, the more it
+    weighs. From few texts a model with random weights learns more so.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def loss(self, model: GPT, *batch: Tensor) -> Tensor:
+        """Return the mean loss of texts.  (R, T), (R, T), maybe seeds (R, P) -> ()"""
+        tokens, targets, *seeds = batch
+        logits = model.lm_head(model.features(tokens, None, *seeds)).float()  # (R, T, K)
+        labels, last = targets.max(1)  # (R,), (R,)
+        places = torch.arange(tokens.shape[1], device=tokens.device) - last[:, None]  # (R, T)
+        everywhere = labels[:, None].where(places <= 0, NOT_LEARNED)
+        nats = F.cross_entropy(
+            logits.flatten(0, 1), everywhere.flatten(), ignore_index=NOT_LEARNED, reduction="none"
+        ).view_as(tokens)
+        weights = (places + last[:, None] + 1).where(places <= 0, 0).float()  # 1, 2, 3, ...
+        weights *= self.weight / weights.sum(1, keepdim=True)
+        weights += (places == 0) * (1 - self.weight)
+        return (weights * nats).sum(1).mean()
+
+
 class ClassifyTask(ExampleTask):
     """Labels of texts."""
 
     unit: ClassVar[str] = "text"
+
+    def __init__(
+        self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None
+    ) -> None:
+        super().__init__(run, settings, examples, checkpoint)
+        if weight := settings.finetune.prefix_weight:
+            self.objective = LabelledPrefixes(weight)
 
     @property
     def worst_loss(self) -> float:

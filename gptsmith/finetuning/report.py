@@ -96,7 +96,6 @@ def test_labels(task: ExampleTask, judged: Judged) -> dict[str, Any]:
         scores, wanted = task.scores(judged, "test", numbers)
         for right, given in zip(wanted.tolist(), scores.argmax(1).tolist(), strict=True):
             confusion.add(right, given)
-    (task.run / CONFUSION).unlink(missing_ok=True)
     draw_confusion(confusion, task.run / CONFUSION)
     simple = baselines(texts(task, "train"), texts(task, "test"), len(confusion.labels))
     others = {"most_frequent": simple.most_frequent, "naive_bayes": simple.naive_bayes}

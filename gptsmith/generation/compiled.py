@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..config.fields import SettingError
+from ..config.quantization import WORD_BITS
 from ..machine.native import open_library
 from ..model.cache import KVCache
 from ..model.gpt import GPT
-from ..model.quantized import PackedLinear
+from ..model.quantized import PackedEmbedding, PackedLinear
 from .crossover import remembered_rows
 from .graphs import GraphDecoder
 
@@ -63,6 +64,7 @@ class Model(Structure):
     """All weights, and the model's sizes."""
 
     _fields_ = [
+        *fields(Matrix, "wte wpe"),
         ("layers", POINTER(Layer)),
         ("ln_f", Norm),
         ("head", Matrix),
@@ -79,9 +81,13 @@ class Cache(Structure):
 
 
 class Rows(Structure):
-    """The tokens of a step, as embeddings, and where the logits are written."""
+    """The tokens of a step, and where the logits are written."""
 
-    _fields_ = fields(c_int64, "count wanted") + fields(c_void_p, "text place logits_of x logits")
+    _fields_ = [
+        *fields(c_int64, "count wanted"),
+        *fields(POINTER(c_int64), "token text place logits_of"),
+        ("logits", c_void_p),
+    ]
 
 
 class CompiledDecoder:
@@ -93,6 +99,8 @@ class CompiledDecoder:
         config = model.config
         layers = [self.layer(block) for block in model.h]
         self.described = Model(
+            wte=self.matrix(model.wte),
+            wpe=self.matrix(model.wpe),
             layers=(Layer * config.n_layer)(*layers),
             ln_f=self.norm(model.ln_f),
             head=self.matrix(model.lm_head),
@@ -115,19 +123,21 @@ class CompiledDecoder:
             mlp_c_proj=self.matrix(block.mlp.c_proj),
         )
 
-    def matrix(self, linear: Any) -> Matrix:
-        """Describe a linear layer's weights and bias."""
-        described = Matrix(
-            bias=self.floats(linear.bias), rows=linear.out_features, columns=linear.in_features
-        )
-        if isinstance(linear, PackedLinear):
-            described.numbers = self.address(linear.words)
-            described.scales = self.address(linear.scales)
-            described.lanes, described.bits = linear.scales.shape[1], linear.bits
-            linear.unpack = partial(unpack, self.library, described)  # for many rows
+    def matrix(self, module: Any) -> Matrix:
+        """Describe a linear layer's weights and bias, or an embedding's weights."""
+        described = Matrix(bias=self.floats(getattr(module, "bias", None)))
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            described.rows, N, lanes = module.words.shape
+            described.lanes, described.bits = lanes, module.bits
+            described.columns = N * lanes * WORD_BITS // module.bits
+            described.numbers = self.address(module.words)
+            described.scales = self.address(module.scales)
         else:
-            described.numbers = self.address(linear.weight)
-            described.bits = linear.weight.element_size() * 8
+            described.rows, described.columns = module.weight.shape
+            described.bits = module.weight.element_size() * 8
+            described.numbers = self.address(module.weight)
+        if isinstance(module, PackedLinear):
+            module.unpack = partial(unpack, self.library, described)  # for many rows
         return described
 
     def norm(self, norm: Any) -> Norm:
@@ -174,20 +184,14 @@ class CompiledDecoder:
             raise ValueError(f"{max(texts) + 1} rows do not fit a cache of {held}")
         if max(places) >= cache.capacity:
             raise ValueError(f"{max(places) + 1} tokens do not fit a cache of {cache.capacity}")
-        ids, rows_of, positions, logits_of = (
-            torch.tensor(numbers, dtype=torch.long) for numbers in (tokens, texts, places, wanted)
-        )  # (R,), (R,), (R,), (W,)
-        x = (model.wte(ids) + model.wpe(positions)).float().contiguous()  # (R, C)
+        if not 0 <= min(tokens) <= max(tokens) < model.config.vocab_size:
+            raise IndexError(f"a token is outside the vocabulary of {model.config.vocab_size}")
         logits = torch.empty(len(wanted), model.config.vocab_size)
-        rows = Rows(
-            count=len(tokens),
-            wanted=len(wanted),
-            text=rows_of.data_ptr(),
-            place=positions.data_ptr(),
-            logits_of=logits_of.data_ptr(),
-            x=x.data_ptr(),
-            logits=logits.data_ptr(),
+        # PyTorch's operations on a few numbers take longer than all this.
+        token, text, place, logits_of = (
+            (c_int64 * len(numbers))(*numbers) for numbers in (tokens, texts, places, wanted)
         )
+        rows = Rows(len(tokens), len(wanted), token, text, place, logits_of, logits.data_ptr())
         described = Cache(
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
@@ -251,3 +255,5 @@ def check_model(model: GPT) -> None:
         raise SettingError(
             "compile", "is yes, but the compiled step is for GPT-2's block on a CPU: leave it out"
         )
+    if model.lora is not None:
+        raise SettingError("compile", "is yes, but the compiled step knows no adapters: merge them")

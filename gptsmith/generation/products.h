@@ -86,7 +86,7 @@ struct Float32 {
     static constexpr int FIELDS = 1, SUMS = 1, WIDE = 16;
     static constexpr bool PACKED = false;
     static Held field(Held held, int) { return held; }
-    static Sum add(Sum sum, Held held, const float* x, int) { return sum + held * load<Floats>(x); }
+    static Sum add(Sum sum, Floats held, Floats x, int) { return sum + held * x; }
     static void put(float* to, Floats low, Floats) { store(to, low); }
 };
 
@@ -96,8 +96,8 @@ struct Bfloat16 : Float32 {  // one instruction multiplies pairs, and adds the p
     typedef Pairs Held;
     static constexpr int WIDE = 32;
     static Held field(Held held, int) { return held; }
-    static Sum add(Sum sum, Held held, const float* x, int) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)held, (__m512bh)load<Floats>(x));
+    static Sum add(Sum sum, Held held, Floats x, int) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)held, (__m512bh)x);
     }
     static void put(float* to, Floats low, Floats high) {
         store((uint16_t*)to, to_bfloat16(low));
@@ -129,8 +129,8 @@ struct Packed {
     // An instruction multiplies four bytes and adds the products: first the inputs' high bytes are
     // multiplied, then their low ones.
     static constexpr int LARGEST = 0x7f7f;  // the largest input whose high byte is below 128
-    static Words add(Words sum, Words field, const float* x, int) {
-        return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)field, (__m512i)load<Words>(x));
+    static Words add(Words sum, Words field, Floats x, int) {
+        return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)field, (__m512i)x);
     }
     static Words join(Words high, Words low) { return (high << 8) + low; }
     static void put(Words (&to)[SUMS], int byte, Words x) {
@@ -141,8 +141,8 @@ struct Packed {
 #else
     // First the even bytes are multiplied as numbers of 16 bits, then the odd ones.
     static constexpr int LARGEST = 0x7fff;
-    static Words add(Words sum, Words field, const float* inputs, int odd) {
-        Words pair = (Words)((Naturals)field >> (8 * odd)) & 0x00ff00ff, x = load<Words>(inputs);
+    static Words add(Words sum, Words field, Floats inputs, int odd) {
+        Words pair = (Words)((Naturals)field >> (8 * odd)) & 0x00ff00ff, x = (Words)inputs;
 #ifdef __AVX2__
         for (int half = 0; half < 2; half++)
             ((__m256i*)&sum)[half] = _mm256_add_epi32(((__m256i*)&sum)[half],
@@ -171,6 +171,7 @@ constexpr int WIDEST = 2;
 constexpr int64_t BLOCKS = 3;        // of 16 rows, that a thread multiplies by all inputs in turn
 constexpr int64_t MANY = 8;          // input rows for which the threads share what is cheap, too
 constexpr int64_t AHEAD = 16 << 10;  // bytes: how far ahead weights are prefetched
+constexpr size_t CACHED = 24 << 10;  // bytes of inputs: most first caches have 32 KB
 
 // The largest number of input rows in a tile, and how many rows of the matrix RS of them are
 // multiplied by at a time: the partial sums have to fit the registers.
@@ -190,19 +191,27 @@ struct Inputs {
     std::vector<float> scales;   // (R,): 1, or the scale of inputs that were rounded to 16 bits
 };
 
-// Return how many rows to multiply at once if `left` of them are left.
-template <class F>
-int64_t tile_of(int64_t left) {
-    int64_t rows = TILE<F>;
-    while (rows / 2 >= left) rows /= 2;
-    return rows;
-}
-
 // Return how many vectors of inputs a row of the matrix is multiplied by.
 template <class F>
 int64_t across(const Matrix& w) {
     if (!F::PACKED) return divided(w.columns, F::WIDE);
     return divided(w.lanes, LANES) * (w.columns / w.lanes / 4) * F::SUMS;
+}
+
+// Return how many rows of inputs to multiply at once if there are many: fewer of long rows, so that
+// they stay in the first cache.
+template <class F>
+int64_t whole_tile(const Matrix& w) {
+    bool fits = TILE<F> * across<F>(w) * sizeof(Line) <= CACHED;
+    return fits ? TILE<F> : std::min(TILE<F>, 4);
+}
+
+// Return how many rows to multiply at once if `left` of them are left.
+template <class F>
+int64_t tile_of(const Matrix& w, int64_t left) {
+    int64_t rows = whole_tile<F>(w);
+    while (rows / 2 >= left) rows /= 2;
+    return rows;
 }
 
 // Copy the inputs of a row, to every `stride`th vector from `to` on.
@@ -254,8 +263,8 @@ float order_packed(const Matrix& w, const float* from, float* to, float* offsets
 template <class F>
 void make_room_for(const Matrix& w, int64_t R, Inputs& in) {
     auto grow = [](auto& vector, size_t size) { vector.resize(std::max(vector.size(), size)); };
-    int64_t last = (std::max<int64_t>(R, 1) - 1) % TILE<F> + 1;  // rows of the last tile
-    int64_t padded = R - last + tile_of<F>(last);
+    int64_t last = (std::max<int64_t>(R, 1) - 1) % whole_tile<F>(w) + 1;  // rows of the last tile
+    int64_t padded = R - last + tile_of<F>(w, last);
     grow(in.ordered, across<F>(w) * padded);
     grow(in.offsets, F::PACKED ? divided(w.lanes, LANES) * padded * LANES : 0);
     grow(in.scales, padded);
@@ -264,7 +273,7 @@ void make_room_for(const Matrix& w, int64_t R, Inputs& in) {
 // Copy row r of R rows of inputs into the order in which the product reads them.
 template <class F>
 void order(const Matrix& w, int64_t R, int64_t r, const float* from, Inputs& in) {
-    int64_t first = r / TILE<F> * TILE<F>, tile = tile_of<F>(R - first), row = r - first;
+    int64_t row = r % whole_tile<F>(w), first = r - row, tile = tile_of<F>(w, R - first);
     float* to = in.ordered[first * across<F>(w) + row * F::SUMS].numbers;
     in.scales[r] = 1;
     if constexpr (F::PACKED) {
@@ -296,10 +305,16 @@ inline void multiply(typename F::Sum (&sums)[MS][RS * F::SUMS],
 #pragma GCC unroll 4
         for (int m = 0; m < MS; m++) fields[m] = F::field(held[m], f);
 #pragma GCC unroll 8
-        for (int r = 0; r < RS * F::SUMS; r++)
+        for (int r = 0; r < RS * F::SUMS; r++) {
+            Floats inputs = load<Floats>(x + r * LANES);
+#ifdef __AVX512F__
+            // Or else GCC loads it again for each row of the matrix. A single row waits for memory.
+            if (RS > 1) asm("" : "+v"(inputs));
+#endif
 #pragma GCC unroll 4
             for (int m = 0; m < MS; m++)
-                sums[m][r] = F::add(sums[m][r], fields[m], x + r * LANES, r % F::SUMS);
+                sums[m][r] = F::add(sums[m][r], fields[m], inputs, r % F::SUMS);
+        }
     }
 }
 
@@ -394,8 +409,8 @@ void multiply_all(Thread& thread, const Matrix& w, const Inputs& in, int64_t R,
     int64_t block = std::clamp<int64_t>(thread.piece(w.rows) / LANES, 1, BLOCKS) * LANES;
     thread.share(divided(w.rows, block), [&](int64_t item) {
         int64_t first = item * block, end = std::min(first + block, w.rows);
-        for (int64_t r = 0; r < R; r += TILE<F>) {
-            auto multiply_some = multiply_tile<F>(tile_of<F>(R - r));
+        for (int64_t r = 0; r < R; r += whole_tile<F>(w)) {
+            auto multiply_some = multiply_tile<F>(tile_of<F>(w, R - r));
             int64_t ahead = r == 0 ? AHEAD : 0;  // later tiles find the weights in the cache
             for (int64_t m = first; m < end; m += LANES)
                 multiply_some(w, m, in, r, R, ahead, out);

@@ -2,9 +2,9 @@
 // texts in the KV cache.
 //
 // Each weight is read from memory once for all rows, in the format in which it is stored: float32,
-// bfloat16, or several small integers in a word (products.h). The numbers of a row are always summed in
-// the same order, so its logits do not depend, to the bit, on the other rows or on the number of
-// threads.
+// bfloat16, or several small integers in a word (products.h). The numbers of a row are always
+// summed in the same order, so its logits do not depend, to the bit, on the other rows or on the
+// number of threads.
 //
 // Uses the vector extensions of GCC and Clang, which work on every processor. compiled.py describes
 // the model to it; machine/native.py compiles it.
@@ -26,6 +26,7 @@ struct Layer {
 };
 
 struct Model {
+    Matrix wte, wpe;  // rows are the embeddings of tokens and of positions
     const Layer* layers;
     Norm ln_f;
     Matrix head;
@@ -41,10 +42,9 @@ struct Cache {
 
 struct Rows {
     int64_t count, wanted;        // R, and the number of rows whose logits are computed
-    const int64_t *text, *place;  // (R,): each token's text, and its position in that text
-    const int64_t* logits_of;     // (wanted,): the rows whose logits are computed
-    float* x;                     // (R, C): the embeddings, then the residual stream
-    float* logits;                // (wanted, V)
+    const int64_t *token, *text, *place;  // (R,): tokens, their texts and positions in these
+    const int64_t* logits_of;             // (wanted,): the rows whose logits are computed
+    float* logits;                        // (wanted, V)
 };
 
 }  // extern "C"
@@ -53,7 +53,7 @@ namespace {
 
 constexpr int64_t USUAL_HEAD = 64;  // channels per head in every published GPT-2
 
-// -- number formats of the KV cache, and of weights that are unpacked for PyTorch
+// -- number formats of the KV cache, and of weights outside products
 
 struct In32 {
     typedef float Stored;
@@ -68,6 +68,42 @@ struct In16 {
     }
     static void put(uint16_t* to, Floats x, int64_t count) { store(to, to_bfloat16(x), count); }
 };
+
+// Unpack a row of a matrix into float32 or bfloat16, with a single rounding.  -> (K,)
+template <int BITS, class Out>
+void unpack_row(const Matrix& w, int64_t m, typename Out::Stored* to) {
+    constexpr int64_t FIELDS = 32 / BITS;
+    int64_t K = w.columns, lanes = w.lanes;
+    auto words = (const int32_t*)w.numbers + m * K / FIELDS;
+    for (int64_t c = 0; c < lanes; c += LANES) {
+        Floats scale = from_bfloat16(load<Halves>(w.scales + m * lanes + c, lanes - c));
+        for (int64_t at = 0; at < K; at += lanes * FIELDS) {
+            Naturals held = load<Naturals>(words + at / FIELDS + c, lanes - c);
+            for (int64_t field = 0; field < FIELDS; field++, held >>= BITS) {
+                Words number = (Words)(held & ((1u << BITS) - 1)) - Packed<BITS>::OFFSET;
+                Floats value = __builtin_convertvector(number, Floats) * scale;
+                Out::put(to + at + field * lanes + c, value, lanes - c);
+            }
+        }
+    }
+}
+
+template <class In>
+void copy_row(const Matrix& w, int64_t m, float* to) {
+    auto from = (const typename In::Stored*)w.numbers + m * w.columns;
+    for (int64_t c = 0; c < w.columns; c += LANES)
+        store(to + c, In::get(from + c, w.columns - c), w.columns - c);
+}
+
+// Copy a row of a matrix in any format.  -> (K,)
+void get_row(const Matrix& w, int64_t m, float* to) {
+    switch (w.bits) {
+        case 32: return copy_row<In32>(w, m, to);
+        case 16: return copy_row<In16>(w, m, to);
+        case 8: return unpack_row<8, In32>(w, m, to);
+        case 4: return unpack_row<4, In32>(w, m, to);
+    }
+}
 
 // -- between products: LayerNorm, GELU and attention
 
@@ -99,52 +135,65 @@ void softmax(float* x, int64_t S) {
     for (int64_t s = 0; s < S; s += LANES) store(x + s, load<Floats>(x + s, S - s) / total, S - s);
 }
 
-// Compute attention for some heads of one row, 16 keys at a time and all heads of each key, since
-// these are adjacent in memory. SIZE is D if that is known when this is compiled, so that the
-// vectors of a head stay in registers, or else 0.  (heads, D), (S, C), (S, C) -> (heads, D)
+struct Scratch {
+    std::vector<float> p;    // (heads, S): attention's scores, then its weights
+    std::vector<Line> dots;  // (heads, 16): partial sums of the scores of 16 keys
+    std::vector<float> row;  // (C,)
+};
+
+// Compute attention for some heads of one row. A few keys are read at a time, with all their heads,
+// since these are adjacent in memory. SIZE is D if that is known when this is compiled, so that
+// the loops over a head are unrolled, or else 0.  (heads, D), (S, C), (S, C) -> (heads, D)
 template <class In, int64_t SIZE>
 void attend(const float* q, const typename In::Stored* keys, const typename In::Stored* values,
-            int64_t S, int64_t C, int64_t size, int64_t heads, std::vector<float>& p, float* out) {
-    constexpr int CHUNK = 4;  // vectors of a head that are kept in registers
+            int64_t S, int64_t C, int64_t size, int64_t heads, Scratch& scratch, float* out) {
+    constexpr int64_t KEYS = 4, LINE = sizeof(Line) / sizeof(typename In::Stored);
     const int64_t D = SIZE ? SIZE : size, room = divided(S, LANES) * LANES;
-    p.resize(heads * room);
-    float scale = 1 / std::sqrt((float)D);
-    for (int64_t first = 0; first < S; first += LANES)
+    scratch.p.resize(heads * room);
+    scratch.dots.resize(heads * LANES);
+    float scale = 1 / std::sqrt((float)D), *p = scratch.p.data();
+    // Return 16 numbers of key or value s from c on, and ask for those that are read eight keys
+    // later, once for each cache line. The last key is repeated if there are too few.
+    auto get = [&](auto from, int64_t s, int64_t c, int64_t left) __attribute__((always_inline)) {
+        from += std::min(s, S - 1) * C + c;
+        if (c % LINE == 0) __builtin_prefetch(from + 2 * KEYS * C);
+        return In::get(from, left);
+    };
+    for (int64_t s = 0; s < S; s += KEYS) {
         for (int64_t h = 0; h < heads; h++) {
-            Floats dots[LANES] = {};
-            for (int64_t i = 0; i < LANES && first + i < S; i++)
-                for (int64_t d = 0; d < D; d += LANES) {
-                    auto key = keys + (first + i) * C + h * D + d;
-                    __builtin_prefetch(key + LANES * C);
-                    dots[i] += load<Floats>(q + h * D + d, D - d) * In::get(key, D - d);
-                }
-            store(&p[h * room + first], sums<LANES>(dots) * scale);
+            Floats dots[KEYS] = {};
+            for (int64_t d = 0; d < D; d += LANES)
+                for (int i = 0; i < KEYS; i++)
+                    dots[i] += load<Floats>(q + h * D + d, D - d) *
+                               get(keys, s + i, h * D + d, D - d);
+            for (int i = 0; i < KEYS; i++)
+                store(scratch.dots[h * LANES + s % LANES + i].numbers, dots[i]);
         }
-    for (int64_t h = 0; h < heads; h++) softmax(&p[h * room], S);
-    std::fill(out, out + heads * D, 0.f);
-    for (int64_t first = 0; first < S; first += LANES)
+        int64_t done = s % LANES + KEYS;
+        if (done < LANES && s + KEYS < S) continue;
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t at = 0; at < D; at += CHUNK * LANES) {
-                float* to = out + h * D + at;
-                int64_t left = D - at;
-                Floats gathered[CHUNK] = {};
-                for (int i = 0; i < CHUNK && i * LANES < left; i++)
-                    gathered[i] = load<Floats>(to + i * LANES, left - i * LANES);
-                for (int64_t s = first; s < first + LANES && s < S; s++)
-                    for (int i = 0; i < CHUNK && i * LANES < left; i++) {
-                        auto value = values + s * C + h * D + at + i * LANES;
-                        __builtin_prefetch(value + LANES * C);
-                        gathered[i] += In::get(value, left - i * LANES) * p[h * room + s];
-                    }
-                for (int i = 0; i < CHUNK && i * LANES < left; i++)
-                    store(to + i * LANES, gathered[i], left - i * LANES);
+            store(p + h * room + s + KEYS - done,
+                  sums<LANES>((const Floats*)&scratch.dots[h * LANES]) * scale);
+    }
+    for (int64_t h = 0; h < heads; h++) softmax(p + h * room, S);
+    std::fill(out, out + heads * D, 0.f);
+    for (int64_t s = 0; s < S; s += KEYS)
+        for (int64_t h = 0; h < heads; h++) {
+            float weights[KEYS];
+            for (int i = 0; i < KEYS; i++) weights[i] = s + i < S ? p[h * room + s + i] : 0;
+            for (int64_t d = 0; d < D; d += LANES) {
+                Floats sum = load<Floats>(out + h * D + d, D - d);
+                for (int i = 0; i < KEYS; i++)
+                    sum += get(values, s + i, h * D + d, D - d) * weights[i];
+                store(out + h * D + d, sum, D - d);
             }
+        }
 }
 
 // Write each row's key and value into the cache, then compute its attention.  (R, 3 C) -> (R, C)
 template <class In>
 void attention(Thread& thread, const Model& model, const Cache& cache, const Rows& rows,
-               int64_t layer, const float* qkv, std::vector<float>& p, float* out) {
+               int64_t layer, const float* qkv, Scratch& scratch, float* out) {
     int64_t C = model.n_embd, H = model.n_head, D = C / H;
     auto keys = (typename In::Stored*)cache.keys, values = (typename In::Stored*)cache.values;
     auto at = [&](int64_t row, int64_t place) {
@@ -163,7 +212,7 @@ void attention(Thread& thread, const Model& model, const Cache& cache, const Row
     thread.share(rows.count * parts, [&](int64_t item) {
         int64_t r = item / parts, h = item % parts * heads, begin = at(r, 0) + h * D;
         attend_some(qkv + r * 3 * C + h * D, keys + begin, values + begin, rows.place[r] + 1, C, D,
-                    std::clamp<int64_t>(H - h, 0, heads), p, out + r * C + h * D);
+                    std::clamp<int64_t>(H - h, 0, heads), scratch, out + r * C + h * D);
     });
 }
 
@@ -179,7 +228,7 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
     int64_t R = rows.count, C = model.n_embd, M = model.n_inner;
     auto attention_in = cache.bits == 32 ? attention<In32> : attention<In16>;
     Then activate = model.tanh ? Then::GELU_TANH : Then::GELU;
-    std::vector<float> qkv(R * 3 * C), gathered(R * C), hidden(R * M);
+    std::vector<float> x(R * C), qkv(R * 3 * C), gathered(R * C), hidden(R * M);
     auto make_all_room = [&](Inputs& in) {
         for (int64_t layer = 0; layer < model.n_layer; layer++) {
             const Layer& w = model.layers[layer];
@@ -196,49 +245,41 @@ extern "C" void step(const Model* the_model, const Cache* the_cache, const Rows*
         Thread thread(shared);
         Inputs own;
         if (R < MANY || rows.wanted < MANY) make_all_room(own);
-        std::vector<float> p, normal(C);
+        Scratch scratch;
+        scratch.row.resize(C);
+        float* other = scratch.row.data();
         auto normalized = [&](const Norm& w, int64_t r) {
-            normalize(rows.x + r * C, w, C, model.norm_eps, normal.data());
-            return normal.data();
+            normalize(&x[r * C], w, C, model.norm_eps, other);
+            return other;
         };
         auto multiply = [&](const Matrix& w, auto row, float* to, Then then) {
             product(thread, w, R, row, own, all, {to, then});
         };
+        thread.share(R, [&](int64_t r) {
+            get_row(model.wte, rows.token[r], &x[r * C]);
+            get_row(model.wpe, rows.place[r], other);
+            for (int64_t c = 0; c < C; c++) x[r * C + c] += other[c];
+        });
         for (int64_t layer = 0; layer < model.n_layer; layer++) {
             const Layer& w = model.layers[layer];
             multiply(w.c_attn, [&](int64_t r) { return normalized(w.ln_1, r); }, qkv.data(),
                      Then::WRITE);
-            attention_in(thread, model, cache, rows, layer, qkv.data(), p, gathered.data());
-            multiply(w.c_proj, [&](int64_t r) { return &gathered[r * C]; }, rows.x, Then::ADD);
+            attention_in(thread, model, cache, rows, layer, qkv.data(), scratch, gathered.data());
+            multiply(w.c_proj, [&](int64_t r) { return &gathered[r * C]; }, x.data(), Then::ADD);
             multiply(w.c_fc, [&](int64_t r) { return normalized(w.ln_2, r); }, hidden.data(),
                      activate);
-            multiply(w.mlp_c_proj, [&](int64_t r) { return &hidden[r * M]; }, rows.x, Then::ADD);
+            multiply(w.mlp_c_proj, [&](int64_t r) { return &hidden[r * M]; }, x.data(), Then::ADD);
         }
         auto last = [&](int64_t i) { return normalized(model.ln_f, rows.logits_of[i]); };
         product(thread, model.head, rows.wanted, last, own, all, {rows.logits, Then::WRITE});
     }
 }
 
-// Unpack a matrix into float32 or bfloat16, with a single rounding.  -> (M, K)
+// Unpack a matrix into float32 or bfloat16.  -> (M, K)
 template <int BITS, class Out>
 void unpack_to(const Matrix& w, typename Out::Stored* to, int threads) {
-    constexpr int64_t FIELDS = 32 / BITS;
-    int64_t K = w.columns, lanes = w.lanes;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t m = 0; m < w.rows; m++) {
-        auto words = (const int32_t*)w.numbers + m * K / FIELDS;
-        for (int64_t c = 0; c < lanes; c += LANES) {
-            Floats scale = from_bfloat16(load<Halves>(w.scales + m * lanes + c, lanes - c));
-            for (int64_t at = 0; at < K; at += lanes * FIELDS) {
-                Naturals held = load<Naturals>(words + at / FIELDS + c, lanes - c);
-                for (int64_t field = 0; field < FIELDS; field++, held >>= BITS) {
-                    Words number = (Words)(held & ((1u << BITS) - 1)) - Packed<BITS>::OFFSET;
-                    Floats value = __builtin_convertvector(number, Floats) * scale;
-                    Out::put(to + m * K + at + field * lanes + c, value, lanes - c);
-                }
-            }
-        }
-    }
+    for (int64_t m = 0; m < w.rows; m++) unpack_row<BITS, Out>(w, m, to + m * w.columns);
 }
 
 extern "C" void unpack(const Matrix* w, void* to, int64_t bits, int threads) {

@@ -107,19 +107,27 @@ def set_malloc_options(options: dict[int, int]) -> None:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Pause Python's garbage collector while modules are imported, and spare it their objects.
+def without_collecting() -> Iterator[None]:
+    """Pause Python's garbage collector.
 
-    It would search all that was imported so far again and again: a tenth of PyTorch's import.
+    While modules are imported or a model is loaded, it would search all objects that there are so
+    far again and again: a tenth of PyTorch's import.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Pause the garbage collector while modules are imported, and spare it their objects later."""
+    with without_collecting():
+        yield
+    gc.freeze()
 
 
 def use_huge_pages() -> None:

@@ -101,7 +101,8 @@ class _Block(torch.autograd.Function):
         ln_1, ln_1_bias, _, attn_bias, _, proj_bias, ln_2, ln_2_bias, _, fc_bias, _, mlp_bias = (
             weights[:12]
         )
-        attn, proj, fc, mlp_proj = products(weights, adapters, sizes.dtype)
+        weights = cast_matrices(weights, sizes.dtype)  # once, and kept so for the backward pass
+        attn, proj, fc, mlp_proj = products(weights, adapters)
         (N, C), M, dtype, bits = x.shape, len(fc.weight), sizes.dtype, sizes.bits
         of_weights, of_attn, of_mlp = map(sizes.dropping, seeds)
         in_stream = (sizes.T, N, C, sizes.eps, bits)
@@ -146,13 +147,12 @@ class _Block(torch.autograd.Function):
         )
         (attn_low, proj_low, fc_low, mlp_low), weights = rest[:4], rest[4:]
         pieces, sizes, (N, C) = ctx.pieces, ctx.sizes, x.shape
-        attn, proj, fc, mlp_proj = products(weights, ctx.adapters, sizes.dtype)
+        attn, proj, fc, mlp_proj = products(weights, ctx.adapters)
         M, learns = len(fc.weight), ctx.needs_input_grad[5:]
         ln_1, ln_2, attn_bias = weights[0], weights[6], weights[3]
         # The gradients of biases that learn, for the pieces to fill.
-        d_biases = [like(w) if needed else None for w, needed in zip(weights, learns, strict=True)]
-        _, d_ln_1_bias, _, _, _, d_proj_bias, _, d_ln_2_bias, _, d_fc_bias, _, d_mlp_bias = (
-            d_biases[:12]
+        d_ln_1_bias, d_proj_bias, d_ln_2_bias, d_fc_bias, d_mlp_bias = (
+            torch.empty_like(weights[n]) if learns[n] else None for n in (1, 5, 7, 9, 11)
         )
         of_weights, of_attn, of_mlp = map(sizes.dropping, ctx.seeds)
         bits, d_out = sizes.bits, d_out.contiguous()
@@ -197,25 +197,24 @@ class _Block(torch.autograd.Function):
         )  # fmt: skip
 
 
-def products(
-    weights: Sequence[Tensor], adapters: Sequence[Adapter], dtype: torch.dtype
-) -> list[Product]:
-    """Return the products with a block's four layers, given what _Block is given, of any shape."""
+MATRICES = (2, 4, 8, 10)  # their places in what _Block is given; adapters' follow from 12 on
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
 
-    matrices = (weights[2], weights[4], weights[8], weights[10])
+def cast_matrices(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return what _Block is given, of any shape, with the matrices in the dtype of products."""
+    return tuple(
+        each if each is None or not (place in MATRICES or place >= 12) else each.to(dtype)
+        for place, each in enumerate(weights)
+    )
+
+
+def products(weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> list[Product]:
+    """Return the products with a block's four layers, given what `cast_matrices` returns."""
     of_adapters = zip(weights[12::2], weights[13::2], adapters, strict=True)
     return [
-        Product(weight.to(dtype), cast(a), cast(b), adapter)
-        for weight, (a, b, adapter) in zip(matrices, of_adapters, strict=True)
+        Product(weights[place], a, b, adapter)
+        for place, (a, b, adapter) in zip(MATRICES, of_adapters, strict=True)
     ]
-
-
-def like(tensor: Tensor | None) -> Tensor | None:
-    """Return an uninitialized tensor of the same shape as one of any shape; None for None."""
-    return None if tensor is None else torch.empty_like(tensor)
 
 
 class FusedBlock(Block):

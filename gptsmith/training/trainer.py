@@ -105,6 +105,8 @@ def make_trainer(
     machine = settings.machine
     assert machine.micro_batch is not None
     if machine.dtype == "fp8":
+        if model.lora is not None:
+            raise SettingError("dtype", "is fp8, in which adapters cannot learn: take bf16")
         multiply_in_float8(model)
     trainer = Trainer(
         model=model,

@@ -1,5 +1,6 @@
 """`gptsmith chat`: a line a turn where nobody types, and in a real terminal where somebody does."""
 
+import codecs
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from gptsmith.cli.main import main
 from gptsmith.generation.writing import generate_greedy
 from gptsmith.tokenizers import byte_tokenizer
 from gptsmith.tokenizers.chat import ALPACA, open_template, with_template
-from tests.conftest import TINY, scrambled
+from tests.conftest import TINY, scrambled, until
 
 FLAGS = "--temperature 0 --max-tokens 6 --compile no --threads 1".split()
 
@@ -154,9 +155,11 @@ class Terminal:
             stderr=theirs,
             env=environment,
             start_new_session=True,
+            # Whoever runs the tests in the background lets them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
-        self.screen = ""
+        self.screen, self.decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
     def see(self, text: str, seconds: float = 120) -> str:
         """Wait until a text is shown, without colours; what was shown up to it."""
@@ -164,15 +167,24 @@ class Terminal:
         while text not in (plain := re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.screen)):
             assert time.monotonic() < end, f"no {text!r} in {plain!r}"
             if select.select([self.mine], [], [], 0.2)[0]:
-                self.screen += os.read(self.mine, 4096).decode(errors="replace")
+                self.read()
         before, _, rest = plain.partition(text)
         self.screen = rest
         return before
+
+    def read(self) -> None:
+        """Read what is there, or wait for it."""
+        self.screen += self.decoder.decode(os.read(self.mine, 4096))
 
     def type(self, keys: str) -> None:
         os.write(self.mine, keys.encode())
 
     def interrupt(self) -> None:
+        """Send what Ctrl-C sends, once the process waits for a key: a signal that comes between
+        the prompt and that would be noticed with the next key only."""
+        time.sleep(0.2)
+        state = Path(f"/proc/{self.process.pid}/stat")
+        until(lambda: state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "S")
         self.process.send_signal(signal.SIGINT)
 
 
@@ -215,8 +227,8 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(folder: Path, terminal: Termin
     terminal.type("Go on\n")
     terminal.see("Go on")
     while len(terminal.screen) < 40:
-        terminal.screen += os.read(terminal.mine, 4096).decode(errors="replace")
-    terminal.interrupt()
+        terminal.read()
+    terminal.process.send_signal(signal.SIGINT)
     terminal.see("(stopped)")
     terminal.see("> ")
     terminal.interrupt()

@@ -77,7 +77,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path: Path) -> None:
     messages = [{"role": role, "content": text} for role, text in talk]
     examples = made([{"messages": messages}], tmp_path / "out", **WHOLE)
     ((tokens, targets),) = rows(examples)
-    assert bytes(tokens[-38:]) == b"\n\n### Instruction:\nc\n\n### Response:\nd"
+    assert bytes(tokens[-37:]) == b"\n\n### Instruction:\nc\n\n### Response:\nd"
     learned = [(i, target) for i, target in enumerate(targets) if target >= 0]
     assert [target for _, target in learned] == [ord("b"), END, ord("d"), END]
     for place, target in learned[:-1]:

@@ -20,6 +20,8 @@ from gptsmith.checkpoint.folder import checkpoints, find_model
 from gptsmith.cli.main import main
 from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import GROUP, ExampleBatches, padded
+from gptsmith.finetuning.classify import LabelledPrefixes
+from gptsmith.model.classifier import Classifier
 from gptsmith.tokenizers import byte_tokenizer
 from tests.training.test_resume import refusal
 from tests.training.test_run import records
@@ -134,6 +136,28 @@ def test_new_tokens_get_rows_and_a_tied_head_stays_tied() -> None:
     assert after[0].config.vocab_size == before[0].config.vocab_size + 1
     assert after[0].lm_head.weight is after[0].wte.weight
     assert after[1].specials == {after[0].config.vocab_size - 1: "<|endoftext|>"}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_beginnings_of_texts_weigh_what_they_should(micro_batch: int) -> None:
+    """Against a loop over texts and their beginnings, each read alone, in float64."""
+    torch.manual_seed(3)
+    config = GPTConfig(vocab_size=9, context_length=12, n_layer=1, n_head=2, n_embd=8)
+    model = Classifier.of(GPT(config), ("a", "b", "c"), 0).double()
+    texts, labels, weight = ([1, 2, 3, 4, 5], [6, 7], [8]), (2, 0, 1), 0.6
+    tokens, targets = torch.zeros(3, 5, dtype=torch.long), torch.full((3, 5), -1)
+    expected = 0.0
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        tokens[row, : len(text)], targets[row, len(text) - 1] = torch.tensor(text), label
+        total = sum(range(1, len(text) + 1))
+        for length in range(1, len(text) + 1):
+            scores = model.lm_head(model.features(torch.tensor([text[:length]])))[0, -1]
+            share = weight * length / total + (1 - weight) * (length == len(text))
+            expected += share * F.cross_entropy(scores, torch.tensor(label)).item() / 3
+    objective = LabelledPrefixes(weight)
+    parts = zip(tokens.split(micro_batch), targets.split(micro_batch), strict=True)
+    found = sum(objective.loss(model, *part).item() * len(part[0]) / 3 for part in parts)
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 # -- what is learned is what others compute

@@ -219,8 +219,8 @@ def test_the_adapter_of_a_classifier_is_merged_as_advised(
         (tuning("object.json"), "object.json is not a JSON list: a list of objects is needed"),
         (tuning("half.json"), "half.json is not JSON: "),
         (tuning("half.parquet"), "half.parquet cannot be read as Parquet"),
-        (tuning("quote.csv"), "a field that begins with a quotation mark must end with one"),
-        (tuning("stray.csv"), "a field that begins with a quotation mark must end with one"),
+        (tuning("quote.csv"), "a field that begins with a quotation mark ends with one"),
+        (tuning("stray.csv"), "a field that begins with a quotation mark ends with one"),
         (tuning("mac.csv"), "a carriage return alone does not end a line: end lines"),
         (tuning("one-label.jsonl"), "all labels are '0': at least two different ones are needed"),
         (tuning("split.jsonl"), "none of the examples (5) is left to learn from: use more, or "

@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "nanogpt": {"bias": False, "activation": "gelu_erf"},
     "odd": {"qkv_bias": False, "tie_weights": False, "n_inner": 50, "norm_eps": 1e-3},
     "wide": {"n_embd": 150, "n_head": 2, "n_inner": 129},  # more than one vector, and a rest
+    "long": {"n_inner": 1700},  # eight rows of inputs that do not fit the first cache
 }
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 # In nats; measured: 1e-6 to 7e-6 on these models of large random weights, 3e-6 to 2e-5 of the
@@ -154,13 +155,22 @@ def test_tokens_are_those_of_plain_decoding(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits"),
-    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 8), (torch.bfloat16, 4)],
+    ("form", "dtype", "bits"),
+    [
+        ("wide", torch.float32, None),
+        ("wide", torch.bfloat16, None),
+        ("long", torch.float32, None),
+        ("long", torch.bfloat16, None),
+        ("wide", torch.float32, 8),
+        ("wide", torch.bfloat16, 4),
+    ],
 )
 @pytest.mark.usefixtures("one_thread")
-def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, bits: int | None) -> None:
+def test_a_row_does_not_depend_on_the_others(
+    form: str, dtype: torch.dtype, bits: int | None
+) -> None:
     """To the bit: alone or beside others, token by token or in parts, by one thread or three."""
-    _, decoder = opened("wide", dtype, bits)
+    _, decoder = opened(form, dtype, bits)
     text = some_text(16, 13)
     alone = torch.cat([read(decoder, row.unsqueeze(0), [1] * 13) for row in text])
     for threads in (1, 3):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from gptsmith import GPT, GPTConfig
+from gptsmith.config.fields import SettingError
 from gptsmith.config.lora import LoRASettings, adapter_count
 from gptsmith.config.model import PRESETS
+from gptsmith.generation.compiled import open_decoder
 from gptsmith.machine.native import open_library
 from gptsmith.model.attention import WAYS
 from gptsmith.model.dropout import Window, dropout_seeds, is_kept
@@ -231,6 +233,13 @@ def test_frozen_first_blocks_have_no_backward_pass(fused: bool, library: ctypes.
     names = {n for n in exact if n.startswith(("h.1.", "ln_f.", "lm_head."))}
     assert exact.keys() == names | {"loss"}
     assert error(gradients(model, seeded=False), exact) < 5e-6
+
+
+def test_the_compiled_step_does_without_adapters() -> None:
+    """It reads the weights alone, and would leave them out."""
+    assert open_decoder(adapted().eval()) is None
+    with pytest.raises(SettingError, match="knows no adapters: merge them"):
+        open_decoder(adapted().eval(), "yes")
 
 
 def test_learned_tokens_are_rows_of_embedding_and_head() -> None:

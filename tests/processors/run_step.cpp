@@ -41,6 +41,7 @@ int main() {
     model.n_layer = sizes[0], model.n_embd = sizes[1], model.n_head = sizes[2];
     model.n_inner = sizes[3], model.tanh = sizes[4];
     model.norm_eps = *read<float>(1);
+    model.wte = matrix(), model.wpe = matrix();
     std::vector<Layer> layers;
     for (int64_t i = 0; i < model.n_layer; i++) {
         Norm ln_1 = norm(), ln_2 = norm();
@@ -55,8 +56,9 @@ int main() {
     std::vector<float> keys(held), values(held);
     Cache cache{keys.data(), values.data(), texts, capacity, bits};
     int64_t count = number(), wanted = number();
-    Rows rows{count, wanted, read<int64_t>(count), read<int64_t>(count), read<int64_t>(wanted)};
-    rows.x = read<float>(count * model.n_embd);
+    Rows rows{count, wanted};
+    rows.token = read<int64_t>(count), rows.text = read<int64_t>(count);
+    rows.place = read<int64_t>(count), rows.logits_of = read<int64_t>(wanted);
     std::vector<float> logits(wanted * model.head.rows);
     rows.logits = logits.data();
     step(&model, &cache, &rows, 2);

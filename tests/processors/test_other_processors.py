@@ -20,6 +20,7 @@ from tests.generation.test_compiled import exactly, opened, read, some_text
 SOURCE = Path(__file__).with_name("run_step.cpp")
 FLAGS = [f for f in native.FLAGS if f not in ("-march=native", "-shared", "-fPIC")]
 TARGETS = {
+    "SSE": ("g++ -march=x86-64-v2", "qemu-x86_64-static -cpu Nehalem"),
     "AVX2": ("g++ -march=haswell", "qemu-x86_64-static -cpu Haswell"),
     "ARM": ("aarch64-linux-gnu-g++ -march=armv8-a", "qemu-aarch64-static -cpu cortex-a72"),
 }
@@ -46,15 +47,20 @@ class Emulated:
         given = struct.pack(
             "5qf", model.n_layer, C, model.n_head, model.n_inner, model.tanh, model.norm_eps
         )
+        given += matrix(model.wte) + matrix(model.wpe)
         for layer in model.layers[: model.n_layer]:
             given += norm(layer.ln_1, C) + norm(layer.ln_2, C)
             for each in (layer.c_attn, layer.c_proj, layer.c_fc, layer.mlp_c_proj):
                 given += matrix(each)
         given += norm(model.ln_f, C) + matrix(model.head)
         given += struct.pack("5q", cache.texts, cache.capacity, cache.bits, R, W)
-        for address, size in ((rows.text, 8 * R), (rows.place, 8 * R), (rows.logits_of, 8 * W)):
-            given += ctypes.string_at(address, size)
-        given += ctypes.string_at(rows.x, 4 * R * C)
+        for numbers, count in (
+            (rows.token, R),
+            (rows.text, R),
+            (rows.place, R),
+            (rows.logits_of, W),
+        ):
+            given += struct.pack(f"{count}q", *numbers[:count])
         done = subprocess.run(self.command, input=given, capture_output=True, check=True)
         assert len(done.stdout) == 4 * W * model.head.rows
         ctypes.memmove(rows.logits, done.stdout, len(done.stdout))

@@ -628,6 +628,8 @@ def test_a_talk_has_its_picture_taken(
     say(here, "And " + "m" * 90 + "?")
     answered(here, 1)
     here.page.fill("#message", "Tell me of the ship")
+    remark = here.page.locator(".remark").last.bounding_box()
+    assert remark["y"] + remark["height"] <= here.page.locator("#type").bounding_box()["y"] + 1
     assert here.page.evaluate("document.documentElement.scrollWidth") == width
     assert here.page.locator("main").bounding_box()["width"] > 0.6 * min(width, 1000)
     for left, right in here.page.locator(".bubble").evaluate_all(BUBBLES):
