@@ -61,10 +61,8 @@ def run(options: Namespace) -> None:
         raise ValueError("--confusion needs --data with labels: add it, or leave --confusion out")
     if settings.confusion is not None and not settings.confusion.parent.is_dir():
         raise ValueError(f"no folder {settings.confusion.parent} for --confusion: create it first")
-    if settings.confusion is not None and settings.confusion.exists():
-        raise ValueError(
-            f"{settings.confusion} already exists: choose another name, or remove it first"
-        )
+    if settings.confusion is not None and settings.confusion.is_dir():
+        raise ValueError(f"{settings.confusion} is a folder: name a file for --confusion")
     _, model, tokenizer = open_model(options, options.model, labels=True)
     if tokenizer is None:
         raise ValueError(

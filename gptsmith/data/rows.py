@@ -16,10 +16,7 @@ from .decoding import decoded_text
 from .sources import Source
 
 PARQUET_ROWS = 256  # at once
-QUOTES = (
-    "a field that begins with a quotation mark does not end with one: close it, or write the field "
-    "within quotation marks, with those that it has doubled"
-)
+QUOTES = "a field that begins with a quotation mark ends with one, and those within it are doubled"
 CSV_CURES = {  # by what Python's csv says
     "unexpected end of data": QUOTES,
     "expected after": QUOTES,
@@ -163,8 +160,8 @@ def csv_rows(
                 yield Row(place, {}, read, f"has {len(values)} fields, but the header {len(names)}")
     except csv.Error as error:
         place = f"{source.name}, line {max(1, reader.line_num)}"
-        why = next((cure for words, cure in CSV_CURES.items() if words in str(error)), str(error))
-        raise ValueError(f"{place}: {why}") from error
+        cure = next((f": {cure}" for said, cure in CSV_CURES.items() if said in str(error)), "")
+        raise ValueError(f"{place}: {error}{cure}") from error
 
 
 def parquet_rows(

@@ -220,7 +220,7 @@ def template_source(name: str, tokenizer: Tokenizer, *, default: str) -> str:
         raise ValueError(f"{name} is not in UTF-8 ({error.reason}): save it so") from error
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"{name}, line {error.lineno}, is not valid Jinja: {error.message}"
+            f"{name}, line {error.lineno}: the chat template is not valid Jinja: {error.message}"
         ) from error
     return source
 

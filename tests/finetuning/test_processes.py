@@ -40,7 +40,7 @@ def finetune_in(processes: int, *words: str) -> None:
 @pytest.mark.parametrize("task", ["chat", "classify", "preference", "text"])
 def test_processes_learn_what_one_does(task: str, processes: int) -> None:
     """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
-    words = ["--dropout", "0.2", "--micro-batch", "1"]
+    words = ["--dropout", "0.2", "--micro-batch", "1", "--learning-rate", "0.001"]
     one = tuned(task, "one", *words)
     data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
     toy = TOY if task != "text" else TOY_TEXT

@@ -155,12 +155,12 @@ SKIP = "skip such rows with --bad-rows skip"
         (tuning("adapter/data", model="letters"), "was made with another tokenizer than the "
          "model's: name the file that it was made from, ", []),
         (f"finetune base --data one.jsonl {ROWS} --validation-fraction 0 --out OUT",
-         "none of the examples (1) is left to learn from: use more, or --test-fraction 0 and --validation-fraction 0",
+         "(1) is left to learn from: use more, or --test-fraction 0 and --validation-fraction 0",
          [tuning("one.jsonl")]),
-        (tuning("chat.jsonl --template bad.jinja"), "bad.jinja, line 2, is not valid Jinja",
+        (tuning("chat.jsonl --template bad.jinja"), "bad.jinja, line 2: the chat template is not ",
          [tuning("chat.jsonl --template plain")]),
-        ("classify labeller --data labels.jsonl --confusion text.txt", "text.txt already exists: "
-         "choose another name", ["classify labeller --data labels.jsonl --confusion OUT.png"]),
+        ("classify labeller --data labels.jsonl --confusion base", "base is a folder: name a "
+         "file for --confusion", ["classify labeller --data labels.jsonl --confusion OUT.png"]),
         ("merge base OUT", "is a whole model: an adapter is needed", ["merge adapter OUT"]),
         ("finetune --resume labeller --lora 2", "leave it out", ["finetune --resume labeller"]),
     ],
@@ -219,9 +219,9 @@ def test_the_adapter_of_a_classifier_is_merged_as_advised(
         (tuning("object.json"), "object.json is not a JSON list: a list of objects is needed"),
         (tuning("half.json"), "half.json is not JSON: "),
         (tuning("half.parquet"), "half.parquet cannot be read as Parquet"),
-        (tuning("quote.csv"), "quote.csv, line 3: a field that begins with a quotation mark does "),
-        (tuning("stray.csv"), "stray.csv, line 2: a field that begins with a quotation mark does "),
-        (tuning("mac.csv"), "mac.csv, line 1: a carriage return alone does not end a line"),
+        (tuning("quote.csv"), "a field that begins with a quotation mark ends with one"),
+        (tuning("stray.csv"), "a field that begins with a quotation mark ends with one"),
+        (tuning("mac.csv"), "a carriage return alone does not end a line: end lines"),
         (tuning("one-label.jsonl"), "all labels are '0': at least two different ones are needed"),
         (tuning("split.jsonl"), "none of the examples (5) is left to learn from: use more, or "
          "change 'split'"),
