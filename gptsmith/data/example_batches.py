@@ -1,12 +1,11 @@
 """Compute the batch of examples of any step from the seed and the step alone, as `batches.py` does.
 
-In each epoch the examples come in another order, and a step's examples have similar lengths, so
-that little of a batch is padding. Knows nothing of models or of how examples are stored.
+In each epoch the examples come in another order. Knows nothing of models or of how examples are
+stored.
 
 Shapes:  R examples of this process    T tokens of the longest row
 """
 
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy as np
 from ..config.fields import SettingError
 from .batches import epoch_words, permuted
 
-GROUP = 16  # batches whose examples are sorted by length; more would order the epoch by length
 PADDING = 0  # an id that no target follows, and that no token of the row before it sees
 NOT_LEARNED = -1
 
@@ -36,7 +34,8 @@ class ExampleBatches:
     """Batches of `rows` examples, each at most once per epoch, in a seeded order.
 
     What is left over when an epoch's examples do not divide into batches, others in each epoch, is
-    passed over.
+    passed over. A batch is drawn at random, since examples of one length are often of one kind;
+    within it the longest come first, so that a micro-batch of the shorter ones can be cut.
     """
 
     def __init__(
@@ -50,43 +49,40 @@ class ExampleBatches:
             )
         self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
         self.epoch_steps = len(examples) // rows
-        self.mine = np.array_split(np.arange(rows), world_size)[rank]
+        self.mine = np.arange(rank, rows, world_size)
         self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
 
     def at(self, step: int) -> tuple[np.ndarray, ...]:
         """Return this process's part of a step's batch: tokens and targets, (R, T) int64 each.
 
-        Examples of two rows give (R, 2, T). Steps count from 0.
+        Examples of two rows give (R, 2, T). T is the same in all processes. Steps count from 0.
         """
-        return padded([self.examples.read(int(number)) for number in self.numbers(step)[self.mine]])
+        numbers = self.numbers(step)
+        longest = int(self.examples.lengths[numbers].max())
+        return padded([self.examples.read(int(number)) for number in numbers[self.mine]], longest)
 
     def numbers(self, step: int) -> np.ndarray:
-        """Return the examples of a step's global batch.  -> (rows,)"""
+        """Return the examples of a step's global batch, the longest first.  -> (rows,)"""
         epoch, place = divmod(step, self.epoch_steps)
-        group, turn = divmod(place, GROUP)
-        *keys, word = epoch_words(self.seed, epoch)
-        batches = self._group(epoch, group)
-        return batches[permuted(turn, len(batches), [key ^ word for key in keys])]
+        *keys, _ = epoch_words(self.seed, epoch)
+        places = range(place * self.rows, (place + 1) * self.rows)
+        numbers = np.array([permuted(each, len(self.examples), keys) for each in places])
+        return numbers[np.argsort(-self.examples.lengths[numbers], kind="stable")]
 
     def tokens(self, step: int) -> int:
         """Return the tokens of a step's global batch, of the longest row of each example."""
         return int(self.examples.lengths[self.numbers(step)].sum())
 
-    @lru_cache(maxsize=2)  # noqa: B019 (as long as the run)
-    def _group(self, epoch: int, group: int) -> np.ndarray:
-        """Return the batches of a group, (at most GROUP, rows), the longest examples first."""
-        *keys, _ = epoch_words(self.seed, epoch)
-        first, last = group * GROUP, min((group + 1) * GROUP, self.epoch_steps)
-        places = range(first * self.rows, last * self.rows)
-        numbers = np.array([permuted(place, len(self.examples), keys) for place in places])
-        by_length = np.argsort(-self.examples.lengths[numbers], kind="stable")
-        return numbers[by_length].reshape(-1, self.rows)
 
+def padded(
+    examples: list[list[tuple[np.ndarray, np.ndarray]]], length: int | None = None
+) -> tuple[np.ndarray, ...]:
+    """Return examples as tokens and targets, filled on the right: (R, T) each, or (R, 2, T).
 
-def padded(examples: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, ...]:
-    """Return examples as tokens and targets, filled on the right: (R, T) each, or (R, 2, T)."""
+    T is `length`, by default that of the longest row.
+    """
     rows = [row for example in examples for row in example]
-    T = max(len(tokens) for tokens, _ in rows)
+    T = length or max(len(tokens) for tokens, _ in rows)
     found = []
     for part, filler in enumerate((PADDING, NOT_LEARNED)):
         array = np.full((len(rows), T), filler, np.int64)

@@ -20,14 +20,14 @@ from ..machine.processes import sum_of_numbers
 from ..model.classifier import Classifier
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
-from ..training.task import CountedTargets, Evaluating
-from .task import ExampleTask
+from ..training.task import Evaluating
+from .task import CountedExamples, ExampleTask, cut
 
 SHOWN = 5  # held-out texts that samples.md shows the labels of
 SHOWN_CHARACTERS = 200
 
 
-class LabelledPrefixes(CountedTargets):
+class LabelledPrefixes(CountedExamples):
     """The label's cross entropy at a text's last token and, with a weight, at those before it.
 
     Every beginning of a text is then an example too, and the more of the text it has, the more it
@@ -39,7 +39,7 @@ class LabelledPrefixes(CountedTargets):
 
     def loss(self, model: GPT, *batch: Tensor) -> Tensor:
         """Return the mean loss of texts.  (R, T), (R, T), maybe seeds (R, P) -> ()"""
-        tokens, targets, *seeds = batch
+        tokens, targets, *seeds = cut(*batch)
         logits = model.lm_head(model.features(tokens, None, *seeds)).float()  # (R, T, K)
         labels, last = targets.max(1)  # (R,), (R,)
         places = torch.arange(tokens.shape[1], device=tokens.device) - last[:, None]  # (R, T)

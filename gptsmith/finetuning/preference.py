@@ -27,7 +27,15 @@ from ..model.gpt import GPT
 from ..model.preference import PreferenceLoss, answer_logprobs, preference_loss
 from ..training.task import Evaluating
 from .chat import SHOWN, answered, shown
-from .task import ExampleTask, batches_by_length
+from .task import ExampleTask, batches_by_length, cut
+
+
+class PreferredPairs(PreferenceLoss):
+    """DPO's loss of pairs without their padding."""
+
+    def loss(self, model: GPT, *batch: Tensor) -> Tensor:
+        """Return the mean loss of pairs.  (P, 2, T), (P, 2, T), (P, 2), maybe (P, K) -> ()"""
+        return super().loss(model, *cut(*batch))
 
 
 class PairBatches(ExampleBatches):
@@ -51,7 +59,7 @@ class PreferenceTask(ExampleTask):
         self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None
     ) -> None:
         super().__init__(run, settings, examples, checkpoint)
-        self.objective = PreferenceLoss(settings.finetune.beta)
+        self.objective = PreferredPairs(settings.finetune.beta)
         self.reference: dict[str, np.ndarray] = {}  # (N, 2) of each split, once they are known
 
     @property

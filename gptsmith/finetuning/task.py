@@ -25,6 +25,7 @@ from ..machine.processes import my_share
 from ..machine.terminal import Display, count
 from ..model.gpt import GPT
 from ..model.growing import grow_vocabulary
+from ..model.loss import NOT_LEARNED
 from ..tokenizers import Tokenizer
 from ..training.checks import check_rates
 from ..training.task import CountedTargets, Evaluating, Objective
@@ -33,11 +34,35 @@ from .weights import choose_weights, load_to_learn
 EVALUATION_TOKENS = 8192  # per forward pass; only speed and memory depend on it
 
 
+def cut(*batch: Tensor) -> tuple[Tensor, ...]:
+    """Cut off the columns after the last target of a micro-batch, which change nothing.
+
+    (R, ..., T), (R, ..., T), others -> (R, ..., U), (R, ..., U), others
+
+    With dropout, whose seeds (R, P) are the last of the others, nothing is cut: what is dropped
+    depends on a row's length.
+    """
+    tokens, targets, *others = batch
+    learned = (targets != NOT_LEARNED).flatten(0, -2).any(0).nonzero()
+    if any(other.dtype == torch.int32 for other in others) or not len(learned):
+        return batch
+    end = int(learned[-1]) + 1
+    return (tokens[..., :end].contiguous(), targets[..., :end].contiguous(), *others)
+
+
+class CountedExamples(CountedTargets):
+    """The mean cross entropy of the targets that are learned, of examples without their padding."""
+
+    def loss(self, model: GPT, *batch: Tensor) -> Tensor:
+        """Return the model's loss for tokens (R, T), targets (R, T) and maybe seeds.  -> ()"""
+        return super().loss(model, *cut(*batch))
+
+
 class ExampleTask:
     """A task that learns from a folder of examples."""
 
     unit: ClassVar[str] = "example"
-    objective: Objective = CountedTargets()
+    objective: Objective = CountedExamples()
 
     def __init__(
         self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None
@@ -105,7 +130,7 @@ class ExampleTask:
     # -- learning
 
     def batches(self, model: GPT) -> ExampleBatches:
-        """Return batches of examples of similar lengths."""
+        """Return the batches of examples of this process."""
         training, rows = self.settings.training, self.settings.finetune.batch_rows
         return ExampleBatches(
             self.splits["train"], rows, seed=training.seed, rank=rank(), world_size=world_size()
