@@ -56,9 +56,12 @@ class ExampleBatches:
     def at(self, step: int) -> tuple[np.ndarray, ...]:
         """Return this process's part of a step's batch: tokens and targets, (R, T) int64 each.
 
-        Examples of two rows give (R, 2, T). Steps count from 0.
+        Examples of two rows give (R, 2, T). T is that of the global batch, as dropout numbers the
+        attention weights of a row by it. Steps count from 0.
         """
-        return padded([self.examples.read(int(number)) for number in self.numbers(step)[self.mine]])
+        numbers = self.numbers(step)
+        examples = [self.examples.read(int(number)) for number in numbers[self.mine]]
+        return padded(examples, int(self.examples.lengths[numbers].max()))
 
     def numbers(self, step: int) -> np.ndarray:
         """Return the examples of a step's global batch.  -> (rows,)"""
@@ -83,10 +86,15 @@ class ExampleBatches:
         return numbers[by_length].reshape(-1, self.rows)
 
 
-def padded(examples: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, ...]:
-    """Return examples as tokens and targets, filled on the right: (R, T) each, or (R, 2, T)."""
+def padded(
+    examples: list[list[tuple[np.ndarray, np.ndarray]]], length: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Return examples as tokens and targets, filled on the right: (R, T) each, or (R, 2, T).
+
+    T is that of the longest row, or `length` if that is more.
+    """
     rows = [row for example in examples for row in example]
-    T = max(len(tokens) for tokens, _ in rows)
+    T = max(length, *(len(tokens) for tokens, _ in rows))
     found = []
     for part, filler in enumerate((PADDING, NOT_LEARNED)):
         array = np.full((len(rows), T), filler, np.int64)
