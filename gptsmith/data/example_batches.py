@@ -55,7 +55,8 @@ class ExampleBatches:
     def at(self, step: int) -> tuple[np.ndarray, ...]:
         """Return this process's part of a step's batch: tokens and targets, (R, T) int64 each.
 
-        Examples of two rows give (R, 2, T). T is the same in all processes. Steps count from 0.
+        Examples of two rows give (R, 2, T). T is that of the global batch, as dropout numbers the
+        attention weights of a row by it. Steps count from 0.
         """
         numbers = self.numbers(step)
         longest = int(self.examples.lengths[numbers].max())

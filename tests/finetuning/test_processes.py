@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gptsmith.cli.main import main
+from gptsmith.data.encoded import Examples
+from gptsmith.data.example_batches import ExampleBatches
 from gptsmith.finetuning import report
 from gptsmith.finetuning.preference import PreferenceTask
 from tests.conftest import until
@@ -41,9 +44,9 @@ def finetune_in(processes: int, *words: str) -> None:
 def test_processes_learn_what_one_does(task: str, processes: int) -> None:
     """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
     words = ["--dropout", "0.2", "--micro-batch", "1", "--learning-rate", "0.001"]
-    one = tuned(task, "one", *words)
+    one = tuned(task, "one", *words, *(["--batch-tokens", "1200"] if task == "text" else []))
     data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
-    toy = TOY if task != "text" else TOY_TEXT
+    toy = [*TOY_TEXT, "--batch-tokens", "1200"] if task == "text" else TOY
     finetune_in(processes, "base", *data, "--out", "many", *toy, *words)
     for mine, theirs in zip(records(one), records(Path("many")), strict=True):
         for name in ("loss", "validation_loss", "validation_accuracy", "reward_margin", "tokens"):
@@ -51,6 +54,17 @@ def test_processes_learn_what_one_does(task: str, processes: int) -> None:
     if task != "text":
         tests = [json.loads((run / "test.json").read_text()) for run in (one, Path("many"))]
         assert tests[0]["loss"] == pytest.approx(tests[1]["loss"], abs=1e-5)
+
+
+def test_a_process_fills_its_rows_up_as_one_process_does() -> None:
+    """Dropout numbers the attention weights of a row by its length."""
+    run = tuned("chat", "run", "--steps", "1")
+    rows = Examples.open(run / "data").split("train")
+    whole = ExampleBatches(rows, 6, seed=1)
+    parts = [ExampleBatches(rows, 6, seed=1, rank=rank, world_size=4) for rank in range(4)]
+    for step in range(7):
+        for array, *shares in zip(whole.at(step), *(part.at(step) for part in parts), strict=True):
+            assert (np.concatenate(shares) == array).all()
 
 
 # -- interrupted before the first step, and after the last
