@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import checkpoints
+from ..checkpoint.finding import checkpoints
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
 from .records import CONFIG_TOML

@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure  # imported once here, rather than by every child
 
-from gptsmith.checkpoint import saved
+from gptsmith.checkpoint import training_state
 from gptsmith.cli.main import main as run_command
 from gptsmith.training import loop
 
@@ -77,7 +77,7 @@ def train(words: list[str], deadly: int | None) -> int:
         moments.around(os, "rename")
         moments.around(os, "replace")
         moments.around(shutil, "rmtree")
-        moments.around(saved, "write_safetensors", half_file)
+        moments.around(training_state, "write_safetensors", half_file)
         moments.around(Path, "write_text", half_file)
         moments.around(loop.Trainer, "step")
         status = run_command(["train", *words])
