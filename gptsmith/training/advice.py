@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.adapter_json import is_adapter
 from ..checkpoint.finding import checkpoints
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
@@ -40,11 +41,17 @@ def resume_command(folder: Path) -> str:
 
 
 def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
-    """Return the command that trains a run's weights for so many steps in another run."""
+    """Return the command that trains a run's weights for so many steps in another run.
+
+    An adapter is merged first: another run gets adapters of its own.
+    """
     flags: dict[str, float] = {"steps": steps}
     if training.warmup_steps >= steps:
         flags["warmup_steps"] = steps // 10
-    return train_command(folder, flags, start_from=folder)
+    if not any(map(is_adapter, checkpoints(folder)[:1])):
+        return train_command(folder, flags, start_from=folder)
+    merge = shlex.join(["gptsmith", "merge", str(folder), str(folder / "merged")])
+    return f"{merge} && {train_command(folder, flags, start_from=folder / 'merged')}"
 
 
 def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:
