@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.adapter_json import is_adapter
 from ..checkpoint.finding import checkpoints
+from ..config.recipe import read_toml
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
 from .records import CONFIG_TOML
@@ -43,12 +43,12 @@ def resume_command(folder: Path) -> str:
 def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
     """Return the command that trains a run's weights for so many steps in another run.
 
-    An adapter is merged first: another run gets adapters of its own.
+    Its adapters are merged first, as another run with the same settings adds its own.
     """
     flags: dict[str, float] = {"steps": steps}
     if training.warmup_steps >= steps:
         flags["warmup_steps"] = steps // 10
-    if not any(map(is_adapter, checkpoints(folder)[:1])):
+    if read_toml(folder / CONFIG_TOML).finetune.lora is None:
         return train_command(folder, flags, start_from=folder)
     merge = shlex.join(["gptsmith", "merge", str(folder), str(folder / "merged")])
     return f"{merge} && {train_command(folder, flags, start_from=folder / 'merged')}"
