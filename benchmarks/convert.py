@@ -20,7 +20,7 @@ import torch
 from results import Results, carry_out, parser
 from torch import Tensor
 
-from gptsmith.checkpoint import saved
+from gptsmith.checkpoint import saving
 from gptsmith.checkpoint.described import described_config
 from gptsmith.checkpoint.tensors import Stored
 from gptsmith.config.cost import components, weight_bytes
@@ -73,7 +73,7 @@ def carry(name: str, options: argparse.Namespace, results: Results) -> None:
         commands[f"from {name}"] = ["import", str(there), str(back)]
     try:
         with written_whole(model) as temporary:
-            saved.write(stored, temporary)
+            saving.write(stored, temporary)
         for title, words in commands.items():
             seconds, memory = convert(words)
             weights = weight_bytes(config)

@@ -36,7 +36,7 @@ import torch
 from results import Results, carry_out, over, parser, ratios
 from torch import Tensor, nn
 
-from gptsmith.checkpoint import saved
+from gptsmith.checkpoint import opening, saving
 from gptsmith.checkpoint.described import described_config
 from gptsmith.cli.bench import rows_text
 from gptsmith.cli.timing import (
@@ -283,7 +283,7 @@ def write_ctranslate2(place: Place) -> None:
 
 def write_ggufs(place: Place) -> None:
     """The model as llama.cpp reads it."""
-    stored, scratch = saved.open_folder(Path(place.model)), Path(place.scratch)
+    stored, scratch = opening.open_folder(Path(place.model)), Path(place.scratch)
     for dtype in ("float32", "bf16", "q8_0"):
         gguf.write(stored, scratch / f"{dtype}.gguf", dtype)
     write_q4_0(scratch / "float32.gguf", scratch / "q4_0.gguf")
@@ -498,7 +498,7 @@ def write_model(config: GPTConfig, folder: Path) -> Path:
     """A model with random weights in a folder, with a tokenizer if its vocabulary has room."""
     known = {50257: gpt2_tokenizer, 257: byte_tokenizer}
     tokenizer = next((make() for size, make in known.items() if config.vocab_size >= size), None)
-    saved.save(varied_model(config), tokenizer, folder)
+    saving.save(varied_model(config), tokenizer, folder)
     return folder
 
 

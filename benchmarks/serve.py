@@ -30,7 +30,8 @@ import numpy as np
 import psutil
 from results import Results, carry_out, parser
 
-from gptsmith.checkpoint.folder import find_model, read_config
+from gptsmith.checkpoint.finding import find_model
+from gptsmith.checkpoint.folder import read_config
 from gptsmith.config.tables import columns, three_digits
 from gptsmith.machine.environment import api_key
 

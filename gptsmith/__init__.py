@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.described import describe
     from .checkpoint.loading import load
-    from .checkpoint.saved import save
+    from .checkpoint.saving import save
     from .config.model import PRESETS, GPTConfig
     from .config.settings import (
         DataSettings,
@@ -50,7 +50,7 @@ _HOMES = {
     "generate": "generation.writing",
     "generate_greedy": "generation.writing",
     "load": "checkpoint.loading",
-    "save": "checkpoint.saved",
+    "save": "checkpoint.saving",
     "stream": "generation.writing",
     "train": "training.train",
 }

@@ -51,6 +51,7 @@ NO_TORCH = (
     "machine.terminal",
     "tokenizers",
     "data.prepare",
+    "checkpoint.finding",
     "checkpoint.folder",
     "checkpoint.loading",
     "convert.formats",

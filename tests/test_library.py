@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import gptsmith
-from gptsmith.checkpoint.folder import checkpoints
+from gptsmith.checkpoint.finding import checkpoints
 from gptsmith.cli.main import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"

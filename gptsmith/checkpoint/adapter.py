@@ -31,7 +31,8 @@ from .adapter_json import (
     read_own,
     to_peft,
 )
-from .folder import adapted_config, safetensors_header
+from .folder import adapted_config
+from .header import safetensors_header
 from .names import TensorMatch, components_by_name
 from .safetensors import entries_of, fetch_from, write_safetensors
 from .tensors import Fetch, Stored, with_more_tokens

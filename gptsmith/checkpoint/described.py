@@ -11,7 +11,8 @@ from ..config.lora import LoRASettings
 from ..config.model import PRESETS, GPTConfig
 from ..config.recipe import read_toml, recipes
 from .adapter_json import is_adapter, read_adapter_config
-from .folder import find_base, find_model, read_folder
+from .finding import find_base, find_model
+from .folder import read_folder
 
 
 def describe(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..machine.environment import without_collecting
-from .folder import find_model, is_run, pointed_to
+from .finding import find_model, is_run, pointed_to
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def load(
     """Load the model of a run, checkpoint or Hugging Face folder, in evaluation mode.
 
     An adapter is added to the weights of its base, which is found by the name in its folder, or is
-    `base`; `saved.load_adapted` keeps both apart.
+    `base`; `building.load_adapted` keeps both apart.
 
     `dtype` is torch.float32 by default. `bits` (8 or 4) packs its matrices while loading; `dtype`
     is then that of the activations. A quantized folder stays packed unless `unpacked`. The
@@ -43,8 +43,8 @@ def load(
         del how["dtype"]
 
     def load_folder(folder: Path) -> tuple[GPT, Tokenizer | None]:
-        saved: Any = import_module(".saved", __package__)  # and PyTorch
-        return saved.load_folder(folder, **how)
+        building: Any = import_module(".building", __package__)  # and PyTorch
+        return building.load_folder(folder, **how)
 
     likely = Path(name)
     if is_run(likely):

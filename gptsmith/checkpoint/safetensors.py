@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..machine.dtypes import NUMBER_FORMATS, dtype_named
 from ..machine.files import DamagedError, write_json
-from .folder import WEIGHTS, WEIGHTS_INDEX
 from .names import TensorInfo
 from .tensors import Entry, Fetch
+from .whole import WEIGHTS, WEIGHTS_INDEX
 
 
 def fetch_from(tensors: Mapping[str, TensorInfo]) -> Fetch:

@@ -7,7 +7,8 @@ from shlex import quote
 from typing import Any
 
 from ..checkpoint.adapter_json import is_adapter
-from ..checkpoint.folder import find_base, find_model, read_bits, read_config
+from ..checkpoint.finding import find_base, find_model
+from ..checkpoint.folder import read_bits, read_config
 from ..config.classifier import ClassifierConfig, check_writes
 from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.environment import importing
@@ -35,7 +36,7 @@ def open_model(
     with ThreadPoolExecutor(max_workers=1) as pool:
         opening = pool.submit(verified, name, labels=labels, base=base)
         with importing():
-            from ..checkpoint.saved import load_folder
+            from ..checkpoint.building import load_folder
             from ..machine import devices
             from ..model.attention import WAYS
 

@@ -35,7 +35,7 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Turn text into token shards for training."""
     target, settings = chosen(options, TargetSettings), chosen(options, PrepareSettings)
-    from ..checkpoint.folder import best_of
+    from ..checkpoint.finding import best_of
     from ..data.prepare import prepare
     from ..data.shards import Dataset
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.folder import find_model
+from ..checkpoint.finding import find_model
 from ..config.fields import REQUIRED, at_least, setting
 from ..config.settings import BASE_HELP, PrepareSettings
 from ..machine.environment import return_freed_memory

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import saved
+from ..checkpoint import building, opening
 from ..checkpoint.adapter_json import is_adapter
-from ..checkpoint.folder import best_of, find_model
+from ..checkpoint.finding import best_of, find_model
 from ..checkpoint.names import TIED
 from ..checkpoint.tensors import Stored, first_tokens, with_all
 from ..config.classifier import check_writes
@@ -50,7 +50,7 @@ def read(path: str | Path, *, format: str | None = None) -> tuple[GPT, Tokenizer
     """
     source = find_source(Path(path), format)
     stored, _ = without_padding(stored_at(source), source.path)
-    return saved.build(stored), stored.tokenizer
+    return building.build(stored), stored.tokenizer
 
 
 def import_model(
@@ -82,7 +82,7 @@ def export_model(
     """
     target = FormatPath(out, check_name(to, WRITABLE, "written"))
     source = FormatPath(find_model(model), "huggingface")
-    stored = saved.open_folder(source.path, base=base)
+    stored = opening.open_folder(source.path, base=base)
     check_writes(stored.config, source.path)
     if stored.bits is not None:
         warnings.warn(f"{model} is quantized to {stored.bits} bits: written unpacked", stacklevel=2)
@@ -101,11 +101,11 @@ def merge_adapter(
     source = FormatPath(find_model(adapter), "huggingface")
     if not is_adapter(source.path):
         raise ValueError(f"{source.path} is a whole model: an adapter is needed, to be merged")
-    stored = saved.open_folder(source.path, base=base)
+    stored = opening.open_folder(source.path, base=base)
 
     @torch.inference_mode()
     def beside(tokens: Tensor) -> Tensor:
-        return saved.load_adapted(source.path, base=base)(tokens).logits
+        return building.load_adapted(source.path, base=base)(tokens).logits
 
     return carry(stored, source, FormatPath(out, "huggingface"), before=beside, **choices)
 

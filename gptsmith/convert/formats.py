@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.folder import find_model, is_run
+from ..checkpoint.finding import find_model, is_run
 from ..config.fields import suggestion
 from ..config.model import GPTConfig
 from ..machine.dtypes import STORED

@@ -11,16 +11,11 @@ from shlex import quote
 import torch
 from torch import Tensor
 
-from ..checkpoint import saved
-from ..checkpoint.folder import (
-    CONFIG,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    match_unpacked,
-    read_config,
-    verify,
-)
+from ..checkpoint import opening, saving
+from ..checkpoint.folder import read_config
 from ..checkpoint.tensors import Stored
+from ..checkpoint.verifying import verify
+from ..checkpoint.whole import CONFIG, WEIGHTS, WEIGHTS_INDEX, match_unpacked
 from ..config.model import GPTConfig
 from ..machine.dtypes import nearest_dtype
 from ..machine.files import read_json
@@ -50,7 +45,7 @@ def read(path: Path) -> Stored:
     ):
         stored = from_pickles(path)
     else:
-        stored = saved.open_folder(path, with_tokenizer=False)
+        stored = opening.open_folder(path, with_tokenizer=False)
         if stored.bits is not None:
             raise ValueError(
                 f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it: "
@@ -74,7 +69,7 @@ def from_pickles(folder: Path) -> Stored:
         tensors |= tensors_of(load_torch_file(folder / name), folder / name)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     match = match_unpacked(folder, config, shapes)
-    stored = saved.stored_unpacked(folder, config, match, tensors, tensors.__getitem__)
+    stored = opening.stored_unpacked(folder, config, match, tensors, tensors.__getitem__)
     return replace(stored, dtype=nearest_dtype(stored.fetch("wte.weight").dtype))
 
 
@@ -91,7 +86,7 @@ def nearest(config: GPTConfig) -> GPTConfig:
 
 def write(stored: Stored, out: Path, dtype: str, *, shard_bytes: int | None = None) -> None:
     """Write the folder, in files of at most `shard_bytes`."""
-    saved.write(replace(stored, dtype=dtype), out, shard_bytes=shard_bytes)
+    saving.write(replace(stored, dtype=dtype), out, shard_bytes=shard_bytes)
 
 
 def run(path: Path, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.names import OURS
-from ..checkpoint.saved import write_description
+from ..checkpoint.saving import write_description
 from ..checkpoint.tensors import Entry, Stored, to_theirs
 from ..config.model import GPTConfig
 from ..model.modern import rotation_at

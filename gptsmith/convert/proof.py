@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.building import without_weights
 from ..checkpoint.names import TensorMatch
-from ..checkpoint.saved import generation_config, without_weights
+from ..checkpoint.saving import generation_config
 from ..checkpoint.tensors import Stored
 from ..config.cost import parameter_count
 from ..config.model import GPTConfig

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import folder, saved
+from ..checkpoint import building, folder, opening, whole
 from ..config import cost
 from ..config.settings import Dtype
 from ..machine import chooser, devices, environment
@@ -108,13 +108,13 @@ class Models:
             how: Any = {}
             if dtype != "float32":
                 how = devices.loading(dtype, torch.device("cpu"))
-            self.opened[dtype] = saved.load_folder(self.place, **how)[0]
+            self.opened[dtype] = building.load_folder(self.place, **how)[0]
         return self.opened[dtype]
 
 
 def divergences(models: Models, candidates: Sequence[Dtype]) -> dict[str, float]:
     """Return the mean divergence from float32 of each candidate, in nats."""
-    first = first_token(saved.open_folder(models.place).tokenizer)
+    first = first_token(opening.open_folder(models.place).tokenizer)
     rows = own_text(models.open("float32"), TOKENS, first=first)
     logits = list(logits_of(models.open("float32"), rows))
     return {
@@ -157,7 +157,7 @@ def key(place: Path, candidates: Sequence[Dtype]) -> str:
 
     The manifest's checksums stand for the weights, or else their files' sizes and times.
     """
-    names = {path.name for path in folder.weight_files(place)} | {folder.CONFIG}
+    names = {path.name for path in whole.weight_files(place)} | {whole.CONFIG}
     if (place / MANIFEST).is_file():
         sums = read_json(place / MANIFEST)["files"]
         known: list[Any] = [(name, sums.get(name)) for name in sorted(names)]

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import saved
+from ..checkpoint import opening, saving
+from ..checkpoint.building import build
 from ..checkpoint.folder import read_folder
 from ..checkpoint.tensors import packing
 from ..config.classifier import check_writes
@@ -207,7 +208,7 @@ def quantize(
     folder is written complete or not at all. ValueError where the model is quantized already or
     cannot be.
     """
-    stored = saved.open_folder(source, base=base)
+    stored = opening.open_folder(source, base=base)
     config, tokenizer = stored.config, stored.tokenizer
     check_writes(config, source)
     if stored.bits is not None:
@@ -221,16 +222,16 @@ def quantize(
         with opened_tokens(data, tokenizer, config.vocab_size, options=text) as stream:
             rows = text_rows(stream, tokens, config.context_length)
     with written_whole(out) as temporary:
-        saved.write(packed, temporary)
-        original = saved.build(stored)
+        saving.write(packed, temporary)
+        original = build(stored)
         speeds = {"float32": decode_speed(original)}
         if data is None:
             compared_on = f"text that the original generates at temperature 1 with seed {SEED}"
             rows = own_text(original, tokens, first=first_token(tokenizer))
         del original
-        written = saved.open_folder(temporary)
-        speeds["bf16"] = decode_speed(saved.build(stored, dtype=torch.bfloat16))
-        speeds[f"int{bits}"] = decode_speed(saved.build(written))
+        written = opening.open_folder(temporary)
+        speeds["bf16"] = decode_speed(build(stored, dtype=torch.bfloat16))
+        speeds[f"int{bits}"] = decode_speed(build(written))
         places = {"before": source, "after": temporary}
         return Report(
             source=str(source),
@@ -241,7 +242,10 @@ def quantize(
             speeds=speeds,
             text=compared_on,
             divergence=compare(
-                lambda: saved.build(stored), lambda: saved.build(written), rows, config.vocab_size
+                lambda: build(stored),
+                lambda: build(written),
+                rows,
+                config.vocab_size,
             ),
         )
 

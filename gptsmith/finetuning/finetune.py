@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import find_model
+from ..checkpoint.finding import find_model
 from ..config.fields import SettingError
 from ..config.finetune import check_meaning
 from ..config.model import GPTConfig, current_names

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import saved
-from ..checkpoint.folder import find_model
+from ..checkpoint import building
+from ..checkpoint.finding import find_model
 from ..config.recipe import read_toml
 from ..evaluation.classification import Confusion, baselines, draw_confusion
 from ..machine.devices import find_device
@@ -55,7 +55,7 @@ def test_run(run: Path, display: Display) -> dict[str, Any]:
     if not len(task.splits["test"]):
         return {}
     device = find_device(settings.machine.device)
-    model, _ = saved.load_folder(checkpoint, device=device)
+    model, _ = building.load_folder(checkpoint, device=device)
     found = {"checkpoint": checkpoint.name, "examples": len(task.splits["test"])}
     judged = Judged(model, device, settings.machine.dtype)
     found |= TESTS.get(type(task), test_answers)(task, judged)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folder import find_model, read_config
+from ..checkpoint.finding import find_model
+from ..checkpoint.folder import read_config
 from ..config.settings import RunSettings
 from ..data.encoded import Examples, is_examples, prepare_examples
 from ..machine.environment import rank

@@ -9,7 +9,7 @@ from shlex import quote
 
 import torch
 
-from ..checkpoint import saved
+from ..checkpoint import building, opening
 from ..checkpoint.adapter_json import is_adapter
 from ..config.fields import SettingError
 from ..config.lora import lora_settings
@@ -21,7 +21,7 @@ from ..tokenizers import Tokenizer
 
 def load_to_learn(folder: Path, settings: RunSettings, device: torch.device) -> GPT:
     """Load a model or a checkpoint to go on learning; an adapter stays beside its base."""
-    load = saved.load_adapted if is_adapter(folder) else saved.load_model
+    load = building.load_adapted if is_adapter(folder) else building.load_model
     return load(folder, device=device, dropout=settings.model.dropout)
 
 
@@ -51,7 +51,7 @@ def choose_weights(
             f"{start_from} is an adapter, which cannot have another: `gptsmith merge "
             f"{quote(start_from)} OUT` makes it a whole model; without --lora, it learns further"
         )
-    before = saved.open_folder(Path(start_from)).tokenizer
+    before = opening.open_folder(Path(start_from)).tokenizer
     known = tokenizer.vocab_size if before is None else before.vocab_size
     lora = lora_settings(finetune, str(Path(start_from).resolve()))
     added = tuple(range(known, tokenizer.vocab_size))

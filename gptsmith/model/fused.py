@@ -209,7 +209,10 @@ def cast_matrices(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor
 
 
 def products(weights: Sequence[Tensor], adapters: Sequence[Adapter]) -> list[Product]:
-    """Return the products with a block's four layers, given what `cast_matrices` returns."""
+    """Return the products with a block's four matrices, given what `cast_matrices` returns.
+
+    A matrix has one row (C) or (M) for each output, as in gpt.py.
+    """
     of_adapters = zip(weights[12::2], weights[13::2], adapters, strict=True)
     return [
         Product(weights[place], a, b, adapter)

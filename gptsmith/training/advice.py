@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import checkpoints
+from ..checkpoint.finding import checkpoints
+from ..config.recipe import read_toml
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
 from .records import CONFIG_TOML
@@ -40,11 +41,17 @@ def resume_command(folder: Path) -> str:
 
 
 def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
-    """Return the command that trains a run's weights for so many steps in another run."""
+    """Return the command that trains a run's weights for so many steps in another run.
+
+    Its adapters are merged first, as another run with the same settings adds its own.
+    """
     flags: dict[str, float] = {"steps": steps}
     if training.warmup_steps >= steps:
         flags["warmup_steps"] = steps // 10
-    return train_command(folder, flags, start_from=folder)
+    if read_toml(folder / CONFIG_TOML).finetune.lora is None:
+        return train_command(folder, flags, start_from=folder)
+    merge = shlex.join(["gptsmith", "merge", str(folder), str(folder / "merged")])
+    return f"{merge} && {train_command(folder, flags, start_from=folder / 'merged')}"
 
 
 def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:

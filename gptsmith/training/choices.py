@@ -19,7 +19,7 @@ from ..machine.chooser import Choice, choose, once, timed
 from ..machine.environment import world_size
 from ..machine.processes import from_first_process, sum_of_numbers
 from .loop import Trainer
-from .trainer import choose_fused, micro_batch_rows, use
+from .trainer import choose_fused, learned_in, micro_batch_rows, use
 
 SECONDS = 1.5  # of measuring a choice, if two passes of each candidate take no longer
 SHARE = 0.03  # of the run's tokens, that measuring may compute
@@ -69,9 +69,15 @@ def possible(machine: MachineSettings, config: GPTConfig, device: torch.device) 
 
 
 def ways(
-    machine: MachineSettings, config: GPTConfig, rows: int, device: torch.device
+    machine: MachineSettings,
+    config: GPTConfig,
+    rows: int,
+    device: torch.device,
+    learned: int | None = None,
 ) -> dict[str, MachineSettings]:
     """Return the ways to compute a batch of `rows` on a device, without an "auto" but for compile.
+
+    `learned` parameters learn (default: all), on which the memory of a micro-batch depends.
 
     The order is that of preference: float32 first, which is more exact, and PyTorch's attention.
     The fused pieces have an attention of their own. `machine` must be `possible`.
@@ -89,7 +95,7 @@ def ways(
     for dtype, path in product(dtypes, paths):
         parts = [dtype] * (len(dtypes) > 1) + [path] * (len(paths) > 1)
         way = replace(machine, dtype=dtype, **paths[path])
-        micro_batch = micro_batch_rows(way, config, rows, device)
+        micro_batch = micro_batch_rows(way, config, rows, device, learned)
         found[", ".join(parts)] = replace(way, micro_batch=micro_batch)
     return found
 
@@ -126,7 +132,7 @@ def choose_ways(
     run_tokens = steps * T * rows / world_size()
     timing = Timing(trainer, tokens_left=int(SHARE * run_tokens))
     config = replace(trainer.model.config, context_length=T)
-    candidates = ways(asked, config, rows, trainer.device)
+    candidates = ways(asked, config, rows, trainer.device, learned_in(trainer.model))
     on_cpu = trainer.device.type == "cpu"
     few = max(1, PASS_TOKENS // T) if on_cpu else rows
     found = [timing.choose_way(question(candidates), candidates, few)]
@@ -197,7 +203,7 @@ class Timing:
                 asdict(candidates[names[0]]),
                 tokens,
                 type(self.trainer.objective).__name__,
-                sum(parameter.numel() for parameter in self.trainer.parameters),
+                learned_in(self.trainer.model),
                 world_size(),
             )
             work = partial(measured, candidates, tokens)

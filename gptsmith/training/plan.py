@@ -21,6 +21,7 @@ from ..machine.terminal import Display, count, duration, size
 from .choices import Measured
 from .loop import Trainer
 from .run import Run
+from .trainer import learned_in
 
 LEAST_TRIALS, MOST_TRIALS = 2, 8
 # Seconds that a run must take for torch.compile, which takes half a minute, to pay off: it saves a
@@ -50,9 +51,8 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     assert machine.micro_batch is not None
     assert machine.threads is not None
     bytes_each = number_bytes(machine.dtype)
-    learned = sum(parameter.numel() for parameter in trainer.parameters)
     memory = cost.training_memory(
-        config, machine.micro_batch, dtype_bytes=bytes_each, learned=learned
+        config, machine.micro_batch, dtype_bytes=bytes_each, learned=learned_in(trainer.model)
     )
     left = training.steps - run.done
     rows = {

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import saved
 from ..checkpoint.adapter_json import is_adapter
 from ..checkpoint.config_json import from_hugging_face, to_hugging_face
-from ..checkpoint.folder import checkpoints, find_checkpoint, read_config
+from ..checkpoint.finding import checkpoints, find_checkpoint
+from ..checkpoint.folder import read_config
+from ..checkpoint.training_state import STATE, load_training
 from ..config.classifier import without_labels
 from ..config.fields import SettingError
 from ..config.model import GPTConfig
@@ -45,10 +46,10 @@ def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
     if not checkpoints(folder):
         return None, AT_THE_START
     path = find_checkpoint(folder, checkpoints(folder)[0].name, training=True)
-    state = saved.load_training(path)[1]
+    state = load_training(path)[1]
     complete = isinstance(state.get("step"), int) and isinstance(state.get("micro_batch"), int)
     if not complete or not isinstance(state.get("best"), dict):
-        raise DamagedError(f"{path / saved.STATE} lacks the state of a run: was it edited?")
+        raise DamagedError(f"{path / STATE} lacks the state of a run: was it edited?")
     return path, {**AT_THE_START, **state}
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import saved
-from ..checkpoint.folder import checkpoints
+from ..checkpoint import saving
+from ..checkpoint.finding import checkpoints
 from ..config import cost
 from ..config.settings import RunSettings
 from ..generation.sampling import NotFiniteError
@@ -243,7 +243,7 @@ def save_checkpoint(run: Run) -> None:
         "owed": run.owed,
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
-    saved.save(trainer.model, run.task.tokenizer, target, optimizer=tensors, state=state)
+    saving.save(trainer.model, run.task.tokenizer, target, optimizer=tensors, state=state)
     point_to_newest(run)
 
 

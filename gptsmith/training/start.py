@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import saved
+from ..checkpoint.training_state import load_training
 from ..config.classifier import without_labels
 from ..config.recipe import to_toml
 from ..machine import devices
@@ -35,7 +35,7 @@ from .resume import check_same_data, newest_state, resumed_settings
 from .run import Run, point_to_newest
 from .task import OpenTask
 from .text import open_text
-from .trainer import make_trainer
+from .trainer import learned_in, make_trainer
 
 
 def open_run(
@@ -55,7 +55,7 @@ def open_run(
         machine = replace(machine, fused="no")
     machine = possible(machine, model.config, device)
     of_rows = replace(model.config, context_length=batches.row_tokens)
-    *_, smallest = ways(machine, of_rows, batches.rows, device).values()
+    *_, smallest = ways(machine, of_rows, batches.rows, device, learned_in(model)).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
     config = without_labels(model.config)
     config = config if checkpoint is None else replace(config, init=settings.model.init)
@@ -76,7 +76,7 @@ def open_run(
             measured.append(Measured("compile", trial.choice, batches.rows * batches.row_tokens))
     task.begin(trainer, display)
     if checkpoint is not None:
-        load_state_tensors(model, trainer.optimizers, saved.load_training(checkpoint)[0])
+        load_state_tensors(model, trainer.optimizers, load_training(checkpoint)[0])
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(state["scaler"])
     machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)

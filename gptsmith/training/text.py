@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import saved
-from ..checkpoint.folder import best_of
+from ..checkpoint import building
+from ..checkpoint.finding import best_of
 from ..config import cost
 from ..config.classifier import check_writes
 from ..config.fields import SettingError
@@ -116,7 +116,7 @@ class TextTask:
 
     def load(self, folder: Path, device: torch.device) -> GPT:
         """Load a model to train."""
-        return saved.load_model(folder, device=device, dropout=self.settings.model.dropout)
+        return building.load_model(folder, device=device, dropout=self.settings.model.dropout)
 
     def batches(self, model: GPT) -> Batches:
         """Return windows of the training text."""

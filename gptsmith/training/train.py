@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint.folder import find_model
+from ..checkpoint.finding import find_model
 from ..config.recipe import read_toml, run_settings, to_toml
 from ..config.settings import RunSettings
 from ..machine.devices import find_device

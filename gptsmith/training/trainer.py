@@ -5,6 +5,7 @@ Knows nothing of a run's folder.
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -46,12 +47,21 @@ def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
     return rows
 
 
+def learned_in(model: GPT) -> int:
+    """Return how many parameters of a model learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def micro_batch_rows(
-    machine: MachineSettings, config: GPTConfig, rows: int, device: torch.device
+    machine: MachineSettings,
+    config: GPTConfig,
+    rows: int,
+    device: torch.device,
+    learned: int | None = None,
 ) -> int:
     """Return the rows of a micro-batch: as set, or the most that should fit; `rows` of a batch.
 
-    The context_length of `config` is that of the rows.
+    The context_length of `config` is that of the rows; `learned` parameters learn (default: all).
     """
     own_rows = -(-rows // world_size())
     if machine.micro_batch is not None:
@@ -60,8 +70,10 @@ def micro_batch_rows(
     if device.type == "cpu":
         chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
         room /= world_size()
-    width = number_bytes(machine.dtype)
-    while chosen > 1 and cost.training_memory(config, chosen, dtype_bytes=width) > room:
+    needed = partial(
+        cost.training_memory, config, dtype_bytes=number_bytes(machine.dtype), learned=learned
+    )
+    while chosen > 1 and needed(chosen) > room:
         chosen = -(-chosen // 2)
     return chosen
 

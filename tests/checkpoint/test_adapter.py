@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import gptsmith
 from gptsmith import GPT, GPTConfig, Tokenizer
-from gptsmith.checkpoint.folder import find_base, read_bits, read_config
-from gptsmith.checkpoint.saved import load_adapted, load_model, load_training
+from gptsmith.checkpoint.building import load_adapted, load_model
+from gptsmith.checkpoint.finding import find_base
+from gptsmith.checkpoint.folder import read_bits, read_config
+from gptsmith.checkpoint.training_state import load_training
 from gptsmith.cli.main import main
 from gptsmith.config.lora import LoRASettings
 from gptsmith.config.model import MODERN

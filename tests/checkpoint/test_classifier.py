@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gptsmith
-from gptsmith.checkpoint.saved import load_training
+from gptsmith.checkpoint.training_state import load_training
 from gptsmith.config.classifier import ClassifierConfig
 from gptsmith.config.model import GPTConfig
 from gptsmith.model.classifier import Classifier

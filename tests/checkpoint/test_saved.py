@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import gptsmith
 from gptsmith import GPT, GPTConfig, generate_greedy
-from gptsmith.checkpoint.folder import verify
-from gptsmith.checkpoint.saved import load_training
-from gptsmith.checkpoint.saved import save as save_checkpoint
+from gptsmith.checkpoint.saving import save as save_checkpoint
+from gptsmith.checkpoint.training_state import load_training
+from gptsmith.checkpoint.verifying import verify
 from gptsmith.cli.main import main
 from gptsmith.machine.files import DamagedError, written_whole
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import gptsmith
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint.folder import safetensors_header
+from gptsmith.checkpoint.header import safetensors_header
 from gptsmith.checkpoint.names import GPT2, match_tensors
 from gptsmith.checkpoint.safetensors import fetch_from
 from gptsmith.checkpoint.tensors import Stored

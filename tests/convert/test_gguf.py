@@ -24,8 +24,8 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from gptsmith import GPT, GPTConfig, Tokenizer, generate_greedy
+from gptsmith.checkpoint.building import build
 from gptsmith.checkpoint.names import TIED
-from gptsmith.checkpoint.saved import build
 from gptsmith.checkpoint.tensors import Stored, with_all
 from gptsmith.cli.main import main
 from gptsmith.convert.gguf import DTYPES, nearest, read, recognise, write

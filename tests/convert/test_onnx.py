@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from gptsmith import GPT, PRESETS, GPTConfig, generate_greedy
-from gptsmith.checkpoint.saved import write as write_checkpoint
+from gptsmith.checkpoint.saving import write as write_checkpoint
 from gptsmith.checkpoint.tensors import Stored
 from gptsmith.config.cost import weight_bytes
 from gptsmith.config.model import MODERN

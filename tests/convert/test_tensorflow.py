@@ -17,7 +17,7 @@ import transformers
 from google_crc32c import value as crc32c
 
 from gptsmith import GPTConfig, generate_greedy
-from gptsmith.checkpoint.saved import build
+from gptsmith.checkpoint.building import build
 from gptsmith.convert import tensorflow
 from gptsmith.convert.bundle import Variable, checksum, open_bundle
 from gptsmith.machine.files import DamagedError

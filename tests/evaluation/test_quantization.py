@@ -21,7 +21,7 @@ from torch import Tensor
 
 import gptsmith
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint import saved
+from gptsmith.checkpoint import saving
 from gptsmith.cli.main import main
 from gptsmith.config.cost import weight_bytes
 from gptsmith.config.settings import MachineSettings
@@ -150,9 +150,9 @@ def test_activations_are_in_the_dtype_that_was_asked_for(model: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_that_is_stored_in_bf16_stays_so(tmp_path: Path) -> None:
     model = scrambled(GPTConfig(**SIZES)).to(torch.bfloat16)
-    stored = saved.stored_model(model)
+    stored = saving.stored_model(model)
     (tmp_path / "bf16").mkdir()
-    saved.write(replace(stored, dtype="bf16"), tmp_path / "bf16")
+    saving.write(replace(stored, dtype="bf16"), tmp_path / "bf16")
     quantization.quantize(tmp_path / "bf16", tmp_path / "q8", 8, tokens=20)
     tensors = load_file(tmp_path / "q8" / "model.safetensors")
     assert tensors["transformer.wpe.weight"].dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import gptsmith
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint.folder import checkpoints, find_model
+from gptsmith.checkpoint.finding import checkpoints, find_model
 from gptsmith.cli.main import main
 from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import ExampleBatches, padded

@@ -18,7 +18,7 @@ from torch import Tensor
 import gptsmith
 from gptsmith import GPT, PRESETS, GPTConfig, describe, generate_greedy
 from gptsmith.checkpoint.config_json import from_hugging_face
-from gptsmith.checkpoint.folder import checkpoints
+from gptsmith.checkpoint.finding import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config import cost
 from gptsmith.config.describe import forward_stages

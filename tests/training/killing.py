@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure  # imported once here, rather than by every child
 
 import gptsmith
-from gptsmith.checkpoint import adapter, saved
+from gptsmith.checkpoint import adapter, training_state
 from gptsmith.cli.main import main as run_command
 from gptsmith.tokenizers import byte_tokenizer
 from gptsmith.training import loop
@@ -88,7 +88,7 @@ def train(words: list[str], deadly: int | None) -> int:
         moments.around(os, "rename")
         moments.around(os, "replace")
         moments.around(shutil, "rmtree")
-        moments.around(saved, "write_safetensors", half_file)
+        moments.around(training_state, "write_safetensors", half_file)
         moments.around(adapter, "write_safetensors", half_file)
         moments.around(Path, "write_text", half_file)
         moments.around(loop.Trainer, "step")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gptsmith.cli.main import main
+from gptsmith.config import cost
 from gptsmith.config.model import MODERN, GPTConfig
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
@@ -22,7 +23,7 @@ from gptsmith.model.fused import FusedBlock
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
-from gptsmith.training.trainer import use
+from gptsmith.training.trainer import MEMORY_SHARE, micro_batch_rows, use
 from tests.conftest import TINY as TOY
 from tests.training.test_loop import make_trainer
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights
@@ -105,6 +106,15 @@ def test_what_can_run_is_not_more_than_the_device_has(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "available_memory", lambda device: 1 << 40)
     (way,) = ways(machine, config, 6, torch.device("cuda")).values()
     assert (way.dtype, way.attention) == ("float32", "kernel")
+
+
+def test_what_learns_decides_how_many_rows_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing learns, there is room for more rows than gradients and AdamW's state take."""
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=64, context_length=8, vocab_size=5000)
+    free = (cost.training_memory(config, 4) + 1) / MEMORY_SHARE
+    monkeypatch.setattr(devices, "available_memory", lambda device: free)
+    assert micro_batch_rows(MachineSettings(dtype="float32"), config, 8, CPU) == 4
+    assert micro_batch_rows(MachineSettings(dtype="float32"), config, 8, CPU, learned=0) == 8
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptsmith.checkpoint.folder import find_model
+from gptsmith.checkpoint.finding import find_model
 from gptsmith.cli.main import main
 from gptsmith.tokenizers import load_tokenizer
 from tests.training.test_run import TEXT, TINY

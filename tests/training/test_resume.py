@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from gptsmith.checkpoint.folder import checkpoints
-from gptsmith.checkpoint.saved import load_training
+from gptsmith.checkpoint.finding import checkpoints
+from gptsmith.checkpoint.training_state import load_training
 from gptsmith.cli.main import main
 from gptsmith.machine import environment
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights, train
@@ -278,7 +278,7 @@ def test_dropout_of_an_older_version_goes_on_by_row_and_is_recorded() -> None:
 SAVING = """
 import pathlib, sys, torch
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint import saved
+from gptsmith.checkpoint import saving
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.machine.environment import peak_memory
 from gptsmith.training.optimizers import make_optimizers, state_tensors
@@ -289,10 +289,10 @@ optimizers = make_optimizers(model, TrainingSettings())
 for p in model.parameters():
     optimizers[0].state[p] = {"step": torch.ones(()), **{
         name: torch.ones_like(p) for name in ("exp_avg", "exp_avg_sq")}}
-saved.save(model, None, pathlib.Path("small"), optimizer={"x": torch.ones(2)}, state={})
+saving.save(model, None, pathlib.Path("small"), optimizer={"x": torch.ones(2)}, state={})
 before = peak_memory()
 tensors = state_tensors(model, optimizers)
-saved.save(model, None, pathlib.Path("saved"), optimizer=tensors, state={})
+saving.save(model, None, pathlib.Path("saved"), optimizer=tensors, state={})
 sizes = [tensor.nbytes for tensor in tensors.values()]
 print(peak_memory() - before, sum(sizes), max(sizes))
 """

@@ -19,7 +19,7 @@ import transformers
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from gptsmith.checkpoint.folder import checkpoints
+from gptsmith.checkpoint.finding import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset

@@ -120,7 +120,7 @@ def test_a_second_time_gives_up_the_step_and_loses_no_other() -> None:
 
 @pytest.mark.slow
 def test_a_second_time_lets_a_write_be_finished() -> None:
-    place = "gptsmith.checkpoint.saved::write_safetensors:10"
+    place = "gptsmith.checkpoint.training_state::write_safetensors:10"
     with waiting_at(place, "--save-every", "10") as process:
         interrupt(process, 2)
         Path("go-on").touch()
@@ -130,7 +130,7 @@ def test_a_second_time_lets_a_write_be_finished() -> None:
 
 @pytest.mark.slow
 def test_a_third_time_ends_at_once_and_leaves_nothing_half_written() -> None:
-    place = "gptsmith.checkpoint.saved::write_safetensors:10"
+    place = "gptsmith.checkpoint.training_state::write_safetensors:10"
     with waiting_at(place, "--save-every", "10") as process:
         interrupt(process, 3)
         left(process)  # although nobody told it to go on
