@@ -101,6 +101,7 @@ def test_interrupted_before_the_first_step_nothing_is_left(
     assert main([*words, "--steps", "1"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["chat", "classify", "preference"])
 def test_interrupted_in_the_test_the_run_can_be_tested_again(
     task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
