@@ -63,8 +63,9 @@ def test_a_process_fills_its_rows_up_as_one_process_does() -> None:
     whole = ExampleBatches(rows, 6, seed=1)
     parts = [ExampleBatches(rows, 6, seed=1, rank=rank, world_size=4) for rank in range(4)]
     for step in range(7):
-        for array, *shares in zip(whole.at(step), *(part.at(step) for part in parts), strict=True):
-            assert (np.concatenate(shares) == array).all()
+        for part in parts:
+            for array, share in zip(whole.at(step), part.at(step), strict=True):
+                assert np.array_equal(array[part.mine], share)
 
 
 # -- interrupted before the first step, and after the last
@@ -101,6 +102,7 @@ def test_interrupted_before_the_first_step_nothing_is_left(
     assert main([*words, "--steps", "1"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["chat", "classify", "preference"])
 def test_interrupted_in_the_test_the_run_can_be_tested_again(
     task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

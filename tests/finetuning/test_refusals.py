@@ -258,6 +258,12 @@ def test_examples_that_are_tokens_already_are_data(capsys: pytest.CaptureFixture
     assert main(["finetune", "--resume", "again"]) == 0
 
 
+def test_a_text_may_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be read only once, so not also to recognise the task."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("text.txt").read_bytes())))
+    succeed(f"finetune base --data - {MACHINE} --steps 1 --batch-tokens 200 --out run")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attempts", "task"), [(25, []), (5, ["chat"]), (5, ["classify"]), (5, ["preference"])]
+    ("attempts", "task"), [(25, []), (4, ["chat"]), (4, ["classify"]), (4, ["preference"])]
 )
 def test_killed_anywhere_and_resumed_is_the_same_run(
     tmp_path: Path, attempts: int, task: list[str]
