@@ -28,7 +28,7 @@ from gptsmith.data.small_tasks import small_tasks
 
 BASE = (
     "train shakespeare --tokenizer byte --n-layer 4 --n-head 4 --n-embd 256 --context-length 512 "
-    "--batch-tokens 8192 --steps 300 --sample-tokens 0 --evaluate-tokens 20000"
+    "--batch-tokens 4096 --steps 300 --sample-tokens 0 --evaluate-tokens 20000"
 )
 
 
@@ -108,7 +108,7 @@ def instructions(source: Path, folder: Path, more: list[str], results: Results) 
     base = folder / "base"
     if not base.exists():
         typed(*BASE.split(), "--out", base)
-    words = "--validation-fraction 0.05 --test-fraction 0.1 --learning-rate 5e-4 --epochs 6".split()
+    words = "--validation-fraction 0.05 --test-fraction 0.1 --learning-rate 1e-3 --epochs 3".split()
     found = tuned(folder / "instructions", base, "--data", source, *words, *more)
     results.add({"what": "instructions", **found})
     print(f"test loss {found['loss']:.4f} (validation first {found['first']['validation']}), "
