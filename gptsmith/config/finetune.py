@@ -10,6 +10,13 @@ from typing import Literal
 from .fields import SettingError, above, at_least, setting, within
 
 Task = Literal["text", "chat", "classify", "preference"]
+ExampleKind = Literal["chat", "classify", "preference"]  # what a row of data is an example of
+# The examples that each task learns from; text is none.
+EXAMPLE_KINDS: dict[Task, ExampleKind] = {
+    "chat": "chat",
+    "classify": "classify",
+    "preference": "preference",
+}
 LORA_TARGETS = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
 
 
@@ -72,6 +79,11 @@ class FinetuneSettings:
                 raise SettingError(
                     "lora_targets", f"has '{name}': some of {LORA_TARGETS} are needed"
                 )
+
+    @property
+    def example_kind(self) -> ExampleKind | None:
+        """What the task learns from; None for text, or if the data says the task."""
+        return None if self.task is None else EXAMPLE_KINDS.get(self.task)
 
     @property
     def lora_scale(self) -> float:

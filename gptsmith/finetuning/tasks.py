@@ -1,4 +1,6 @@
-"""The table of tasks, and how the task of a run is opened. A new task is a file and a row.
+"""The table of tasks, and how the task of a run is opened.
+
+A new task is a file, a row here, and a choice and a row in `config/finetune.py`.
 
 Knows nothing of what a task does.
 """
@@ -80,7 +82,7 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
         display.close_bar()
     wait_for_processes()
     examples = Examples.open(prepared)
-    if examples.task != settings.finetune.task:
+    if examples.task != settings.finetune.example_kind:
         raise ValueError(
             f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}"
         )
