@@ -1,6 +1,7 @@
 """The examples of docs/adding.md: applied to a copy of the package, and run as they are shown."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -51,8 +52,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif kind == "diff":
             path.write_text(changed(path.read_text(encoding="utf-8"), text), encoding="utf-8")
     (here / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-    row = {"question": "What jumps over the dog?", "answer": "A quick brown fox."}
-    (here / "rows.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    rows = ({"prompt": f"{n} jumps", "chosen": "fox", "rejected": "dog"} for n in range(20))
+    (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = gptsmith.GPTConfig(
         vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16, tie_weights=False
     )
@@ -88,6 +89,8 @@ def test_the_commands_work_as_shown(extended: Path) -> None:
     assert done.stdout.splitlines()[-1] == str((extended / "text.txt").stat().st_size)
     assert 'optimizer = "sgd"' in (extended / "runs/sgd/config.toml").read_text()
     assert 'attention = "float32"' in (extended / "runs/float32/config.toml").read_text()
-    assert len((extended / "runs/answers/metrics.jsonl").read_text().splitlines()) == 2
+    assert 'task = "simpo"' in (extended / "runs/simpo/config.toml").read_text()
+    (first, _) = map(json.loads, (extended / "runs/simpo/metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.05)  # random weights prefer neither
     before, after = (gptsmith.load(extended / name)[0].state_dict() for name in ("model", "again"))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.fields import setting
-from ..config.finetune import EXAMPLES, ONLY_FOR, FinetuneSettings, listed
+from ..config.finetune import EXAMPLE_KINDS, ONLY_FOR, FinetuneSettings, listed
 from ..config.recipe import read_toml, recipes, sections
 from ..config.settings import DataSettings
 from ..machine.environment import importing, rank
@@ -85,7 +85,7 @@ def defaults(section: str, kind: str) -> Namespace:
     differ. `kind` is fresh or finetune, the recipes that they are in."""
     of_tasks = {
         task: read_toml(recipes()[f"{kind}-{task}"])
-        for task in (*EXAMPLES, "text")
+        for task in (*EXAMPLE_KINDS, "text")
         if f"{kind}-{task}" in recipes()
     }
     shown = Namespace(task=None)

@@ -147,11 +147,13 @@ def conclude(trained: Any, display: Display) -> None:
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
     quoted = shlex.quote(str(folder))
-    use = {
-        "classify": {"label": f"gptsmith classify {quoted} --text 'some text'"},
-        "chat": {"talk": f"gptsmith chat {quoted}"},
-        "preference": {"talk": f"gptsmith chat {quoted}"},
-    }.get(trained.settings.finetune.task, {"write": f"gptsmith sample {quoted} --temperature 0.8"})
+    match trained.settings.finetune.example_kind:
+        case "classify":
+            use = {"label": f"gptsmith classify {quoted} --text 'some text'"}
+        case "chat" | "preference":
+            use = {"talk": f"gptsmith chat {quoted}"}
+        case None:
+            use = {"write": f"gptsmith sample {quoted} --temperature 0.8"}
     display.table(
         "Try",
         {

@@ -11,14 +11,20 @@ from typing import Literal
 from .fields import SettingError, above, at_least, setting, within
 
 Task = Literal["text", "chat", "classify", "preference"]
-EXAMPLES: tuple[Task, ...] = ("chat", "classify", "preference")
+ExampleKind = Literal["chat", "classify", "preference"]  # what a row of data is an example of
+# The examples that each task learns from; text is none.
+EXAMPLE_KINDS: dict[Task, ExampleKind] = {
+    "chat": "chat",
+    "classify": "classify",
+    "preference": "preference",
+}
 # Settings that have a meaning for some tasks only.
-ONLY_FOR: dict[str, tuple[Task, ...]] = {
+ONLY_FOR: dict[str, Sequence[Task]] = {
     "template": ("chat", "preference"),
-    "columns": EXAMPLES,
-    "test_fraction": EXAMPLES,
-    "batch_rows": EXAMPLES,
-    "epochs": EXAMPLES,
+    "columns": [*EXAMPLE_KINDS],
+    "test_fraction": [*EXAMPLE_KINDS],
+    "batch_rows": [*EXAMPLE_KINDS],
+    "epochs": [*EXAMPLE_KINDS],
     "beta": ("preference",),
     "batch_tokens": ("text",),
 }
@@ -89,6 +95,11 @@ class FinetuneSettings:
                 raise SettingError(
                     "lora_targets", f"has '{name}': some of {LORA_TARGETS} are needed"
                 )
+
+    @property
+    def example_kind(self) -> ExampleKind | None:
+        """What the task learns from; None for text, or if the data says the task."""
+        return None if self.task is None else EXAMPLE_KINDS.get(self.task)
 
     @property
     def lora_scale(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.finetune import FinetuneSettings, Task
+from ..config.finetune import ExampleKind, FinetuneSettings
 from ..config.settings import PrepareSettings
 from ..machine.files import DamagedError, read_json, sha256, write_json, written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
@@ -200,7 +200,7 @@ class Examples:
         return cls(folder, info, ends, order)
 
     @property
-    def task(self) -> Task:
+    def task(self) -> ExampleKind:
         """What the examples are for."""
         return self.info["task"]
 

@@ -6,7 +6,7 @@ Every function raises ValueError with the end of a sentence that begins with the
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from ..config.finetune import Task
+from ..config.finetune import ExampleKind
 from .rows import Row
 
 Form = Literal["messages", "alpaca", "prompt", "label"]
@@ -21,7 +21,7 @@ def named(row: Row) -> dict[str, Any]:
     return {str(k).strip().lower(): v for k, v in row.fields.items() if v is not None}
 
 
-def task_of(fields: Mapping[str, Any]) -> Task | None:
+def task_of(fields: Mapping[str, Any]) -> ExampleKind | None:
     """Return the task that the fields of a row are for; None if they are for none."""
     if "chosen" in fields or "rejected" in fields:
         return "preference"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.finetune import Task
+from ..config.finetune import ExampleKind
 from ..machine.files import sha256
 from .examples import SPLITS, Example, ExampleReader
 from .targets import Encoder, Row
@@ -112,7 +112,7 @@ def number_labels(folder: Path, ends: "array[int]", found: list[str]) -> list[st
 
 
 def divided(
-    writer: RowWriter, task: Task | None, settings: Mapping[str, Any]
+    writer: RowWriter, task: ExampleKind | None, settings: Mapping[str, Any]
 ) -> tuple[np.ndarray, int]:
     """Return the number in SPLITS of each example, (N,), and how many repeat another's prompt.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..config.finetune import FinetuneSettings, Task
+from ..config.finetune import ExampleKind, FinetuneSettings, Task
 from ..config.settings import PrepareSettings
 from .decoding import checked_encoding, decoded_text
 from .example_fields import (
@@ -96,10 +96,10 @@ class ExampleReader:
         self, names: Sequence[str], options: PrepareSettings, finetune: FinetuneSettings
     ) -> None:
         self.names, self.options, self.finetune = names, options, finetune
-        self.task: Task | None = finetune.task  # None until the first row tells
+        self.task = finetune.example_kind  # None until the first row tells
         self.header = finetune.columns.split(",") if finetune.columns else None
         self.encoding = checked_encoding(options.encoding)
-        self.files = [file for name in names for file in example_files(name, finetune.task)]
+        self.files = [file for name in names for file in example_files(name, self.task)]
         self.size = sum(source.size for source, _ in self.files)  # bytes
         self.read = 0  # of them
         self.sums: list[str] = []  # SHA-256 of each source
@@ -137,7 +137,7 @@ class ExampleReader:
         """Return what a row is; ValueError with what is wrong with it."""
         fields = named(row)
         task = self.task or task_of(fields)
-        if task not in ("chat", "classify", "preference"):
+        if task is None:
             raise ValueError(no_example(row, fields))
         try:
             example = self.example_for(task, fields, row)
@@ -149,7 +149,7 @@ class ExampleReader:
         self.task = task
         return example
 
-    def example_for(self, task: Task, fields: Mapping[str, Any], row: Row) -> Example:
+    def example_for(self, task: ExampleKind, fields: Mapping[str, Any], row: Row) -> Example:
         """Return the example for a task that a row has; ValueError with what is wrong with it."""
         split = fields.get("split", "")
         if split not in ("", *SPLITS):
@@ -165,7 +165,7 @@ class ExampleReader:
 # -- which files, and which task
 
 
-def example_files(name: str, task: Task | None) -> list[tuple[Source, dict[str, str]]]:
+def example_files(name: str, task: ExampleKind | None) -> list[tuple[Source, dict[str, str]]]:
     """Return the files of a name, each with the label and the split that its folder says, if any.
 
     ValueError for a text that has no label, which is no example.
@@ -194,7 +194,7 @@ def example_files(name: str, task: Task | None) -> list[tuple[Source, dict[str, 
     return [(source, {}) for source in sources]
 
 
-def label_folders(folder: Path, task: Task | None) -> dict[Path, dict[str, str]]:
+def label_folders(folder: Path, task: ExampleKind | None) -> dict[Path, dict[str, str]]:
     """Return the folders in a folder that has one for each label, and what each says; else {}.
 
     There may be one of these for each split: train/ham, train/spam, test/ham, test/spam.

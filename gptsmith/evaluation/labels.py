@@ -14,9 +14,9 @@ import torch
 from ..model.classifier import Classifier
 from ..tokenizers import Tokenizer
 from ..tokenizers.tokenizer import Unknown
+from .batching import batches_by_length
 
 AT_ONCE = 512  # texts that are read before they are sorted into batches of similar length
-BATCH_TOKENS = 8192  # tokens of a forward pass, padding included; memory and speed depend on it
 
 
 class Prediction(NamedTuple):
@@ -65,29 +65,12 @@ def prediction(
 @torch.inference_mode()
 def probabilities(model: Classifier, rows: Sequence[Sequence[int]]) -> list[list[float]]:
     """Return the probability of each label for each row of tokens, in batches of similar length."""
-    found = dict[int, list[float]]()
-    for numbers in batches([len(row) for row in rows], alone=model.pad_token_id is None):
+    found, lengths = dict[int, list[float]](), [len(row) for row in rows]
+    for numbers in batches_by_length(lengths, alone=model.pad_token_id is None):
         scores = model.scores(*padded(model, [rows[number] for number in numbers]))  # (B, K)
         for number, each in zip(numbers, scores.float().softmax(1).tolist(), strict=True):
             found[number] = each
     return [found[number] for number in range(len(rows))]
-
-
-def batches(lengths: Sequence[int], *, alone: bool = False) -> Iterator[list[int]]:
-    """Yield the numbers of the rows of each batch, longest first; single ones if `alone`.
-
-    A batch is not mostly padding: its shortest row has more than half of the longest's tokens.
-    """
-    batch = list[int]()
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        longest = lengths[batch[0]] if batch else 0
-        full = (len(batch) + 1) * longest > BATCH_TOKENS or 2 * lengths[number] <= longest
-        if batch and (alone or full):
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
 
 
 def padded(model: Classifier, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

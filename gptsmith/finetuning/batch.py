@@ -38,7 +38,7 @@ def first_batch(settings: RunSettings, display: Display) -> Iterator[dict[str, A
                 ids, wanted = tokens.tolist(), targets.tolist()
                 if examples.task == "classify":
                     row["label"], wanted = examples.labels[wanted[-1]], [NOT_LEARNED] * len(ids)
-                elif wanted[-1] != NOT_LEARNED or examples.task != "classify":
+                else:
                     ids, wanted = [*ids, wanted[-1]], [NOT_LEARNED, *wanted]
                 if examples.task == "preference":
                     row["answer"] = ("chosen", "rejected")[place]

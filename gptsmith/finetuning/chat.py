@@ -10,12 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.heldout import evaluation_of
 from ..machine.devices import autocast
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
 from ..model.preference import target_logprobs
-from ..training.task import Evaluating
+from ..training.task import Evaluating, token_figures
 from .answers import answers
 from .task import ExampleTask
 
@@ -68,13 +67,7 @@ class ChatTask(ExampleTask):
 
     def figures(self, sums: np.ndarray, device: torch.device) -> dict[str, Any]:
         """Return the fields of an evaluation's record from the sums (3,)."""
-        found = evaluation_of(sums, self.tokenizer, device)
-        return {
-            "validation_loss": found.loss,
-            "validation_tokens": found.tokens,
-            "perplexity": found.perplexity,
-            "bits_per_byte": found.bits_per_byte,
-        }
+        return token_figures(sums, self.tokenizer, device)
 
     def sample(self, model: GPT, step: int) -> Iterator[str]:
         """Yield held-out prompts with the answers in the data and the model's."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.finding import find_model
 from ..config.fields import SettingError
-from ..config.finetune import check_meaning
+from ..config.finetune import EXAMPLE_KINDS, Task, check_meaning
 from ..config.model import GPTConfig, current_names
 from ..config.recipe import read_toml, recipes, short_name, types_of, with_overrides
 from ..config.settings import RunSettings
@@ -78,11 +78,15 @@ def finetune_settings(model: str, choices: Mapping[str, Any]) -> tuple[RunSettin
     if choices.get("data") is None:
         raise ValueError("no data is given: add --data with rows of examples")
     asked = with_overrides(RunSettings(), {**choices, "task": choices.get("task")})
+    task: Task
     if asked.finetune.task is None and is_examples(Path(choices["data"])):
         task = Examples.open(Path(choices["data"])).task
     else:
         task = recognised_task([choices["data"]], asked.prepare, asked.finetune)
-    recipe = f"{'fresh' if model == FRESH else 'finetune'}-{task}"
+    begin = "fresh" if model == FRESH else "finetune"
+    recipe = f"{begin}-{task}"
+    if recipe not in recipes():  # that of the task which learns from the same examples
+        recipe = f"{begin}-{EXAMPLE_KINDS.get(task, task)}"
     if recipe not in recipes():
         better = "gptsmith train" if task == "text" else "a model that answers already"
         raise ValueError(f"there is nothing to fine-tune in fresh weights on {task}: use {better}")

@@ -27,7 +27,7 @@ from ..model.gpt import GPT
 from ..model.preference import PreferenceLoss, answer_logprobs, preference_loss
 from ..training.task import Evaluating
 from .chat import SHOWN, answered, shown
-from .task import ExampleTask, batches_by_length, cut
+from .task import ExampleTask, cut
 
 
 class PreferredPairs(PreferenceLoss):
@@ -129,7 +129,7 @@ class PreferenceTask(ExampleTask):
         rows = self.splits[split]
         known = torch.zeros(len(rows), 2, dtype=torch.float64, device=trainer.device)
         trainer.model.eval()
-        for numbers in my_share(batches_by_length(rows)):
+        for numbers in my_share(self.batches_of(split)):
             known[numbers] = self.logprobs(trainer, split, numbers)
             display.move_bar(int(known[:, 0].count_nonzero()), "")
         trainer.model.train()

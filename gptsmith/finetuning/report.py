@@ -25,7 +25,7 @@ from ..training.records import CONFIG_TOML
 from .chat import answered
 from .classify import ClassifyTask
 from .preference import PreferenceTask
-from .task import ExampleTask, batches_by_length
+from .task import ExampleTask
 from .tasks import TASKS, open_examples
 
 TEST, ANSWERS, CONFUSION = "test.json", "answers.jsonl", "confusion.png"
@@ -92,7 +92,7 @@ def test_labels(task: ExampleTask, judged: Judged) -> dict[str, Any]:
     """Return figures of each label and both baselines, and draw confusion.png."""
     assert isinstance(task, ClassifyTask)
     confusion = Confusion(task.examples.labels)
-    for numbers in batches_by_length(task.splits["test"]):
+    for numbers in task.batches_of("test"):
         scores, wanted = task.scores(judged, "test", numbers)
         for right, given in zip(wanted.tolist(), scores.argmax(1).tolist(), strict=True):
             confusion.add(right, given)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..config.classifier import check_writes
 from ..config.settings import RunSettings
-from ..data.encoded import ExampleRows, Examples
+from ..data.encoded import Examples
 from ..data.example_batches import ExampleBatches, padded
 from ..data.examples import SPLITS
+from ..evaluation.batching import batches_by_length
 from ..machine.environment import rank, world_size
 from ..machine.files import DamagedError
 from ..machine.processes import my_share
@@ -30,8 +31,6 @@ from ..tokenizers import Tokenizer
 from ..training.checks import check_rates
 from ..training.task import CountedTargets, Evaluating, Objective
 from .weights import choose_weights, load_to_learn
-
-EVALUATION_TOKENS = 8192  # per forward pass; only speed and memory depend on it
 
 
 def cut(*batch: Tensor) -> tuple[Tensor, ...]:
@@ -175,10 +174,14 @@ class ExampleTask:
         model.eval()
         try:
             yield self.no_sums
-            for numbers in my_share(batches_by_length(self.splits[split])):
+            for numbers in my_share(self.batches_of(split)):
                 yield self.batch_sums(trainer, split, numbers)
         finally:
             model.train(was_training)
+
+    def batches_of(self, split: str) -> Iterator[np.ndarray]:
+        """Yield the numbers of all examples of a split, as many at once as fit a forward pass."""
+        yield from map(np.array, batches_by_length(self.splits[split].lengths.tolist()))
 
     no_sums: ClassVar[np.ndarray] = np.zeros(3)
 
@@ -212,16 +215,6 @@ def with_steps(settings: RunSettings, examples: int) -> RunSettings:
         training=replace(settings.training, steps=steps, warmup_steps=warmup),
         finetune=replace(settings.finetune, epochs=None),
     )
-
-
-def batches_by_length(rows: ExampleRows) -> Iterator[np.ndarray]:
-    """Yield the numbers of all examples, the longest first, as many at once as fit a pass."""
-    order, lengths = np.argsort(-rows.lengths, kind="stable"), rows.lengths
-    first = 0
-    while first < len(order):
-        at_once = max(1, EVALUATION_TOKENS // int(lengths[order[first]]))
-        yield order[first : first + at_once]
-        first += at_once
 
 
 def doubts(counts: Mapping[str, int]) -> Iterator[str]:

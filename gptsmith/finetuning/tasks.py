@@ -1,4 +1,6 @@
-"""The table of tasks, and how the task of a run is opened. A new task is a file and a row.
+"""The table of tasks, and how the task of a run is opened.
+
+A new task is a file, a row here, and a choice and a row in `config/finetune.py`.
 
 Knows nothing of what a task does.
 """
@@ -88,7 +90,7 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
         raise DamagedError(f"{error}: {cure if own else 'make it again'}") from error
     if not own:
         check_examples(examples, settings)
-    if examples.task != settings.finetune.task:
+    if examples.task != settings.finetune.example_kind:
         raise ValueError(
             f"{prepared} has examples for the task {examples.task}, not {settings.finetune.task}: "
             "leave out --task"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config.settings import RunSettings
+from ..evaluation.heldout import evaluation_of
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
@@ -64,6 +65,19 @@ class CountedTargets:
     def counted(self, *batch: Tensor) -> Tensor:
         """Return the number of targets (R, T) that are not -1.  -> ()"""
         return (batch[1] != NOT_LEARNED).sum()
+
+
+def token_figures(
+    sums: np.ndarray, tokenizer: Tokenizer | None, device: torch.device
+) -> dict[str, Any]:
+    """Return the fields of a record from this process's nats, targets and their bytes, (3,)."""
+    found = evaluation_of(sums, tokenizer, device)
+    return {
+        "validation_loss": found.loss,
+        "validation_tokens": found.tokens,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
 
 
 class Evaluating(Protocol):

@@ -21,7 +21,7 @@ from ..config.settings import RunSettings
 from ..data.batches import Batches
 from ..data.prepare import prepare
 from ..data.shards import Dataset, is_dataset
-from ..evaluation.heldout import evaluation_of, window_sums
+from ..evaluation.heldout import window_sums
 from ..generation.writing import stream
 from ..machine import devices
 from ..machine.environment import rank, world_size
@@ -33,7 +33,7 @@ from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenize
 from .advice import uniform_loss
 from .checks import check_run
 from .records import METRICS
-from .task import CountedTargets, Evaluating, Objective
+from .task import CountedTargets, Evaluating, Objective, token_figures
 from .trainer import batch_rows
 
 VERIFIED_BYTES = 10**9  # of the data, read in one to three seconds
@@ -172,13 +172,7 @@ class TextTask:
 
     def figures(self, sums: np.ndarray, device: torch.device) -> dict[str, Any]:
         """Return the fields of an evaluation's record from the sums (3,)."""
-        found = evaluation_of(sums, self.tokenizer, device)
-        return {
-            "validation_loss": found.loss,
-            "validation_tokens": found.tokens,
-            "perplexity": found.perplexity,
-            "bits_per_byte": found.bits_per_byte,
-        }
+        return token_figures(sums, self.tokenizer, device)
 
     def sample(self, model: GPT, step: int) -> Iterator[str]:
         """Yield the prompt of the samples and the text that the model continues it with."""
