@@ -16,7 +16,7 @@ import torch
 
 import gptsmith
 from gptsmith import GPT, GPTConfig
-from gptsmith.checkpoint.folder import checkpoints
+from gptsmith.checkpoint.finding import checkpoints
 from gptsmith.cli.main import main
 from gptsmith.data.example_writer import RowWriter
 from gptsmith.tokenizers import byte_tokenizer
