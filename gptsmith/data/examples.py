@@ -97,7 +97,6 @@ class ExampleReader:
     ) -> None:
         self.names, self.options, self.finetune = names, options, finetune
         self.task = finetune.example_kind  # None until the first row tells
-        self.header = finetune.columns.split(",") if finetune.columns else None
         self.encoding = checked_encoding(options.encoding)
         self.files = [file for name in names for file in example_files(name, self.task)]
         self.size = sum(source.size for source, _ in self.files)  # bytes
@@ -131,7 +130,9 @@ class ExampleReader:
             text = "".join(part for part, _ in decoded_text(source, encoding, None, digest))
             yield Row(source.name, {self.options.field: text, **said}, source.size)
         else:
-            yield from read_rows(source, encoding=encoding, header=self.header, digest=digest)
+            yield from read_rows(
+                source, encoding=encoding, header=self.finetune.header, digest=digest
+            )
 
     def example(self, row: Row) -> Example:
         """Return what a row is; ValueError with what is wrong with it."""
@@ -220,11 +221,10 @@ def recognised_task(
     for name in names:
         if Path(name).is_dir() and label_folders(Path(name), None):
             return "classify"
-    header = finetune.columns.split(",") if finetune.columns else None
     sources = [source for source in find_sources(names) if source.has_rows]
     for source in sources:
         encoding = "utf-8" if source.content is not None else checked_encoding(options.encoding)
-        for row in read_rows(source, encoding=encoding, header=header):
+        for row in read_rows(source, encoding=encoding, header=finetune.header):
             if row.problem:
                 continue
             fields = named(row)
