@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config.fields import setting
+from ..config.finetune import COLUMNS_HELP
 from ..config.settings import InferenceSettings, PrepareSettings
 from ..machine.terminal import count, tell
 from .flags import Parser, add_flags, chosen
 from .opening import CLASSIFIER_HELP, open_model
 
 SHOWN = 5  # labels of a line that is no JSON
-PREPARING = (
-    "validation_fraction",
-    "shard_tokens",
-    "workers",
-)  # not asked of texts that are read once
+# Not asked of texts that are read once.
+PREPARING = ("validation_fraction", "shard_tokens", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +32,7 @@ class ClassifySettings:
         metavar="FILE",
     )
     text: tuple[str, ...] = setting((), "a text to label; repeatable")
-    columns: str | None = setting(
-        None, "names of the columns of a .csv or .tsv file that has no header", metavar="A,B"
-    )
+    columns: str | None = setting(None, COLUMNS_HELP, metavar="A,B")
     label_field: str = setting("label", "key or column of the labels in the data, if it has them")
     confusion: Path | None = setting(
         None, "draw which labels are taken for which, where the data has labels", metavar="PNG"

@@ -28,6 +28,7 @@ ONLY_FOR: dict[str, Sequence[Task]] = {
     "beta": ("preference",),
     "batch_tokens": ("text",),
 }
+COLUMNS_HELP = "names of the columns of a .csv or .tsv file that has no header"
 LORA_TARGETS = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"
 
 
@@ -46,9 +47,7 @@ class FinetuneSettings:
         "in Jinja; auto takes the model's own, else alpaca, or plain for prompts with completions",
         metavar="alpaca|plain|FILE",
     )
-    columns: str | None = setting(
-        None, "names of the columns of a .csv or .tsv file that has no header", metavar="A,B"
-    )
+    columns: str | None = setting(None, COLUMNS_HELP, metavar="A,B")
     test_fraction: float | None = setting(
         None,
         "fraction of the examples kept for a test at the end (default: 0.2 for labels, else 0.1)",
@@ -100,6 +99,11 @@ class FinetuneSettings:
     def example_kind(self) -> ExampleKind | None:
         """What the task learns from; None for text, or if the data says the task."""
         return None if self.task is None else EXAMPLE_KINDS.get(self.task)
+
+    @property
+    def header(self) -> list[str] | None:
+        """The names in `columns`."""
+        return self.columns.split(",") if self.columns else None
 
     @property
     def lora_scale(self) -> float:

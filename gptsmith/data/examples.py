@@ -97,7 +97,6 @@ class ExampleReader:
     ) -> None:
         self.names, self.options, self.finetune = names, options, finetune
         self.task = finetune.example_kind  # None until the first row tells
-        self.header = finetune.columns.split(",") if finetune.columns else None
         self.encoding = checked_encoding(options.encoding)
         self.files = [file for name in names for file in example_files(name, self.task)]
         self.size = sum(source.size for source, _ in self.files)  # bytes
@@ -131,7 +130,9 @@ class ExampleReader:
             text = "".join(part for part, _ in decoded_text(source, encoding, None, digest))
             yield Row(source.name, {self.options.field: text, **said}, source.size)
         else:
-            yield from read_rows(source, encoding=encoding, header=self.header, digest=digest)
+            yield from read_rows(
+                source, encoding=encoding, header=self.finetune.header, digest=digest
+            )
 
     def example(self, row: Row) -> Example:
         """Return what a row is; ValueError with what is wrong with it."""
@@ -230,7 +231,6 @@ def recognised_task(
             return "text"  # a pipe, which can be read only once
         if name and path.is_dir() and label_folders(path, None):
             return "classify"
-    header = finetune.columns.split(",") if finetune.columns else None
     sources, bad_rows = find_sources(names), BadRows(options.bad_rows)
     for source in sources:
         if not source.has_rows:
@@ -238,7 +238,7 @@ def recognised_task(
                 raise ValueError(f"{source.name} is not a JSON list: a list of objects is needed")
             continue
         encoding = "utf-8" if source.content is not None else checked_encoding(options.encoding)
-        for row in read_rows(source, encoding=encoding, header=header):
+        for row in read_rows(source, encoding=encoding, header=finetune.header):
             fields = named(row)
             if not row.problem and (task := task_of(fields)):
                 return task

@@ -4,6 +4,7 @@ Opens the data and the tokenizer, makes the model, evaluates it and lets it writ
 steps, records or checkpoints.
 """
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,6 @@ from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display, count
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer, open_tokenizer
-from .advice import uniform_loss
 from .checks import check_run
 from .records import METRICS
 from .task import CountedTargets, Evaluating, Objective, token_figures
@@ -80,7 +80,8 @@ class TextTask:
     @property
     def worst_loss(self) -> float:
         """The loss of a uniform guess, in nats per token."""
-        return uniform_loss(self.settings)
+        model = self.settings.model
+        return math.log(self.tokenizer.vocab_size if self.tokenizer else model.vocab_size)
 
     def damage(self) -> str:
         """Return what is wrong with a shard that was changed since it was written, or ""."""

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import gptsmith
 from gptsmith import GPT, GPTConfig
 from gptsmith.checkpoint.finding import checkpoints, find_model
 from gptsmith.cli.main import main
+from gptsmith.config.recipe import read_toml
 from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import ExampleBatches, padded
 from gptsmith.finetuning.classify import LabelledPrefixes
@@ -98,6 +101,19 @@ def test_config_toml_repeats_the_run() -> None:
     run = tuned("classify", "run")
     assert main(["train", str(run / "config.toml"), "--out", "again"]) == 0
     assert same_weights(run, Path("again"))
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_for_longer_as_the_run_advises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tuned("classify", "run", "--lora", "2")
+    (advised,) = re.findall(r"^  longer +(.*)", capsys.readouterr().err, re.MULTILINE)
+    for command in advised.split(" && "):
+        assert main(shlex.split(command)[1:]) == 0
+    config = read_toml(Path("runs/config-1/config.toml"))
+    assert config.finetune.lora == 2
+    assert config.training.start_from == str(Path("run/merged").resolve())
 
 
 @pytest.mark.parametrize("micro_batch", ["1", "4", "6"])
