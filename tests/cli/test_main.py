@@ -1085,8 +1085,9 @@ def test_advised_commands_quote_their_paths(
     assert main(["tokenizer", "text.txt", "--vocab-size", "260", "--out", f"{place} bpe"]) == 0
     flag = capsys.readouterr().err.partition("use them with: ")[2]
     does("prepare", "text.txt", *shlex.split(flag), "--out", "again")
-    said = refused("train", "text.txt", *TINY, "--out", place)
-    assert f"`gptsmith train --resume '{place}'`" in said
+    does("train", "text.txt", *TINY, "--out", f"{place} run")
+    said = refused("train", "text.txt", *TINY, "--out", f"{place} run")
+    assert f"`gptsmith train --resume '{place} run'`" in said
     Path("pickled, old").mkdir()
     Path("pickled, old/config.json").write_text('{"model_type": "gpt2"}')
     Path("pickled, old/pytorch_model.bin").write_bytes(b"")

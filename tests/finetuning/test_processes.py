@@ -108,7 +108,7 @@ def test_interrupted_in_the_test_the_run_can_be_tested_again(
     task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(report, "batches_by_length", interrupting(report.batches_by_length))
+        patch.setattr(report, "draw_confusion", interrupting(report.draw_confusion))
         patch.setattr(report, "answered", interrupting(report.answered))
         patch.setattr(report, "loss_of", interrupting(report.loss_of))
         words = ["finetune", "base", "--data", f"{task}.jsonl", "--out", "run", *TOY]
