@@ -38,8 +38,9 @@ def first_batch(settings: RunSettings, display: Display) -> Iterator[dict[str, A
                 ids, wanted = tokens.tolist(), targets.tolist()
                 if examples.task == "classify":
                     row["label"], wanted = examples.labels[wanted[-1]], [NOT_LEARNED] * len(ids)
-                else:
-                    ids, wanted = [*ids, wanted[-1]], [NOT_LEARNED, *wanted]
+                else:  # a target stands at the token before it
+                    last = [wanted[-1]] if wanted[-1] != NOT_LEARNED else []
+                    ids, wanted = [*ids, *last], [NOT_LEARNED, *wanted][: len(ids) + len(last)]
                 if examples.task == "preference":
                     row["answer"] = ("chosen", "rejected")[place]
                 yield row | {"pieces": pieces(examples.tokenizer, ids, wanted, longest + 1)}

@@ -31,7 +31,7 @@ class LabelledPrefixes(CountedExamples):
     """The label's cross entropy at a text's last token and, with a weight, at those before it.
 
     Every beginning of a text is then an example too, and the more of the text it has, the more it
-    weighs. From few texts a model with random weights learns more so.
+    weighs: a model with random weights has more to learn from where texts are few.
     """
 
     def __init__(self, weight: float) -> None:

@@ -23,8 +23,11 @@ from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import ExampleBatches, padded
+from gptsmith.finetuning.batch import first_batch, pieces
 from gptsmith.finetuning.classify import LabelledPrefixes
+from gptsmith.finetuning.finetune import finetune_settings
 from gptsmith.finetuning.task import cut
+from gptsmith.machine.terminal import Display
 from gptsmith.model.classifier import Classifier
 from gptsmith.model.dropout import dropout_seeds
 from gptsmith.tokenizers import byte_tokenizer
@@ -306,6 +309,26 @@ def test_the_first_batch_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert capsys.readouterr().out.count("### Response:") == 3
     assert not Path("runs").exists()
+
+
+def test_what_follows_an_answer_is_shown_as_no_answer() -> None:
+    """The last token of a row is known only as a target, and is none where it is not learned."""
+    ids = list(b"ab")
+    assert pieces(byte_tokenizer(), ids, [-1, ids[1]], 3) == [
+        {"kind": "prompt", "text": "a", "tokens": 1},
+        {"kind": "answer", "text": "b", "tokens": 1},
+        {"kind": "padding", "text": "", "tokens": 1},
+    ]
+    template = "{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}"
+    Path("line.jinja").write_text(template + "{{ eos_token }}\n{{ ' ' }}{% endif %}")
+    settings, _ = finetune_settings("base", {"data": "chat.jsonl", "template": "line.jinja"})
+    for row in first_batch(settings, Display(quiet=True)):
+        kinds = [piece["kind"] for piece in row["pieces"]]
+        assert kinds[:2] == ["prompt", "answer"]
+        assert row["pieces"][1]["text"].endswith("<|endoftext|>")
+        prompts = [piece for piece in row["pieces"] if piece["kind"] == "prompt"]
+        assert [piece["text"] for piece in prompts[1:]] == ["\n"]  # and the space is not known
+        assert all(piece["tokens"] == len(piece["text"]) for piece in prompts)
 
 
 # -- what is refused
