@@ -15,7 +15,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20  # read at a time
-HASHED_BYTES = 32 << 20  # at a time
+HASHED_BYTES = 8 << 20  # at a time: a buffer of them is all the memory that hashing takes
 
 
 class DamagedError(ValueError):
