@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..config.fields import REQUIRED, at_least, setting
 from ..config.settings import InferenceSettings, PrepareSettings, Split
+from .evaluate_tasks import TaskSettings, evaluate_tasks
 from .flags import Parser, add_flags, chosen
 from .opening import DATA_HELP, MODEL_HELP, open_model
 
@@ -31,6 +32,7 @@ def arguments(parser: Parser) -> None:
     """Add the arguments of `gptsmith evaluate`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, EvaluateSettings)
+    add_flags(parser, TaskSettings)
     add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
     add_flags(parser, InferenceSettings, without=("compile",))
 
@@ -38,6 +40,9 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Measure the loss of a model on a text."""
     settings, text = chosen(options, EvaluateSettings), chosen(options, PrepareSettings)
+    if chosen(options, TaskSettings).task is not None:
+        evaluate_tasks(options, [options.model], settings.data, None, settings.json)
+        return
     from ..evaluation.heldout import evaluate
 
     _, model, tokenizer = open_model(options, options.model)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from ..generation.answers import answers
 from ..machine.devices import autocast
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
 from ..model.preference import target_logprobs
 from ..training.task import Evaluating, token_figures
-from .answers import answers
 from .task import ExampleTask
 
 SHOWN = 3  # held-out prompts that samples.md shows the answers to
