@@ -49,6 +49,9 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
                 return choice
         known, close = ", ".join(map(str, choices)), suggestion(str(value), choices)
         raise SettingError(name, f"is {value!r}: one of {known} is needed{close}")
+    if get_origin(hint) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(parse_value(name, each, get_args(hint)[0]) for each in values)
     if hint is bool:
         if not isinstance(value, bool):
             raise SettingError(name, f"is {value!r}: true or false is needed")

@@ -181,6 +181,12 @@ class ReportSettings:
     evaluate_tokens: int | None = setting(
         None, "evaluate on the first N tokens of the validation split only"
     )
+    evaluate_tasks: tuple[str, ...] = setting(
+        (),
+        "file of questions whose accuracy each evaluation measures as well; its fields tell the "
+        "task, as in `gptsmith evaluate --task`; repeatable",
+        metavar="FILE",
+    )
     save_every: int | None = setting(
         None, "steps between checkpoints (default: as --evaluate-every)"
     )

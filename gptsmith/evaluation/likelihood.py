@@ -50,7 +50,8 @@ def likelihoods(
 ) -> Iterator[Found]:
     """Yield the likelihoods of the requests, a batch at a time, in any order.
 
-    All tokens of a request but the last must fit the model's context_length.
+    All tokens of a request but the last must fit the model's context_length. The model must be in
+    evaluation mode.
     """
     by_context = defaultdict[tuple[int, ...], list[int]](list)
     for number, request in enumerate(requests):
@@ -61,21 +62,16 @@ def likelihoods(
             shared.append(numbers)
         else:
             apart += numbers
-    was_training = model.training
-    model.eval()
-    try:
-        contexts = [len(requests[group[0]].context) for group in shared]
-        for batch in batches_by_length(contexts, tokens=cached_tokens(model)):
-            with precision or nullcontext():
-                found = read_contexts_once(model, requests, [shared[place] for place in batch])
-            yield found
-        lengths = [sum(map(len, requests[number])) - 1 for number in apart]
-        for batch in batches_by_length(lengths):
-            with precision or nullcontext():
-                found = read_whole(model, requests, [apart[place] for place in batch])
-            yield found
-    finally:
-        model.train(was_training)
+    contexts = [len(requests[group[0]].context) for group in shared]
+    for batch in batches_by_length(contexts, tokens=cached_tokens(model)):
+        with precision or nullcontext():
+            found = read_contexts_once(model, requests, [shared[place] for place in batch])
+        yield found
+    lengths = [sum(map(len, requests[number])) - 1 for number in apart]
+    for batch in batches_by_length(lengths):
+        with precision or nullcontext():
+            found = read_whole(model, requests, [apart[place] for place in batch])
+        yield found
 
 
 @torch.inference_mode()

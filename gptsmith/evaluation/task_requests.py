@@ -7,6 +7,7 @@ what a task measures. Knows nothing of which choice is right.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..tokenizers import Tokenizer
@@ -40,24 +41,38 @@ class ScoredItem(NamedTuple):
 
 def scored(judged: Judged, items: Sequence[Item]) -> Iterator[ScoredItem]:
     """Yield the items as their choices are scored, in any order."""
-    requests, owners, firsts, cut = list[Request](), list[int](), list[int](), list[bool]()
-    for number, item in enumerate(items):
-        whole = requests_of(judged, item)
-        fitted = [fitting(judged, item, request) for request in whole]
-        firsts.append(len(requests))
-        cut.append(fitted != whole)
-        owners += [number] * len(fitted)
-        requests += fitted
+    of_items, cut = fitted_requests(judged, items)
+    requests = [request for each in of_items for request in each]
+    owners = [number for number, each in enumerate(of_items) for _ in each]
+    firsts = [0, *accumulate(map(len, of_items))]
     done, counts = dict[int, Likelihood](), [0] * len(items)
     for found in likelihoods(judged.model, requests, judged.precision):
         done |= found
-        for place in found:
-            number = owners[place]
+        for number in (owners[place] for place in found):
             counts[number] += 1
-            if counts[number] == len(items[number].choices):
-                its = range(firsts[number], firsts[number] + counts[number])
-                tokens = [len(requests[place].continuation) for place in its]
-                yield ScoredItem(number, [done[place] for place in its], tokens, cut[number])
+            if counts[number] == len(of_items[number]):
+                choices = [done[place] for place in range(firsts[number], firsts[number + 1])]
+                tokens = [len(request.continuation) for request in of_items[number]]
+                yield ScoredItem(number, choices, tokens, cut[number])
+
+
+def fitted_requests(
+    judged: Judged, items: Sequence[Item]
+) -> tuple[list[list[Request]], list[bool]]:
+    """Return the requests of each item, and whether its prompt had to be cut to fit the model.
+
+    ValueError for an item that the model cannot be asked.
+    """
+    limit = judged.model.config.context_length
+    fitted, cut = list[list[Request]](), list[bool]()
+    for item in items:
+        try:
+            whole = requests_of(judged, item)
+            fitted.append([fitting(request, limit) for request in whole])
+        except ValueError as error:
+            raise ValueError(f"{item.place}: {error}") from error
+        cut.append(fitted[-1] != whole)
+    return fitted, cut
 
 
 def requests_of(judged: Judged, item: Item) -> list[Request]:
@@ -70,45 +85,41 @@ def requests_of(judged: Judged, item: Item) -> list[Request]:
     texts = [item.delimiter + choice for choice in item.choices]
     if item.by_tokens:
         context = judged.encode(item.prompt)
-        return [checked(item, Request(context, judged.encode(text))) for text in texts]
+        return [Request(context, judged.encode(text)) for text in texts]
     prompt = item.prompt.rstrip()
     texts = [item.prompt[len(prompt) :] + text for text in texts]
     if not prompt:
-        return [checked(item, begun(judged, item, judged.encode(text))) for text in texts]
+        return [begun(judged.tokenizer, judged.encode(text)) for text in texts]
     context = judged.encode(prompt)
     wholes = (judged.encode(prompt + text) for text in texts)
-    return [checked(item, Request(context, whole[len(context) :])) for whole in wholes]
+    return [Request(context, whole[len(context) :]) for whole in wholes]
 
 
-def begun(judged: Judged, item: Item, ids: tuple[int, ...]) -> Request:
-    """Return a text as a continuation of the token that begins a text."""
-    tokenizer = judged.tokenizer
+def begun(tokenizer: Tokenizer, ids: tuple[int, ...]) -> Request:
+    """Return a text as a continuation of the token that begins a text; ValueError without one."""
     named = tokenizer.vocab.get(tokenizer.usage.tokenizer.get("bos_token", ""))
     first = tokenizer.document_end if named is None else named
     if first is None:
         raise ValueError(
-            f"{item.place} has no prompt, and the model's tokenizer no token that begins a text, "
-            "such as <|endoftext|>: use another model, or prompts"
+            "there is no prompt, and the model's tokenizer has no token that begins a text, as "
+            "<|endoftext|> does: use another model, or add prompts"
         )
     return Request(ids[:1], ids[1:]) if ids[:1] == (first,) else Request((first,), ids)
 
 
-def checked(item: Item, request: Request) -> Request:
-    """Return a request; ValueError if one of its parts has no token."""
-    if not (request.context and request.continuation):
+def fitting(request: Request, limit: int) -> Request:
+    """Return a request without the first tokens of its context if more than `limit` are to be read.
+
+    ValueError where there is nothing to read or to score, or no room for the continuation.
+    """
+    count = len(request.continuation)
+    if not (request.context and count):
         raise ValueError(
-            f"{item.place} has a choice whose tokens cannot be told from those of its prompt: end "
-            "the prompt where a token ends, as before a space"
+            "the tokens of a choice cannot be told from those of its prompt: end the prompt where "
+            "a token ends, as before a space"
         )
-    return request
-
-
-def fitting(judged: Judged, item: Item, request: Request) -> Request:
-    """Return a request without the first tokens of its context if it is too long for the model."""
-    limit, count = judged.model.config.context_length, len(request.continuation)
     if count > limit:
         raise ValueError(
-            f"{item.place} has a choice of {count} tokens, but the model's context has {limit}: "
-            "use a model with a longer one"
+            f"a choice has {count} tokens, but the model's context {limit}: use another model"
         )
     return request._replace(context=request.context[-(limit + 1 - count) :])  # the last is not read

@@ -16,7 +16,14 @@ from ..generation.answers import AT_ONCE, answers
 from ..generation.writing import prompt_ids
 from ..model.classifier import Classifier
 from ..tokenizers.chat import open_template
-from .intervals import Interval, conclusion, mcnemar, paired_interval, verdict
+from .intervals import (
+    Interval,
+    conclusion,
+    documents_to_settle,
+    mcnemar,
+    paired_interval,
+    verdict,
+)
 from .labels import predict
 from .task_forms import TASKS, Item
 from .task_requests import Judged, scored
@@ -39,9 +46,15 @@ Outcomes = Iterator[tuple[int, Outcome]]  # by the number of the item, in any or
 def measure(judged: Judged, task: str, items: Sequence[Item]) -> Outcomes:
     """Yield the number and the outcome of each item, as they become known.
 
-    ValueError in one line for an item that the model cannot be asked.
+    The model is in evaluation mode meanwhile. ValueError in one line for an item that it cannot be
+    asked.
     """
-    yield from MEASURES[TASKS[task].measure](judged, items)
+    was_training = judged.model.training
+    judged.model.eval()
+    try:
+        yield from MEASURES[TASKS[task].measure](judged, items)
+    finally:
+        judged.model.train(was_training)
 
 
 # -- one function for each way to measure
@@ -160,10 +173,15 @@ class Measured:
         logprobs = [each.logprob for each in self.outcomes if each.logprob is not None]
         if logprobs:
             mean, error = mean_and_error(np.array(logprobs))
-            figures["perplexity"] = perplexity = math.exp(min(-mean, 700.0))
-            # Of a function of the mean: its derivative there times the mean's.
-            figures["perplexity_stderr"] = None if error is None else perplexity * error
+            figures["perplexity"] = perplexity(mean)
+            # That of the mean, times the derivative of exp there.
+            figures["perplexity_stderr"] = None if error is None else perplexity(mean) * error
         return figures | {"items": len(self.outcomes), "cut": self.cut}
+
+
+def perplexity(mean_logprob: float) -> float:
+    """Return the perplexity of words whose log-probability has this mean, in nats."""
+    return math.exp(min(-mean_logprob, 700.0))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
@@ -198,6 +216,7 @@ class Paired:
             "difference": self.interval.mean,
             "interval": [self.interval.low, self.interval.high],
             "verdict": verdict(self.interval, lower_is_better=False),
+            "items_to_settle": documents_to_settle(self.interval, self.items),
             "p_value": self.p_value,
         }
         return {name + suffix: value for name, value in figures.items()}

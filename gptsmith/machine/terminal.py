@@ -110,6 +110,12 @@ class Display:
             bits, right = record.get("bits_per_byte"), record.get("validation_accuracy")
             more = "" if bits is None else f"  ({bits:.4f} bits per byte)"
             more += "" if right is None else f"  ({right:.1%} right)"
+            of_tasks = {
+                key.removesuffix("_accuracy"): value
+                for key, value in record.items()
+                if key.endswith("_accuracy") and key != "validation_accuracy"
+            }
+            more += "".join(f"  {name} {value:.1%} right" for name, value in of_tasks.items())
             self.say(f"{detail}  validation loss {record['validation_loss']:.4f}{more}")
         elif self.bar is None and record["step"] % self.log_every == 0:
             self.say(detail)

@@ -3,6 +3,7 @@
 Knows nothing of models or of how data is opened (`start.py`).
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from ..config.classifier import without_labels
 from ..config.fields import SettingError
 from ..config.model import GPTConfig
 from ..config.recipe import read_toml, sections, with_overrides
-from ..config.settings import DataSettings, RunSettings, TrainingSettings
+from ..config.settings import DataSettings, ReportSettings, RunSettings, TrainingSettings
 from ..machine.files import DamagedError
 from .advice import may_become_longer, more_steps
 from .records import CONFIG_TOML
@@ -68,7 +69,8 @@ def resumed_settings(
     settings = with_overrides(in_file, choices)
     if "data" in choices:
         settings = replace(settings, data=with_absolute_data(settings.data))
-    recorded, asked = state.get("settings") or asdict(in_file), asdict(settings)
+    settings = replace(settings, report=with_absolute_files(settings.report))
+    recorded, asked = state.get("settings") or as_recorded(in_file), as_recorded(settings)
     if checkpoint is not None:  # both as in a model's folder, which has one way to say a thing
         recorded["model"] = asdict(recorded_model(checkpoint, recorded))
         asked["model"] = asdict(from_hugging_face(to_hugging_face(settings.model)))
@@ -101,6 +103,17 @@ def with_absolute_data(data: DataSettings) -> DataSettings:
     if data.data is None or not Path(data.data).exists():
         return data
     return replace(data, data=str(Path(data.data).resolve()))
+
+
+def with_absolute_files(report: ReportSettings) -> ReportSettings:
+    """Return report settings whose files of questions do not depend on the current folder."""
+    files = tuple(str(Path(file).resolve()) for file in report.evaluate_tasks)
+    return replace(report, evaluate_tasks=files)
+
+
+def as_recorded(settings: RunSettings) -> dict[str, Any]:
+    """Return settings as a checkpoint records them: in JSON, which has lists for tuples."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def contradiction(folder: Path, name: str, before: Any, after: Any, *, chosen: bool) -> ValueError:

@@ -5,10 +5,13 @@ A run is a folder. Knows nothing of how it is opened (`start.py`) or how a step 
 
 import math
 import shutil
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..checkpoint import saving
 from ..checkpoint.finding import checkpoints
@@ -23,6 +26,7 @@ from ..machine.terminal import Display
 from .advice import after_divergence
 from .loop import DivergedError, StepReport, Trainer, steps
 from .optimizers import state_tensors
+from .questions import Questions, question_figures, question_sums
 from .records import Recorder, cut_samples, write_event, write_sample
 from .stopping import StepGivenUpError, stop_signals
 from .task import Task
@@ -44,6 +48,7 @@ class Run:
     best_loss: float | None
     saved: int  # step of the newest checkpoint; 0 if there is none
     owed: list[str]  # what a stop broke off at this step: "validation", "sample"
+    questions: Sequence[Questions] = ()  # whose accuracy an evaluation measures as well
     doing: str = ""  # what is done before a stop takes effect
     recorder: Recorder | None = None  # None in all processes but rank 0
     signal: int | None = None  # number of the signal that stopped the run, if one did
@@ -150,28 +155,39 @@ def describe_step(run: Run, step: StepReport) -> dict[str, Any]:
 
 
 def validate(run: Run, received: list[int]) -> dict[str, Any]:
-    """Evaluate on what is held out, in the run's precision; note if this step is the best.
+    """Evaluate on what is held out and on the questions, in the run's precision; note if this step
+    is the best.
 
-    Returns the fields to add to the step's record: none if nothing is held out, or if a signal to
-    stop broke the evaluation off.
+    Returns the fields to add to the step's record: none if there is nothing to evaluate on, or if a
+    signal to stop broke the evaluation off.
     """
-    if not run.task.held_out:
+    if not (run.task.held_out or run.questions):
         return {}
-    sums: Any = 0.0
+    device, found = run.trainer.device, dict[str, Any]()
     run.doing = "the validation is broken off"
-    with closing(run.task.sums(run.trainer)) as parts:
-        for part in parts:
-            sums = sums + part
-            if received:
-                break
+    sums = unless_stopped(run.task.sums(run.trainer), received) if run.task.held_out else None
+    asked = question_sums(run.questions, run.trainer, run.task.tokenizer)
+    answers = unless_stopped(asked, received)
     if any_process(bool(received)):
         run.owed.append("validation")
         return {}
     run.doing = "this step is recorded"
-    found = run.task.figures(sums, run.trainer.device)
-    if found["validation_loss"] < (math.inf if run.best_loss is None else run.best_loss):
-        run.best_step, run.best_loss = run.done, found["validation_loss"]  # NaN is never best
-    return found
+    if sums is not None:
+        found = run.task.figures(sums, device)
+        if found["validation_loss"] < (math.inf if run.best_loss is None else run.best_loss):
+            run.best_step, run.best_loss = run.done, found["validation_loss"]  # NaN is never best
+    return found | question_figures(run.questions, answers, device)
+
+
+def unless_stopped(parts: Generator[np.ndarray, None, None], received: list[int]) -> np.ndarray:
+    """Return the sum of parts, (N,) each, up to a signal to stop."""
+    sums: Any = 0.0
+    with closing(parts):
+        for part in parts:
+            sums = sums + part
+            if received:
+                break
+    return sums
 
 
 def note_changes(run: Run, step: StepReport) -> None:

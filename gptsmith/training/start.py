@@ -22,6 +22,7 @@ from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, show_plan, try_out
+from .questions import open_questions
 from .records import (
     CONFIG_TOML,
     METRICS,
@@ -93,6 +94,7 @@ def open_run(
         best_loss=state["best"].get("validation_loss"),
         saved=state["step"],
         owed=list(state["owed"]),
+        questions=open_questions(settings.report.evaluate_tasks, model, task.tokenizer),
     )
     show_plan(run, trial, measured)
     if rank() == 0:

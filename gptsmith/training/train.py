@@ -25,7 +25,7 @@ from ..machine.processes import join_processes, leave_processes, wait_for_proces
 from ..machine.terminal import Display
 from .advice import resume_command
 from .records import CONFIG_TOML, METRICS
-from .resume import with_absolute_data
+from .resume import with_absolute_data, with_absolute_files
 from .run import Run, follow
 from .start import open_run
 from .task import OpenTask
@@ -116,6 +116,7 @@ def with_lasting_paths(settings: RunSettings) -> RunSettings:
         settings,
         training=replace(settings.training, start_from=start_from),
         data=with_absolute_data(settings.data),
+        report=with_absolute_files(settings.report),
     )
 
 

@@ -5,11 +5,9 @@ files are recognised, and what is refused.
 """
 
 import json
-import math
 import random
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,11 @@ import pytest
 import torch
 import transformers
 
-from gptsmith import GPT, GPTConfig, save
-from gptsmith.config.settings import PrepareSettings
-from gptsmith.evaluation import likelihood
-from gptsmith.evaluation.likelihood import Request, likelihoods
-from gptsmith.evaluation.task_forms import TASKS, read_items
+from gptsmith import save
+from gptsmith.evaluation.task_forms import read_items
 from gptsmith.evaluation.task_requests import Judged
-from gptsmith.evaluation.tasks import Measured, Outcome, compare, measure
+from gptsmith.evaluation.tasks import Outcome, measure
 from gptsmith.tokenizers.build import learn_bpe
-from tests.conftest import TINY, scrambled
 from tests.serving.test_lm_eval import LINES, TEXT, taught
 
 Rows = list[dict[str, Any]]
