@@ -3,8 +3,8 @@
 A context that several continuations share is read once, into a KV cache, which is then copied for
 each of them. Logits are computed of the scored tokens only. Knows nothing of text or of tasks.
 
-Shapes:  B rows of tokens    T tokens of the longest    S tokens of the longest context
-         P places whose logits are needed    C channels    V vocabulary
+Shapes:  B rows of tokens    T tokens of the longest    P places whose logits are needed
+         C channels          V vocabulary
 """
 
 from collections import defaultdict
@@ -20,7 +20,8 @@ from ..model.gpt import GPT
 from .batching import BATCH_TOKENS, batches_by_length
 
 LEAST_SHARED = 8  # tokens; shorter contexts are read again with each continuation
-CACHE_BYTES = 1 << 28  # of the keys and values that a batch of continuations needs
+CACHE_BYTES = 1 << 28  # of keys and values: as much for contexts as for a pass of continuations
+CPU_TOKENS = 512  # of a forward pass: more are no faster on a CPU, and fewer rows need less padding
 LOGITS_AT_ONCE = 1 << 23  # 32 MB in float32
 
 
@@ -68,7 +69,7 @@ def likelihoods(
             found = read_contexts_once(model, requests, [shared[place] for place in batch])
         yield found
     lengths = [sum(map(len, requests[number])) - 1 for number in apart]
-    for batch in batches_by_length(lengths):
+    for batch in batches_by_length(lengths, tokens=pass_tokens(model)):
         with precision or nullcontext():
             found = read_whole(model, requests, [apart[place] for place in batch])
         yield found
@@ -92,65 +93,61 @@ def read_contexts_once(
     model: GPT, requests: Sequence[Request], groups: Sequence[Sequence[int]]
 ) -> Found:
     """Return the likelihoods of requests, of which each group has one context."""
+    found, tails = Found(), list[Tail]()
     contexts = [requests[group[0]].context for group in groups]
-    places, found = Places(), Found()
-    for row, group in enumerate(groups):  # the last token of a context is followed by several
-        pairs = [(number, requests[number].continuation[0]) for number in group]
-        places[row, len(contexts[row]) - 1] = pairs
-    tokens = padded(contexts, model.device)  # (B, S)
-    cache = new_cache(model, *tokens.shape)
-    score(model, model.features(tokens, cache), places, found)
-    cache.rewind([*map(len, contexts)])
-    tails = [
-        (row, number)
-        for row, group in enumerate(groups)
-        for number in group
-        if len(requests[number].continuation) > 1
-    ]
-    tails.sort(key=lambda tail: -len(requests[tail[1]].continuation))
+    for batch in batches_by_length([*map(len, contexts)], tokens=pass_tokens(model)):
+        tokens, places = padded([contexts[place] for place in batch], model.device), Places()
+        cache = new_cache(model, *tokens.shape)
+        features = model.features(tokens, cache)  # (B, T, C)
+        cache.rewind([len(contexts[place]) for place in batch])
+        for row, place in enumerate(batch):
+            column = len(contexts[place]) - 1  # its last token is followed by several
+            places[row, column] = [(n, requests[n].continuation[0]) for n in groups[place]]
+            tails += [Tail(cache.row(row), n, requests[n].continuation) for n in groups[place]]
+        score(model, features, places, found)
+    tails = sorted((t for t in tails if len(t.ids) > 1), key=lambda t: -len(t.ids))
     while tails:
-        count = rows_that_fit(model, cache, requests, tails)
-        read_tails(model, cache, requests, tails[:count], found)
+        count = tails_at_once(model, tails)
+        read_tails(model, tails[:count], found)
         tails = tails[count:]
     return found
 
 
-def rows_that_fit(
-    model: GPT, cache: KVCache, requests: Sequence[Request], tails: Sequence[tuple[int, int]]
-) -> int:
+class Tail(NamedTuple):
+    """A continuation whose context is read, and whose first token is scored."""
+
+    context: KVCache  # one row
+    number: int  # of the request
+    ids: tuple[int, ...]
+
+
+def tails_at_once(model: GPT, tails: Sequence[Tail]) -> int:
     """Return how many of the tails, longest first, can be read at once; at least one."""
-    more, longest = len(requests[tails[0][1]].continuation) - 1, 0
-    for count, (row, _) in enumerate(tails):
-        longest = max(longest, cache.lengths[row])
-        beyond = longest + more > model.config.context_length
-        if count and (beyond or (count + 1) * (longest + more) > cached_tokens(model)):
+    more, longest = len(tails[0].ids) - 1, 0
+    for count, tail in enumerate(tails):
+        longest = max(longest, tail.context.length)
+        fits = (
+            longest + more <= model.config.context_length
+            and (count + 1) * more <= pass_tokens(model)
+            and (count + 1) * (longest + more) <= cached_tokens(model)
+        )
+        if count and not fits:
             return count
     return len(tails)
 
 
-def read_tails(
-    model: GPT,
-    cache: KVCache,
-    requests: Sequence[Request],
-    tails: Sequence[tuple[int, int]],
-    found: Found,
-) -> None:
-    """Add what follows the first tokens of continuations, whose contexts are rows of the cache."""
-    ids, places = list[tuple[int, ...]](), Places()
-    for place, (_, number) in enumerate(tails):
-        continuation = requests[number].continuation
-        ids.append(continuation[:-1])
-        for column, target in enumerate(continuation[1:]):
-            places[place, column] = [(number, target)]
-    tokens = padded(ids, model.device)  # (R, T)
-    rows = [row for row, _ in tails]
-    lengths = [cache.lengths[row] for row in rows]
-    S = max(lengths)
-    copied = new_cache(model, len(rows), S + tokens.shape[1])
-    copied.keys[:, :, :S] = cache.keys[:, rows, :S]
-    copied.values[:, :, :S] = cache.values[:, rows, :S]
-    copied.hold(lengths)
-    score(model, model.features(tokens, copied), places, found)
+def read_tails(model: GPT, tails: Sequence[Tail], found: Found) -> None:
+    """Add what follows the first tokens of continuations."""
+    tokens = padded([tail.ids[:-1] for tail in tails], model.device)  # (B, T)
+    lengths, places = [tail.context.length for tail in tails], Places()
+    cache = new_cache(model, len(tails), max(lengths) + tokens.shape[1])
+    for row, (context, number, ids) in enumerate(tails):
+        cache.keys[:, row, : context.length] = context.keys[:, 0, : context.length]
+        cache.values[:, row, : context.length] = context.values[:, 0, : context.length]
+        for column, target in enumerate(ids[1:]):
+            places[row, column] = [(number, target)]
+    cache.hold(lengths)
+    score(model, model.features(tokens, cache), places, found)
 
 
 def new_cache(model: GPT, rows: int, capacity: int) -> KVCache:
@@ -161,11 +158,16 @@ def new_cache(model: GPT, rows: int, capacity: int) -> KVCache:
     return KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=model.device)
 
 
+def pass_tokens(model: GPT) -> int:
+    """Return how many tokens are read in a forward pass, padding included."""
+    return CPU_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
+
+
 def cached_tokens(model: GPT) -> int:
     """Return how many tokens have room in `CACHE_BYTES`."""
     config = model.config
     numbers = 2 * config.n_layer * config.kv_heads * config.head_size
-    return min(BATCH_TOKENS, max(1, CACHE_BYTES // (4 * numbers)))
+    return max(1, CACHE_BYTES // (4 * numbers))
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
