@@ -47,7 +47,7 @@ def document_rows(
             tokens,
             float(nats[number]) / tokens if tokens else None,
             bits[number],
-            None if tokenizer is None else tokenizer.decode(ids)[:BEGINNING],
+            None if tokenizer is None else " ".join(tokenizer.decode(ids)[:BEGINNING].split()),
         )
         yield dict(zip(COLUMNS, values, strict=True))
 

@@ -52,7 +52,7 @@ class Documents:
             return f"{len(self):,}"
         why = "not marked" if self.marked is None else f"{self.marked:,}, too few"
         blocks = f"{count(len(self), 'block')} of {self.block_bytes:,} bytes"
-        return f"{why}: {blocks} stand for them"
+        return f"{why}; {blocks} stand for them"
 
 
 class TokenText:

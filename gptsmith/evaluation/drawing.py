@@ -1,6 +1,6 @@
 """Draw what was measured, as PNG files.
 
-Shapes:  N documents    T tokens (the context length)
+Shapes:  N documents    T tokens (the context length)    K labels
 """
 
 import math
@@ -13,10 +13,14 @@ import numpy as np
 
 from ..machine.environment import keep_fonts
 from ..machine.files import renamed_once_written
+from .classification import Confusion
 from .result import Comparison, Evaluation
 
 POINTS = 400  # of a curve; more documents are averaged
+LONGEST_SHOWN = 24  # characters of a label
+MOST_NUMBERED = 20  # labels; the cells of a larger matrix are too small for numbers
 LEGIBLE = 32  # positions of which each has a mark
+RARE = 0.1  # of the most targets at a position; with a stride, only the first window has them all
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def draw_positions(evaluations: Mapping[str, Evaluation], path: Path) -> None:
         for name, found in evaluations.items():
             assert found.by_position is not None
             nats, targets = found.by_position
-            there = np.flatnonzero(targets)
+            there = np.flatnonzero(targets > RARE * targets.max())
             axes.plot(
                 there + 1,
                 nats[there] / targets[there],
@@ -96,6 +100,8 @@ def draw_sorted(axes: Any, comparison: Comparison) -> None:
     differences = np.sort(comparison.differences)
     mean, low, high = comparison.interval
     share = (np.arange(len(differences)) + 0.5) / len(differences)
+    assert comparison.found.documents is not None
+    unit = "blocks" if comparison.found.documents.block_bytes else "documents"
     axes.fill_between(share, differences, where=differences < 0, color="C2", alpha=0.35)
     axes.fill_between(share, differences, where=differences > 0, color="C3", alpha=0.35)
     axes.plot(share, differences, color="black", linewidth=1.0)
@@ -106,8 +112,35 @@ def draw_sorted(axes: Any, comparison: Comparison) -> None:
     lower = float((differences < 0).mean())
     plain(
         axes,
-        xlabel=f"documents, sorted ({100 * lower:.0f}% below zero)",
+        xlabel=f"share of the {unit}, sorted ({100 * lower:.0f}% below zero)",
         ylabel="difference (bits per byte)",
     )
     axes.set_xlim(0, 1)
+    if not differences.any():
+        axes.set_ylim(-1, 1)
     axes.legend(frameon=False)
+
+
+def draw_confusion(confusion: Confusion, path: Path) -> None:
+    """Draw the matrix: a row for each wanted label, shaded by its share of the row."""
+    matrix, K = confusion.matrix, len(confusion.labels)
+    size = min(16.0, 3.2 + 0.62 * K)
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    names = [
+        label if len(label) <= LONGEST_SHOWN else label[: LONGEST_SHOWN - 1] + "…"
+        for label in confusion.labels
+    ]
+    upright = K <= 4 and max(map(len, names)) <= 10
+    with drawn(path, size + 0.8, size) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
+        axes.set_xticks(range(K), map(literal, names), rotation=0 if upright else 90)
+        axes.set_yticks(range(K), map(literal, names))
+        axes.set_xlabel("given label")
+        axes.set_ylabel("wanted label")
+        axes.set_title(f"accuracy {confusion.accuracy:.4f} of {confusion.texts:,} texts")
+        for row, column in np.ndindex(matrix.shape) if K <= MOST_NUMBERED else ():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            number = f"{matrix[row, column]:,}"
+            axes.text(column, row, number, ha="center", va="center", color=color)

@@ -91,11 +91,11 @@ def test_blocks_stand_for_few_documents() -> None:
     assert documents.marked == 1
     assert documents.bytes.tolist() == [256] * ((size - 1) // 256) + [(size - 1) % 256]
     assert documents.tokens.tolist() == documents.bytes.tolist()
-    assert str(documents) == "1, too few: 6 blocks of 256 bytes stand for them"
+    assert str(documents) == "1, too few; 6 blocks of 256 bytes stand for them"
     [large] = documents_of([TokenText(Stream(ids * 20), tokenizer, 300)])
-    assert (large.block_bytes, len(large)) == (512, 63)
+    assert (large.block_bytes, len(large)) == (512, 60)
     [unmarked] = documents_of([TokenText(Stream([0, 1] * 200), char_tokenizer("ab"), 2)])
-    assert str(unmarked) == "not marked: 2 blocks of 256 bytes stand for them"
+    assert str(unmarked) == "not marked; 2 blocks of 256 bytes stand for them"
 
 
 def test_a_token_across_an_edge_counts_in_the_later_block() -> None:
