@@ -195,6 +195,11 @@ def test_the_others_say_what_their_commands_say(
         words = ("--data", data, "--context-length", "5", "--tokens", "90", "--json")
         said = json.loads(command("evaluate", str(run), *words))
         assert said.pop("bytes") == found.bytes
+        assert said.pop("model") == str(run)
+        assert found.documents is not None
+        assert said.pop("documents") == len(found.documents)
+        assert said.pop("block_bytes") == found.documents.block_bytes
+        assert said.pop("interval") == found.interval
         assert said == {name: getattr(found, name) for name in said}
         assert set(said) == {"loss", "perplexity", "bits_per_byte", "tokens"}
     words = ("sample", str(run), "--prompt", "fox", "--seed", "3", "--max-tokens", "9")

@@ -64,7 +64,8 @@ def run(options: Namespace) -> None:
         raise ValueError(
             f"{options.model} has no tokenizer.json, which reading text needs: add one"
         )
-    from ..evaluation.classification import Confusion, draw_confusion
+    from ..evaluation.classification import Confusion
+    from ..evaluation.drawing import draw_confusion
     from ..evaluation.labels import predict
 
     tally = Tally(Confusion(model.labels))

@@ -37,44 +37,39 @@ class TaskSettings:
             raise SettingError("prompt", "is for --task hellaswag: leave it out")
 
 
-def evaluate_tasks(
-    options: Namespace, models: Sequence[str], data: str, against: str | None, as_json: bool
-) -> None:
+def evaluate_tasks(options: Namespace, data: str, against: str | None, *, as_json: bool) -> None:
     """Measure models, one in memory at a time, on the items of a file; compare them with another.
 
     The file is read, and refused if it is of another form, before any model is.
     """
     settings, reading = chosen(options, TaskSettings), chosen(options, PrepareSettings)
-    assert settings.task is not None
-    _, items = read_items(data, settings.task, style=settings.prompt or "lm-eval", options=reading)
+    task, items = read_items(
+        data, settings.task, style=settings.prompt or "lm-eval", options=reading
+    )
     if against is not None and len(items) < 2:
-        raise ValueError(f"{data} has one item: a comparison needs at least 2")
-    names = [*models] if against is None else [*models, against]
-    found = {
-        name: measured(options, name, settings.task, items, reading.unknown)
-        for name in dict.fromkeys(names)
-    }
-    compared = {} if against is None else comparisons(found, models, against)
-    if as_json:
-        for name in models:
-            figures = {"model": name, "task": settings.task, **found[name].to_json()}
+        raise ValueError(f"{data} has one item: a comparison needs 2 or more")
+    found = dict[str, Any]()
+    for name in dict.fromkeys([against or options.models[0], *options.models]):
+        found[name] = measured(options, name, task, items, reading.unknown)
+        if as_json and name in options.models:
+            figures = {"model": name, "task": task, **found[name].to_json()}
             if against is not None:
-                other = {"model": against, **found[against].to_json()}
-                for each in compared[name]:
-                    other |= each.to_json()
-                figures["against"] = other
-            print(json.dumps(figures))
+                figures["against"] = against_json(found, name, against)
+            print(json.dumps(figures), flush=True)
+    if as_json:
         return
-    print(f"{settings.task}: {count(len(items), 'item')} of {data}, ± one standard error")
+    print(f"{task}: {count(len(items), 'item')} of {data}, ± one standard error")
     print(table(found))
-    for name in models if against is not None else ():
-        for each in compared[name]:
-            print(each.sentence(name, str(against)))
+    for name in options.models if against is not None else ():
+        for each in compared(found, name, str(against)):
+            print(f"\n{each.sentence(name, str(against))}")
 
 
 def measured(options: Namespace, name: str, task: str, items: Sequence[Item], unknown: Any) -> Any:
     """Open a model and measure it on all items."""
-    _, model, tokenizer = open_model(options, name, labels=TASKS[task].measure == "label")
+    labels = TASKS[task].measure == "label"
+    as_only = Namespace(**{**vars(options), "model": name})
+    _, model, tokenizer = open_model(as_only, name, labels=labels)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which reading text needs: add one")
     from ..evaluation.task_requests import Judged
@@ -98,11 +93,19 @@ def measured(options: Namespace, name: str, task: str, items: Sequence[Item], un
     return result
 
 
-def comparisons(found: Any, models: Sequence[str], against: str) -> dict[str, Any]:
-    """Return how each model differs from the one that it is measured against."""
+def compared(found: Any, name: str, against: str) -> Any:
+    """Return how a model differs from the one that it is measured against, by each accuracy."""
     from ..evaluation.tasks import compare
 
-    return {name: compare(found[name], found[against]) for name in models}
+    return compare(found[name], found[against])
+
+
+def against_json(found: Any, name: str, against: str) -> dict[str, Any]:
+    """Return a comparison as plain values."""
+    figures = {"model": against, **found[against].to_json()}
+    for each in compared(found, name, against):
+        figures |= each.to_json()
+    return figures
 
 
 def table(found: Any) -> str:

@@ -30,7 +30,7 @@ VERBS = {
     "sample": "generate text",
     "chat": "talk with a model in the terminal",
     "classify": "label texts",
-    "evaluate": "measure a model's loss on a text",
+    "evaluate": "measure models on a text, and compare them",
     "plot": "plot the loss curves of runs",
     "describe": "show a model's parameters, shapes, memory and FLOPs",
     "import": "import a model from another format",

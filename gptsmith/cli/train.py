@@ -147,6 +147,7 @@ def conclude(trained: Any, display: Display) -> None:
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
     quoted = shlex.quote(str(folder))
+    compare: dict[str, str] = {}
     match trained.settings.finetune.example_kind:
         case "classify":
             use = {"label": f"gptsmith classify {quoted} --text 'some text'"}
@@ -154,11 +155,13 @@ def conclude(trained: Any, display: Display) -> None:
             use = {"talk": f"gptsmith chat {quoted}"}
         case None:
             use = {"write": f"gptsmith sample {quoted} --temperature 0.8"}
+            compare = {"compare": advice.compare_command(folder, trained.settings)}
     display.table(
         "Try",
         {
             **use,
             "look inside": f"gptsmith describe {quoted}",
             "longer": longer,
+            **compare,
         },
     )

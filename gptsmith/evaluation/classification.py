@@ -9,18 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config.tables import columns
-from ..machine.environment import keep_fonts
-from ..machine.files import renamed_once_written
 
 WORD = re.compile(r"\b\w\w+\b")  # two letters or more, as in scikit-learn's CountVectorizer
-LONGEST_SHOWN = 24  # characters of a label in a plot
-MOST_NUMBERED = 20  # labels; the cells of a larger matrix are too small for numbers
 
 LabelledTexts = Iterable[tuple[str, int]]  # texts and the numbers of their labels
 
@@ -100,38 +95,6 @@ def share(part: int, whole: int) -> float | None:
 def shown(figure: float | None) -> str:
     """Return a share as it is printed."""
     return "-" if figure is None else f"{figure:.4f}"
-
-
-def draw_confusion(confusion: Confusion, path: Path) -> None:
-    """Draw the matrix as a PNG: a row for each wanted label, shaded by its share of the row."""
-    keep_fonts()
-    from matplotlib.figure import Figure  # half a second to import
-
-    matrix, K = confusion.matrix, len(confusion.labels)
-    size = min(16.0, 3.2 + 0.62 * K)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    axes = figure.add_subplot()
-    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
-    names = [
-        label if len(label) <= LONGEST_SHOWN else label[: LONGEST_SHOWN - 1] + "…"
-        for label in confusion.labels
-    ]
-    names = [name.replace("$", r"\$") for name in names]  # not mathematics
-    upright = K <= 4 and max(map(len, names)) <= 10
-    axes.set_xticks(range(K), names, rotation=0 if upright else 90)
-    axes.set_yticks(range(K), names)
-    axes.set_xlabel("given label")
-    axes.set_ylabel("wanted label")
-    axes.set_title(f"accuracy {confusion.accuracy:.4f} of {confusion.texts:,} texts")
-    if K <= MOST_NUMBERED:
-        for row, column in np.ndindex(matrix.shape):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            number = f"{matrix[row, column]:,}"
-            axes.text(column, row, number, ha="center", va="center", color=color)
-    with renamed_once_written(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 # -- baselines: what a classifier must do better than

@@ -16,7 +16,8 @@ import torch
 from ..checkpoint import building
 from ..checkpoint.finding import find_model
 from ..config.recipe import read_toml
-from ..evaluation.classification import Confusion, baselines, draw_confusion
+from ..evaluation.classification import Confusion, baselines
+from ..evaluation.drawing import draw_confusion
 from ..machine.devices import find_device
 from ..machine.files import write_text
 from ..machine.terminal import Display

@@ -54,6 +54,13 @@ def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
     return f"{merge} && {train_command(folder, flags, start_from=folder / 'merged')}"
 
 
+def compare_command(folder: Path, settings: RunSettings) -> str:
+    """Return the command that compares another model, OTHER, with a run's on the run's data."""
+    data = folder / "data" if is_dataset(folder / "data") else settings.data.data
+    words = ["gptsmith", "evaluate", "OTHER", "--data", data, "--against", folder]
+    return shlex.join(map(str, words))
+
+
 def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:
     """Whether a run could have been one of so many steps from the beginning.
 

@@ -10,8 +10,8 @@ from gptsmith.evaluation.classification import (
     Confusion,
     NaiveBayes,
     baselines,
-    draw_confusion,
 )
+from gptsmith.evaluation.drawing import draw_confusion
 
 LABELS = ("ham", "spam", "egg")
 WORDS = "free win cash Now you're on a bus, at 5pm; naïve café don't I a_b x 42 über ΟΔΟΣ".split()
