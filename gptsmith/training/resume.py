@@ -100,15 +100,17 @@ def recorded_model(checkpoint: Path, recorded: Mapping[str, Any]) -> GPTConfig:
 
 def with_absolute_data(data: DataSettings) -> DataSettings:
     """Return data settings whose path, if it exists, does not depend on the current folder."""
-    if data.data is None or not Path(data.data).exists():
-        return data
-    return replace(data, data=str(Path(data.data).resolve()))
+    return data if data.data is None else replace(data, data=absolute(data.data))
 
 
 def with_absolute_files(report: ReportSettings) -> ReportSettings:
-    """Return report settings whose files of questions do not depend on the current folder."""
-    files = tuple(str(Path(file).resolve()) for file in report.evaluate_tasks)
-    return replace(report, evaluate_tasks=files)
+    """Return report settings whose files, if they exist, do not depend on the current folder."""
+    return replace(report, evaluate_tasks=tuple(map(absolute, report.evaluate_tasks)))
+
+
+def absolute(name: str) -> str:
+    """Return the absolute path of a file or folder; a name of none as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def as_recorded(settings: RunSettings) -> dict[str, Any]:
