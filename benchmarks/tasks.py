@@ -48,9 +48,10 @@ def make_rows(text: Path, count: int, path: Path) -> None:
 def ours(model: str, data: str) -> Figures:
     """Measure the model by gptsmith."""
     import gptsmith
+    from gptsmith.evaluation.accuracy import Measured
     from gptsmith.evaluation.task_forms import read_items
     from gptsmith.evaluation.task_requests import Judged
-    from gptsmith.evaluation.tasks import Measured, measure
+    from gptsmith.evaluation.tasks import measure
 
     loaded, tokenizer = gptsmith.load(model)
     assert tokenizer is not None

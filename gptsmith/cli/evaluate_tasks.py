@@ -72,8 +72,9 @@ def measured(options: Namespace, name: str, task: str, items: Sequence[Item], un
     _, model, tokenizer = open_model(as_only, name, labels=labels)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer.json, which reading text needs: add one")
+    from ..evaluation.accuracy import Measured
     from ..evaluation.task_requests import Judged
-    from ..evaluation.tasks import Measured, measure
+    from ..evaluation.tasks import measure
 
     outcomes, display = dict[int, Any](), Display()
     display.open_bar(f"evaluating {name}", len(items), 0)
@@ -95,7 +96,7 @@ def measured(options: Namespace, name: str, task: str, items: Sequence[Item], un
 
 def compared(found: Any, name: str, against: str) -> Any:
     """Return how a model differs from the one that it is measured against, by each accuracy."""
-    from ..evaluation.tasks import compare
+    from ..evaluation.accuracy import compare
 
     return compare(found[name], found[against])
 

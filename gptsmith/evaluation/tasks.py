@@ -6,38 +6,19 @@ nothing of files.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..generation.answers import AT_ONCE, answers
 from ..generation.writing import prompt_ids
 from ..model.classifier import Classifier
-from ..tokenizers.chat import open_template
-from .intervals import (
-    Interval,
-    conclusion,
-    documents_to_settle,
-    mcnemar,
-    paired_interval,
-    verdict,
-)
+from ..tokenizers import Tokenizer
+from ..tokenizers.chat import ChatTemplate, open_template
+from .accuracy import Outcome
 from .labels import predict
 from .task_forms import TASKS, Item
 from .task_requests import Judged, scored
 
 SPACES = 8  # tokens of an answer that may be white space around it
-
-
-class Outcome(NamedTuple):
-    """What a model makes of one item."""
-
-    right: bool
-    right_norm: bool | None = None  # by the likelihood divided by the choice's length
-    logprob: float | None = None  # of the only continuation, in nats
-    cut: bool = False  # whether the context could not hold the whole prompt
 
 
 Outcomes = Iterator[tuple[int, Outcome]]  # by the number of the item, in any order
@@ -118,12 +99,7 @@ def write(judged: Judged, items: Sequence[Item]) -> Outcomes:
     order = sorted(range(len(items)), key=lambda number: -len(str(items[number].answer)))
     for start in range(0, len(order), AT_ONCE):
         numbers = order[start : start + AT_ONCE]
-        prompts = [
-            template.ids([{"role": "user", "content": items[number].prompt}])
-            if template
-            else prompt_ids(tokenizer, items[number].prompt)
-            for number in numbers
-        ]
+        prompts = [prompt_of(items[number], tokenizer, template) for number in numbers]
         wanted = [str(items[number].answer) for number in numbers]
         # Every token but those of white space has at least a byte of the answer.
         limit = max(len(text.encode()) for text in wanted) + SPACES
@@ -135,6 +111,16 @@ def write(judged: Judged, items: Sequence[Item]) -> Outcomes:
             yield number, Outcome(answer.strip() == text, cut=cut)
 
 
+def prompt_of(item: Item, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """Return the ids of a prompt, by the chat template if there is one."""
+    try:
+        if template is None:
+            return prompt_ids(tokenizer, item.prompt)
+        return template.ids([{"role": "user", "content": item.prompt}])
+    except ValueError as error:
+        raise ValueError(f"{item.place}: {error}") from error
+
+
 MEASURES: dict[str, Callable[[Judged, Sequence[Item]], Outcomes]] = {
     "choose": choose,
     "prefer": prefer,
@@ -142,107 +128,3 @@ MEASURES: dict[str, Callable[[Judged, Sequence[Item]], Outcomes]] = {
     "label": label,
     "write": write,
 }
-
-
-# -- figures
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The outcomes of all items of a task, and what follows from them."""
-
-    outcomes: Sequence[Outcome] = field(repr=False)
-
-    @property
-    def values(self) -> dict[str, np.ndarray]:
-        """Whether each item is right, 0 or 1, by the name of each accuracy; (N,) each."""
-        found = {"accuracy": np.array([each.right for each in self.outcomes], float)}
-        norm = [each.right_norm for each in self.outcomes]
-        return found if None in norm else found | {"accuracy_norm": np.array(norm, float)}
-
-    @property
-    def cut(self) -> int:
-        """How many items were cut to fit the context."""
-        return sum(each.cut for each in self.outcomes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain values; "stderr" are standard errors."""
-        figures = dict[str, Any]()
-        for name, values in self.values.items():
-            figures[name], figures[f"{name}_stderr"] = mean_and_error(values)
-        logprobs = [each.logprob for each in self.outcomes if each.logprob is not None]
-        if logprobs:
-            mean, error = mean_and_error(np.array(logprobs))
-            figures["perplexity"] = perplexity(mean)
-            # That of the mean, times the derivative of exp there.
-            figures["perplexity_stderr"] = None if error is None else perplexity(mean) * error
-        return figures | {"items": len(self.outcomes), "cut": self.cut}
-
-
-def perplexity(mean_logprob: float) -> float:
-    """Return the perplexity of words whose log-probability has this mean, in nats."""
-    return math.exp(min(-mean_logprob, 700.0))
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
-    """Return the mean of values (N,) and its standard error; None for a single value."""
-    if len(values) < 2:
-        return float(values.mean()), None
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-# -- two models
-
-
-@dataclass(frozen=True)
-class Paired:
-    """How two models differ on the same items, by one of the accuracies."""
-
-    name: str  # of the accuracy
-    interval: Interval  # of the difference
-    only_first: int  # items that the first model has right, and the second wrong
-    only_second: int
-    items: int
-
-    @property
-    def p_value(self) -> float:
-        """McNemar's exact p-value, two-sided."""
-        return mcnemar(self.only_first, self.only_second)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as plain values, with keys that end as the accuracy's name."""
-        suffix = self.name.removeprefix("accuracy")
-        figures = {
-            "difference": self.interval.mean,
-            "interval": [self.interval.low, self.interval.high],
-            "verdict": verdict(self.interval, lower_is_better=False),
-            "items_to_settle": documents_to_settle(self.interval, self.items),
-            "p_value": self.p_value,
-        }
-        return {name + suffix: value for name, value in figures.items()}
-
-    def sentence(self, first: str, second: str) -> str:
-        """Return what it means for the models of these names."""
-        said = conclusion(
-            first,
-            second,
-            self.interval,
-            self.items,
-            unit=f"of {self.name}",
-            noun="items",
-            lower_is_better=False,
-        )
-        return (
-            f"{said} Only {first} is right on {self.only_first:,} items, only {second} on "
-            f"{self.only_second:,}: McNemar's exact p is {self.p_value:.2g}."
-        )
-
-
-def compare(first: Measured, second: Measured) -> list[Paired]:
-    """Compare two models on the same items, by each accuracy; ValueError for fewer than two."""
-    found = list[Paired]()
-    for name, values in first.values.items():
-        differences = values - second.values[name]
-        only = int((differences > 0).sum()), int((differences < 0).sum())
-        found.append(Paired(name, paired_interval(differences), *only, len(values)))
-    return found

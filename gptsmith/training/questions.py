@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from ..config.fields import SettingError
+from ..evaluation.accuracy import perplexity
 from ..evaluation.task_forms import TASKS, Item, read_items
 from ..evaluation.task_requests import Judged, fitted_requests
-from ..evaluation.tasks import measure, perplexity
+from ..evaluation.tasks import measure
 from ..machine.devices import autocast
 from ..machine.processes import my_share, sum_of_numbers
 from ..model.classifier import Classifier

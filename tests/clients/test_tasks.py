@@ -17,9 +17,10 @@ import pytest
 
 import gptsmith
 from gptsmith import GPTConfig
+from gptsmith.evaluation.accuracy import Measured
 from gptsmith.evaluation.task_forms import read_items
 from gptsmith.evaluation.task_requests import Judged
-from gptsmith.evaluation.tasks import Measured, measure
+from gptsmith.evaluation.tasks import measure
 from gptsmith.tokenizers.build import learn_bpe
 from tests.conftest import scrambled
 from tests.evaluation.test_tasks import rows_of, write

@@ -21,10 +21,11 @@ import transformers
 from gptsmith import GPT, GPTConfig, save
 from gptsmith.config.settings import PrepareSettings
 from gptsmith.evaluation import likelihood
+from gptsmith.evaluation.accuracy import Measured, Outcome, compare
 from gptsmith.evaluation.likelihood import Request, likelihoods
 from gptsmith.evaluation.task_forms import TASKS, read_items
 from gptsmith.evaluation.task_requests import Judged
-from gptsmith.evaluation.tasks import MEASURES, Measured, Outcome, compare, measure
+from gptsmith.evaluation.tasks import MEASURES, measure
 from gptsmith.tokenizers.build import char_tokenizer, learn_bpe
 from tests.conftest import TINY, scrambled
 from tests.serving.test_lm_eval import LINES, TEXT, taught
