@@ -32,6 +32,7 @@ VERBS = {
     "classify": "label texts",
     "evaluate": "measure a model's loss on a text",
     "plot": "plot the loss curves of runs",
+    "compare": "compare runs in a table: settings that differ, losses, time",
     "describe": "show a model's parameters, shapes, memory and FLOPs",
     "import": "import a model from another format",
     "export": "export a model to another format",

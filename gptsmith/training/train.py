@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
 from .advice import resume_command
-from .records import CONFIG_TOML, METRICS
+from .records import CONFIG_TOML, METRICS, write_event
 from .resume import with_absolute_data
 from .run import Run, follow
 from .start import open_run
@@ -136,12 +136,26 @@ def train_folder(
     with locked(folder):
         run = open_run(folder, display, changes, open_task)
         try:
-            follow(run)
+            with failure_recorded(run):
+                follow(run)
             return run
         finally:
             if run.recorder is not None:
                 run.recorder.close()
             leave_processes()
+
+
+@contextmanager
+def failure_recorded(run: Run) -> Iterator[None]:
+    """Record an error that ends a run as its last event, so that it is not taken for stopped."""
+    try:
+        yield
+    except Exception as error:
+        if run.recorder is not None:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            with suppress(OSError):  # a full disk, which may be the error
+                write_event(run.folder, "failed", step=run.done, error=reason)
+        raise
 
 
 @contextmanager

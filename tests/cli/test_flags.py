@@ -29,6 +29,7 @@ NEEDED = {
     "classify": "model --text hello",
     "evaluate": "model --data text.txt",
     "plot": "run",
+    "compare": "run",
     "describe": "gpt2",
     "import": "model out",
     "export": "model out --to nanogpt",
