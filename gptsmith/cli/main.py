@@ -31,6 +31,7 @@ VERBS = {
     "chat": "talk with a model in the terminal",
     "classify": "label texts",
     "evaluate": "measure a model's loss on a text",
+    "sweep": "train a run for each of several settings, and compare them",
     "plot": "plot the loss curves of runs",
     "compare": "compare runs in a table: settings that differ, losses, time",
     "describe": "show a model's parameters, shapes, memory and FLOPs",

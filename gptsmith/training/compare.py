@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..config.fields import suggestion
+from ..config.recipe import types_of
+from ..config.settings import MachineSettings
 from ..evaluation.intervals import Interval, t_interval
 from .summary import RunSummary, flat, runs_in, summarize
 
@@ -22,6 +24,7 @@ WITHOUT_EFFECT = {
     *("log_every", "evaluate_every", "save_every", "keep", "tensorboard", "wandb"),
     *("sample_every", "sample_tokens", "sample_prompt"),
 }
+CHOSEN_WHEN_OPENED = ("vocab_size", *types_of(MachineSettings))
 # The figures of a run: the name in CSV and JSON, the heading in text, and the digits shown.
 FIGURES = {
     "best_loss": ("best loss", ".4f"),
@@ -84,7 +87,7 @@ def compare(folders: Iterable[str | Path], *, sort: str = "best_loss") -> Compar
     paths = [path for folder in folders for path in runs_in(Path(folder))]
     runs = [summarize(path) for path in {path.resolve(): path for path in paths}.values()]
     names = short_ends([str(run.folder.resolve()) for run in runs])
-    settings = [{name: value for _, name, value in flat(run.settings)} for run in runs]
+    settings = comparable_settings(runs)
     differing = [
         name
         for name in settings[0]
@@ -97,6 +100,19 @@ def compare(folders: Iterable[str | Path], *, sort: str = "best_loss") -> Compar
     check_sort(sort, differing)
     rows.sort(key=lambda row: order(figure_of(row, sort), sort))
     return Comparison(rows, grouped(rows), notes(runs))
+
+
+def comparable_settings(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    """Return the settings of each run by name.
+
+    Some are chosen when a run is opened. Those of runs that never were are taken from another.
+    """
+    found = [{name: value for _, name, value in flat(run.settings)} for run in runs]
+    opened = next((own for own, run in zip(found, runs, strict=True) if run.step), None)
+    for own, run in zip(found, runs, strict=True):
+        if opened is not None and not run.step:
+            own |= {name: opened[name] for name in CHOSEN_WHEN_OPENED}
+    return found
 
 
 def check_sort(sort: str, differing: Sequence[str]) -> None:

@@ -6,12 +6,13 @@ Needs no PyTorch, and writes nothing.
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..checkpoint.config_json import from_hugging_face, to_hugging_face
 from ..config.recipe import read_toml, sections
 from ..config.settings import RunSettings
 from .records import CONFIG_TOML, EVENTS, METRICS, read_metrics
@@ -116,8 +117,11 @@ def is_training(folder: Path) -> bool:
         return False
 
 
-def last_event(folder: Path) -> dict[str, Any]:
-    """Return the newest event of a run, {} if there is none; a line that is cut short is none."""
+def last_event(folder: Path, *kinds: str) -> dict[str, Any]:
+    """Return a run's newest event, of some kinds or of any; {} if there is none.
+
+    A line that is cut short, as a killed process leaves, is none.
+    """
     path = folder / EVENTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in reversed(lines):
@@ -125,7 +129,7 @@ def last_event(folder: Path) -> dict[str, Any]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict):
+        if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
             return event
     return {}
 
@@ -145,7 +149,12 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def flat(settings: RunSettings) -> Iterator[tuple[str, str, Any]]:
-    """Yield each setting: its section, its name and its value."""
+    """Yield each setting: its section, its name and its value.
+
+    The model's are as a checkpoint has them, which has one way to say a thing.
+    """
+    model = from_hugging_face(to_hugging_face(settings.model))
+    settings = replace(settings, model=replace(model, init=settings.model.init))
     for section in sections():
         for name, value in asdict(getattr(settings, section)).items():
             yield section, name, value

@@ -30,6 +30,7 @@ NEEDED = {
     "evaluate": "model --data text.txt",
     "plot": "run",
     "compare": "run",
+    "sweep": "text.txt --set seed=1,2",
     "describe": "gpt2",
     "import": "model out",
     "export": "model out --to nanogpt",
