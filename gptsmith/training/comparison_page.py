@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ..config.tables import columns
@@ -20,6 +21,7 @@ from .curves import draw_curves
 from .records import METRICS, read_metrics
 
 Table = list[tuple[str, ...]]  # the headings, and the rows
+LONGEST_STATE = 80  # characters of an error in a terminal; the files have it whole
 MOST_DRAWN = 10  # runs, the best ones, whose curves a page shows
 
 STYLE = """
@@ -110,7 +112,8 @@ def mean(interval: Interval | None, name: str) -> str:
 
 def to_text(comparison: Comparison) -> str:
     """Return the tables for a terminal."""
-    parts = [aligned(runs_table(comparison), left=(0, -1))]
+    table = [(*row[:-1], shorten(row[-1], LONGEST_STATE)) for row in runs_table(comparison)]
+    parts = [aligned(table, left=(0, -1))]
     if comparison.has_seeds:
         title = "Means over seeds, with 95% intervals (Student's t):\n"
         parts.append(title + aligned(seeds_table(comparison)))

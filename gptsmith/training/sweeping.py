@@ -44,6 +44,7 @@ def carry_out(folder: Path, display: Display, processes: int, budget: float | No
     A `budget` in seconds replaces that of the sweep. SettingError where no plan fits the budget, or
     where it is divided already.
     """
+    read_sweep(folder)  # before the lock makes a file in a folder that is no sweep
     with locked(folder):
         sweep = read_sweep(folder)
         if budget is not None and budget != sweep.budget:
@@ -121,7 +122,8 @@ class Sweeping:
             runs, own_speeds, configurations, sweep.budget, self.processes
         )
         if sweep.halvings is None:
-            raise too_short(self.folder, sweep.budget, most, seconds)
+            few = most < math.ceil(math.log2(configurations))
+            raise too_short(self.folder, sweep.budget, seconds, few_evaluations=few)
         self.show_plan(configurations, runs[0], seconds)
 
     def show_plan(self, configurations: int, settings: RunSettings, seconds: float) -> None:
@@ -149,7 +151,8 @@ class Sweeping:
         before = sweep.configurations(sweep.kept[-1])
         names = sorted(name for key in chosen for name in before[key])
         self.display.say(
-            f"{len(chosen)} of {count(len(before), 'configuration')} go on: runs {', '.join(names)}"
+            f"Going on: {len(chosen)} of {count(len(before), 'configuration')}, "
+            f"runs {', '.join(names)}"
             if names
             else "No configuration goes on, as none has a validation loss."
         )
@@ -247,6 +250,7 @@ class Sweeping:
 
     def conclude(self, job: Job, code: int) -> None:
         """Record what became of a run, and show it."""
+        self.estimate(job)  # of a run that ended at once
         seconds = time.time() - job.started
         self.sweep.spent += seconds
         if code == 0:
@@ -269,11 +273,13 @@ class Sweeping:
             self.shown = time.monotonic()
 
 
-def too_short(folder: Path, budget: float, halvings: int, seconds: float) -> SettingError:
+def too_short(
+    folder: Path, budget: float, seconds: float, *, few_evaluations: bool
+) -> SettingError:
     """Return the error for a budget that not even the cheapest plan fits."""
     more = f"gptsmith sweep --resume {quote(str(folder))} --budget {math.ceil(1.1 * seconds)}s"
     return SettingError(
         "budget",
-        f"is {duration(budget)}, but with {count(halvings, 'halving')} these runs need about "
-        f"{duration(seconds)}: try fewer values or steps, or go on with `{more}`",
+        f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try fewer values "
+        f"or steps{', or more evaluations' if few_evaluations else ''}, or go on with `{more}`",
     )
