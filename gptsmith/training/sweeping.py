@@ -280,6 +280,6 @@ def too_short(
     more = f"gptsmith sweep --resume {quote(str(folder))} --budget {math.ceil(1.1 * seconds)}s"
     return SettingError(
         "budget",
-        f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try fewer values "
-        f"or steps{', or more evaluations' if few_evaluations else ''}, or go on with `{more}`",
+        f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try fewer "
+        f"values or steps{', or more evaluations' if few_evaluations else ''}, or go on with `{more}`",
     )
