@@ -277,9 +277,10 @@ def too_short(
     folder: Path, budget: float, seconds: float, *, few_evaluations: bool
 ) -> SettingError:
     """Return the error for a budget that not even the cheapest plan fits."""
+    less = "fewer values or steps" + (", or more evaluations" if few_evaluations else "")
     more = f"gptsmith sweep --resume {quote(str(folder))} --budget {math.ceil(1.1 * seconds)}s"
     return SettingError(
         "budget",
-        f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try fewer "
-        f"values or steps{', or more evaluations' if few_evaluations else ''}, or go on with `{more}`",
+        f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try "
+        f"{less}, or go on with `{more}`",
     )
