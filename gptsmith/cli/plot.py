@@ -1,18 +1,29 @@
-"""The verb that draws the loss curves of runs: plot."""
+"""The verb that draws the curves of runs: plot."""
 
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ..config.fields import setting
+from ..config.fields import at_least, setting
 from .flags import Parser, add_flags, chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings:
-    """Where the plot is written."""
+    """What is drawn, and where the plot is written."""
 
     out: Path = setting(Path("loss.png"), "PNG file to write", metavar="FILE")
+    x: Literal["steps", "tokens", "seconds", "flops"] = setting("steps", "horizontal axis")
+    metric: str | None = setting(
+        None, "field of metrics.jsonl to draw, as grad_norm (default: both losses)", metavar="NAME"
+    )
+    smooth: int | None = setting(
+        None, "moving average over about N steps; 1: none (default: chosen for a single run)"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "smooth")
 
 
 def arguments(parser: Parser) -> None:
@@ -22,9 +33,11 @@ def arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Plot the loss curves of runs into one PNG."""
+    """Plot the loss curves of runs, or another of their metrics, into one PNG."""
     settings = chosen(options, PlotSettings)
-    from ..training.records import METRICS, draw_curves, read_metrics
+    from ..config.recipe import read_toml
+    from ..training.curves import draw_curves, with_costs
+    from ..training.records import CONFIG_TOML, METRICS, read_metrics
 
     curves = {}
     for name in options.runs:
@@ -33,5 +46,8 @@ def run(options: Namespace) -> None:
             raise FileNotFoundError(f"{name} has no {METRICS}: it is not the folder of a run")
         label = Path(name).name if Path(name).name not in curves else name
         curves[label] = read_metrics(path)
-    draw_curves(curves, settings.out)
+        if (path.parent / CONFIG_TOML).is_file():
+            curves[label] = with_costs(curves[label], read_toml(path.parent / CONFIG_TOML))
+    x, metric, smooth = settings.x, settings.metric, settings.smooth
+    draw_curves(curves, settings.out, x=x, metric=metric, smooth=smooth)
     print(settings.out)

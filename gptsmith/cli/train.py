@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.fields import setting
+from ..config.fields import at_least, setting
 from ..config.model import FORMER_SWITCHES
 from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
 from ..config.settings import RunSettings
@@ -27,27 +27,36 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSettings:
-    """The folder of the run."""
+    """The folder of the run, and how far it is trained now."""
 
     resume: Path | None = setting(None, "run to resume", metavar="RUN")
     out: Path | None = setting(None, "new folder of the run (default: runs/NAME-N)", metavar="RUN")
+    stop_after: int | None = setting(
+        None, "stop and save after this step, as Ctrl-C does, and keep the schedule of --steps"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "stop_after")
+
+
+WHAT = f"a recipe ({', '.join(recipes())}), a settings file, or the training data"
 
 
 def arguments(parser: Parser) -> None:
     """Add the arguments of `gptsmith train`."""
-    parser.add_argument(
-        "what",
-        nargs="?",
-        metavar="RECIPE|FILE.toml|DATA",
-        help=f"a recipe ({', '.join(recipes())}), a settings file, or the training data",
-    )
+    parser.add_argument("what", nargs="?", metavar="RECIPE|FILE.toml|DATA", help=WHAT)
     add_flags(parser, FolderSettings)
+    add_run_flags(parser)
+    add_former_switches(parser)
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Add a flag for each setting of a run; the defaults shown are those for data of one's own."""
     defaults = read_toml(recipes()[OWN_DATA])
     for section, title in TITLES.items():
         kind, values = sections()[section], getattr(defaults, section)
         group = parser.add_argument_group(title)
         add_flags(group, kind, without=("vocab_size",), defaults=values)
-    add_former_switches(parser)
 
 
 def add_former_switches(parser: Parser) -> None:
@@ -73,10 +82,12 @@ def run(options: Namespace) -> int:
 
     display = Display(quiet=rank() != 0)
     if folders.resume is not None:
-        trained = continue_run(folders.resume, display, flags, opener_of(folders.resume))
+        task, target = opener_of(folders.resume), folders.resume
+        trained = continue_run(target, display, flags, task, folders.stop_after)
     else:
         target = folders.out or next_run_folder(name)
-        trained = train_fresh(settings, target, display, opener(settings))
+        task = opener(settings)
+        trained = train_fresh(settings, target, display, task, folders.stop_after)
     if rank() == 0:
         conclude(trained, display)
     return 0 if trained.signal is None else 128 + trained.signal
@@ -104,7 +115,8 @@ def conclude(trained: Any, display: Display) -> None:
     from ..training import advice
     from ..training.records import last_sample
 
-    if trained.signal is None and trained.settings.finetune.task is not None:
+    stopped = trained.signal is not None or trained.done < trained.settings.training.steps
+    if not stopped and trained.settings.finetune.task is not None:
         from ..finetuning.report import summary, test_run
 
         try:
@@ -117,7 +129,7 @@ def conclude(trained: Any, display: Display) -> None:
             display.say(line)
     folder, training = trained.folder, trained.settings.training
     steps = training.steps
-    if trained.signal is not None:
+    if stopped:
         display.say(f"Stopped and saved after {trained.done:,} of {count(steps, 'step')}.")
         display.say(f"To resume:  {advice.resume_command(folder)}")
         return

@@ -57,8 +57,22 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
+def time_span(text: str) -> float:
+    """The seconds that a text such as "1h30m" means; ValueError with what is needed."""
+    number = r"([0-9]+(?:\.[0-9]+)?)"
+    match = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
+    seconds = 0.0
+    if match is not None:
+        hours, minutes, rest = (float(part or 0) for part in match.groups())
+        seconds = 3600 * hours + 60 * minutes + rest
+    if not seconds:
+        raise ValueError("a time such as 90s, 20m or 1h30m is needed")
+    return seconds
+
+
 # A type annotated with a function: the function turns text into a value of the type.
 Bytes = Annotated[int, byte_count]
+Seconds = Annotated[float, time_span]
 
 
 # -- checks: each passes over what is None

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, events.jsonl, samples.md, loss.png, and other loggers.
+"""The records of a run: metrics.jsonl, events.jsonl, samples.md, and other loggers.
 
 Knows nothing of models.
 """
@@ -8,14 +8,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config.settings import RunSettings
-from ..machine.environment import keep_fonts
 from ..machine.files import write_text
+from .curves import Record, draw_curves
 
 CONFIG_TOML = "config.toml"
 METRICS = "metrics.jsonl"
@@ -23,8 +22,6 @@ EVENTS = "events.jsonl"
 SAMPLES = "samples.md"
 LOSS_PLOT = "loss.png"
 PLOT_INTERVAL = 50  # times the time that a plot took, at least, from one to the next
-
-Record = Mapping[str, Any]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -88,82 +85,6 @@ def last_sample(folder: Path) -> str:
     newest = path.read_text(encoding="utf-8").rpartition("\n## step ")[2].partition("\n")[2]
     lines = [line.removeprefix(">").removeprefix(" ") for line in newest.strip().splitlines()]
     return "\n".join("  " + line for line in lines)
-
-
-def smoothed(losses: Sequence[float], memory: float) -> list[float]:
-    """Return the exponential moving average over about `memory` values, corrected for bias."""
-    average, weight, out = 0.0, 0.0, []
-    keep = 1 - 1 / max(1.0, memory)
-    for loss in losses:
-        average = keep * average + (1 - keep) * loss
-        weight = keep * weight + (1 - keep)
-        out.append(average / weight)
-    return out
-
-
-def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
-    """Plot training loss (thin) and validation loss (marked) by step into a PNG file.
-
-    ValueError where no record has a loss, FileNotFoundError where the folder does not exist.
-    """
-    keep_fonts()
-    from matplotlib.figure import Figure  # half a second to import; no window, no global state
-
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} for {path.name}: create it first")
-    all_records = [record for records in runs.values() for record in records]
-    if all(record.get("loss") is None for record in all_records):
-        raise ValueError("there is nothing to plot yet: no step has a loss")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (name, records) in enumerate(runs.items()):
-        draw_run(axes, name if len(runs) > 1 else "", records, f"C{number}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    focus(axes, all_records)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def draw_run(axes: Any, name: str, records: Sequence[Record], color: str) -> None:
-    """Plot one run's curves; `name` is empty where it is the only run."""
-    label = f"{name}: " if name else ""
-    finite = [r for r in records if r.get("loss") is not None]
-    steps, losses = [r["step"] for r in finite], [r["loss"] for r in finite]
-    axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-    if not name:
-        average = smoothed(losses, len(losses) / 50)
-        axes.plot(steps, average, color=color, linewidth=1.2, label="training (smoothed)")
-    held_out = [r for r in records if r.get("validation_loss") is not None]
-    if not held_out:
-        return
-    best = min(held_out, key=lambda r: r["validation_loss"])
-    axes.plot(
-        [r["step"] for r in held_out],
-        [r["validation_loss"] for r in held_out],
-        color=color if name else "C1",
-        marker="o",
-        markersize=3.5,
-        linewidth=1.6,
-        label=f"{label}validation, best {best['validation_loss']:.4f} at step {best['step']:,}",
-    )
-
-
-def focus(axes: Any, records: Sequence[Record]) -> None:
-    """Cut off the highest losses, those of the first steps, which would flatten the rest."""
-    losses = sorted(
-        r[key] for r in records for key in ("loss", "validation_loss") if r.get(key) is not None
-    )
-    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]
-    margin = 0.05 * max(high - low, 0.1)
-    axes.set_ylim(low - margin, high + margin)
 
 
 class Recorder:

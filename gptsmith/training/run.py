@@ -50,6 +50,7 @@ class Run:
     owed: list[str]  # what a stop broke off at this step: "validation", "sample"
     questions: Sequence[Questions] = ()  # whose accuracy an evaluation measures as well
     doing: str = ""  # what is done before a stop takes effect
+    stop_after: int | None = None  # the last step for now; the schedule stays that of all steps
     recorder: Recorder | None = None  # None in all processes but rank 0
     signal: int | None = None  # number of the signal that stopped the run, if one did
 
@@ -63,11 +64,11 @@ class Run:
 
 
 def follow(run: Run) -> None:
-    """Train to the last step, or until a signal asks to stop; evaluate, record and save."""
+    """Train to the last step, or until it is to stop; evaluate, record and save on the way."""
     run.display.open_bar("training", run.settings.training.steps, run.done)
     with stop_signals(run.trainer, run.display, lambda: run.doing) as received:
         try:
-            if not make_up(run, received):
+            if not make_up(run, received) and run.done < (run.stop_after or math.inf):
                 for step in steps(run.trainer, run.done):
                     if after_step(run, step, received):
                         break
@@ -101,7 +102,7 @@ def after_step(run: Run, step: StepReport, received: list[int]) -> bool:
         # A skipped step is not saved, so that the newest checkpoint is a good one.
         if worth_saving(run) and not step.skipped:
             save_checkpoint(run)
-    stopping = any_process(bool(received))
+    stopping = any_process(bool(received)) or run.done == run.stop_after
     if stopping:
         save_if_behind(run)
     run.doing = f"step {run.done + 1:,} is finished"

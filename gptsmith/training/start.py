@@ -21,7 +21,7 @@ from ..machine.terminal import Display
 from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
 from .optimizers import load_state_tensors
-from .plan import compile_if_it_pays, show_plan, try_out
+from .plan import compile_if_it_pays, run_seconds, show_plan, try_out
 from .questions import open_questions
 from .records import (
     CONFIG_TOML,
@@ -98,13 +98,18 @@ def open_run(
     )
     show_plan(run, trial, measured)
     if rank() == 0:
-        open_records(run, changes, measured)
+        open_records(run, changes, measured, run_seconds(run, trial))
     wait_for_processes()
     return run
 
 
-def open_records(run: Run, changes: Mapping[str, str], measured: Sequence[Measured]) -> None:
-    """Open the run's records, and drop those of steps after the one it resumes from."""
+def open_records(
+    run: Run, changes: Mapping[str, str], measured: Sequence[Measured], seconds: float
+) -> None:
+    """Open the run's records, and drop those of steps after the one it resumes from.
+
+    `seconds` is the estimate of what the rest of the run will take.
+    """
     folder, path = run.folder, run.folder / METRICS
     kept = []
     if path.exists():
@@ -125,4 +130,4 @@ def open_records(run: Run, changes: Mapping[str, str], measured: Sequence[Measur
         for each in measured
     }
     details = {"changes": changes, "processes": world_size(), "measured": figures}
-    write_event(folder, event, step=run.done, **details)
+    write_event(folder, event, step=run.done, **details, seconds_left=round(seconds, 3))

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..machine.files import write_text
 from ..machine.processes import join_processes, leave_processes, wait_for_processes
 from ..machine.terminal import Display
 from .advice import resume_command
-from .records import CONFIG_TOML, METRICS
+from .records import CONFIG_TOML, METRICS, write_event
 from .resume import with_absolute_data, with_absolute_files
 from .run import Run, follow
 from .start import open_run
@@ -70,9 +70,16 @@ def folder_unless_stopped(run: Run) -> Path:
 
 
 def train_fresh(
-    settings: RunSettings, folder: Path, display: Display, open_task: OpenTask = open_text
+    settings: RunSettings,
+    folder: Path,
+    display: Display,
+    open_task: OpenTask = open_text,
+    stop_after: int | None = None,
 ) -> Run:
-    """Start a run in a new folder; a run that fails before its first record leaves no folder."""
+    """Start a run in a new folder; a run that fails before its first record leaves no folder.
+
+    `stop_after` is a step after which the run is saved and left, to be resumed.
+    """
     join_processes(find_device(settings.machine.device))
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     if rank() == 0:
@@ -86,7 +93,7 @@ def train_fresh(
         if rank() == 0:
             write_text(folder / CONFIG_TOML, text)
         wait_for_processes()
-        return train_folder(folder, display, {}, open_task)
+        return train_folder(folder, display, {}, open_task, stop_after)
     except BaseException:
         if rank() == 0 and not (folder / METRICS).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +103,11 @@ def train_fresh(
 
 
 def continue_run(
-    folder: Path, display: Display, changes: Mapping[str, Any], open_task: OpenTask = open_text
+    folder: Path,
+    display: Display,
+    changes: Mapping[str, Any],
+    open_task: OpenTask = open_text,
+    stop_after: int | None = None,
 ) -> Run:
     """Resume a run from its newest intact checkpoint, or from the start if it has none."""
     if not folder.is_dir():
@@ -104,7 +115,7 @@ def continue_run(
     if not (folder / CONFIG_TOML).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_TOML}, so it is not the folder of a run")
     join_processes(find_device(read_toml(folder / CONFIG_TOML).machine.device))
-    return train_folder(folder, display, changes, open_task)
+    return train_folder(folder, display, changes, open_task, stop_after)
 
 
 def with_lasting_paths(settings: RunSettings) -> RunSettings:
@@ -131,18 +142,37 @@ def next_run_folder(name: str) -> Path:
 
 
 def train_folder(
-    folder: Path, display: Display, changes: Mapping[str, Any], open_task: OpenTask
+    folder: Path,
+    display: Display,
+    changes: Mapping[str, Any],
+    open_task: OpenTask,
+    stop_after: int | None,
 ) -> Run:
-    """Train a run from its current step to its last."""
+    """Train a run from its current step to its last, or to `stop_after`."""
     with locked(folder):
         run = open_run(folder, display, changes, open_task)
+        run.stop_after = stop_after
         try:
-            follow(run)
+            with failure_recorded(run):
+                follow(run)
             return run
         finally:
             if run.recorder is not None:
                 run.recorder.close()
             leave_processes()
+
+
+@contextmanager
+def failure_recorded(run: Run) -> Iterator[None]:
+    """Record an error that ends a run as its last event, so that it is not taken for stopped."""
+    try:
+        yield
+    except Exception as error:
+        if run.recorder is not None:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            with suppress(OSError):  # a full disk, which may be the error
+                write_event(run.folder, "failed", step=run.done, error=reason)
+        raise
 
 
 @contextmanager

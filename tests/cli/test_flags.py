@@ -29,6 +29,8 @@ NEEDED = {
     "classify": "model --text hello",
     "evaluate": "model --data text.txt",
     "plot": "run",
+    "compare": "run",
+    "sweep": "text.txt --set seed=1,2",
     "describe": "gpt2",
     "import": "model out",
     "export": "model out --to nanogpt",
