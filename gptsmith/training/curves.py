@@ -60,7 +60,8 @@ def draw_curves(
 ) -> None:
     """Draw a curve for each run, by name, into a PNG file: its losses, or the field `metric`.
 
-    Of the losses, training is thin, and validation marked. `x` is one of AXES; `smooth` averages
+    Of the losses, training is thin, and validation marked; a single run's accuracies on tasks have
+    an axis of their own on the right. `x` is one of AXES; `smooth` averages
     over about so many steps (default: a fiftieth of a single run's). ValueError where no record has
     what is to be drawn, FileNotFoundError where the folder does not exist.
     """
@@ -82,6 +83,8 @@ def draw_curves(
     axes.set_ylabel("loss (nats per token)" if metric is None else metric.replace("_", " "))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    if metric is None and len(runs) == 1:
+        draw_accuracies(axes, next(iter(runs.values())), AXES[x][0])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     focus(axes, LOSSES if metric is None else {metric} & {*LOSSES}, runs)
@@ -144,6 +147,22 @@ def draw_losses(
         linewidth=1.6,
         label=f"{label}validation, best {best['validation_loss']:.4f} at step {best['step']:,}",
     )
+
+
+def draw_accuracies(axes: Any, records: Sequence[Record], by: str) -> None:
+    """Draw a run's accuracies on the files of `--evaluate-tasks`, if it has any."""
+    names = dict.fromkeys(name for r in records for name in r if name.endswith("_accuracy"))
+    if not names:
+        return
+    right = axes.twinx()
+    right.set_ylim(0, 1)
+    right.set_ylabel("accuracy (dotted)")
+    right.spines["top"].set_visible(False)
+    for number, name in enumerate(names, 2):
+        style: dict[str, Any] = {"linestyle": ":", "marker": "s", "markersize": 3.5}
+        right.plot(*points(records, by, name), color=f"C{number}", **style)
+        label = name.removesuffix("_accuracy") + " accuracy"
+        axes.plot([], [], color=f"C{number}", **style, label=label)  # in the one legend
 
 
 def draw_metric(
