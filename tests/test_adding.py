@@ -54,6 +54,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
     rows = ({"prompt": f"{n} jumps", "chosen": "fox", "rejected": "dog"} for n in range(20))
     (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = ({"passage": "A fox.", "question": "is it", "label": n % 2} for n in range(4))
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     config = gptsmith.GPTConfig(
         vocab_size=257, context_length=16, n_layer=1, n_head=2, n_embd=16, tie_weights=False
     )
@@ -73,7 +75,7 @@ def test_the_examples_are_formatted_as_the_package_is(extended: Path) -> None:
 def test_the_commands_work_as_shown(extended: Path) -> None:
     shown = "".join(text for kind, _, text in examples() if kind == "console")
     commands = [shlex.split(line.removeprefix("$ gptsmith ")) for line in shown.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     code = (
         "import json, sys; from gptsmith.cli.main import main\n"
         "for words in json.loads(sys.argv[1]): assert main(words) == 0, words"

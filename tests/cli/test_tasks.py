@@ -121,6 +121,7 @@ def test_a_prompt_that_is_too_long_is_told(
     assert "a: 1 item longer than the context of 24 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_records_what_evaluate_finds(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fox", "dogs", "met", "brown"]
     rows = [{"prompt": "the", "choices": words, "answer": n % 4} for n in range(9)]

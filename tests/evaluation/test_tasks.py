@@ -174,9 +174,12 @@ def test_each_task_is_the_plain_one(task: str, toy: tuple[Judged, Plain], tmp_pa
 # -- likelihoods
 
 
-def test_a_context_is_read_once_or_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [{}, {"block": "modern", "n_embd": 24, "n_kv_head": 1}])
+def test_a_context_is_read_once_or_each_time(
+    block: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Contexts and continuations of all lengths that fit, in small batches and parts."""
-    model, random_ = scrambled(GPTConfig(**TINY)), random.Random(1)
+    model, random_ = scrambled(GPTConfig(**TINY | block)), random.Random(1)
     limit, V = model.config.context_length, model.config.vocab_size
     requests = []
     for length in (1, 2, 5, 8, 9, limit):
