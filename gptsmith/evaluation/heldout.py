@@ -167,8 +167,8 @@ def windows(
     while start + T < length:
         count = min(rows, (length - 1 - start - T) // S + 1)
         ids = stream.read(start, start + (count - 1) * S + T + 1)
-        batch = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::S].copy()  # (R, T + 1)
-        yield batch[:, :-1], batch[:, T + 1 - S :]
+        batch = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::S]  # (R, T + 1)
+        yield batch[:, :-1].copy(), batch[:, T + 1 - S :].copy()
         start, done = start + count * S, done + count * S
     if done < length - 1:
         ids = stream.read(start, length)

@@ -58,6 +58,7 @@ def losses_by_transformers(model: GPT, ids: list[int], folder: Path, T: int) -> 
     return found
 
 
+@pytest.mark.slow
 def test_marked_documents_have_the_losses_of_their_tokens(tmp_path: Path) -> None:
     """Each with the token that ends it; empty ones, as at the start, are none."""
     tokenizer = byte_tokenizer()
@@ -177,6 +178,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         TokenText(Stream([3]), None, 9)
 
 
+@pytest.mark.slow
 def test_a_stride_is_the_sliding_window_of_transformers(tmp_path: Path) -> None:
     """Their page on the perplexity of fixed-length models, whose window of L tokens has L - 1
     targets, where ours of T has T: windows of 12 and 11 are the same."""
