@@ -25,7 +25,7 @@ class Job:
 
     name: str
     run: Path
-    until: int  # the step to train it to
+    fraction: float  # of its steps, to which it is trained
     started: float  # by time.time
     process: subprocess.Popen[bytes] | None  # None where it is not ours
 

@@ -47,7 +47,7 @@ class Sweep:
     seeds: int
     budget: float | None  # seconds
     runs: dict[str, Values]  # what each run sets, the seed too, by the name of its folder
-    done: dict[str, int] = field(default_factory=dict)  # the step that each run has reached
+    done: dict[str, float] = field(default_factory=dict)  # the fraction of each run's steps
     halvings: int | None = None  # None until the first run was measured
     kept: list[list[str]] = field(default_factory=list)  # the runs of each rung that has begun
     overhead: float | None = None  # seconds of a run's process besides its steps, as measured
@@ -118,7 +118,11 @@ def plan_sweep(
             raise SettingError("set", f"names {name}, which has a flag too: leave one out")
     if "seed" in sets and seeds > 1:
         raise SettingError("seeds", "cannot go with --set seed: leave one out")
+    if "steps" in {**flags, **sets} and "epochs" not in sets:
+        flags = {**flags, "epochs": None}  # which would set the steps of fine-tuning
     base, name = run_settings(what, flags)
+    if budget is not None and (base.finetune.epochs is not None or "epochs" in sets):
+        raise SettingError("budget", "needs runs of as many steps, not epochs: add --steps N")
     first = base.training.seed
     combinations = [
         dict(zip(sets, each, strict=True)) for each in itertools.product(*sets.values())

@@ -92,8 +92,7 @@ class Sweeping:
             if len(sweep.kept) == rung:
                 sweep.kept.append(self.runs_of(rung))
                 sweep.save(self.folder)
-            settings = settings_of(self.folder, sweep)
-            self.work({name: last_step(settings[name], fraction) for name in sweep.kept[rung]})
+            self.work(sweep.kept[rung], fraction)
 
     # -- what is trained, and how far
 
@@ -107,8 +106,8 @@ class Sweeping:
         configurations = len(sweep.configurations([*settings]))
         most = most_halvings([*settings.values()], configurations)
         measured: dict[str, Speed] = {}
-        for name, own in settings.items():
-            self.work({name: last_step(own, fractions(most)[0])})
+        for name in settings:
+            self.work([name], fractions(most)[0])
             if self.received:
                 return
             if measured := speeds(self.folder, sweep):
@@ -185,22 +184,23 @@ class Sweeping:
         if measured is not None and not self.sweep.done:
             steps = read_toml(job.run / CONFIG_TOML).training.steps
             begun = last_event(job.run, "started", "resumed")["step"]
-            rest = seconds - measured.whole * (job.until - begun) / steps
+            rest = seconds - measured.whole * (job.step() - begun) / steps
             self.sweep.overhead = max(measured.overhead, rest)
 
     # -- processes
 
-    def work(self, goals: Mapping[str, int]) -> None:
-        """Train runs to their steps, several at a time; a signal lets those that go on be saved."""
-        done = self.sweep.done
-        waiting = deque(name for name, until in goals.items() if done.get(name, 0) < until)
+    def work(self, names: Sequence[str], fraction: float) -> None:
+        """Train runs to a fraction of their steps, several at a time, or until a signal."""
+        waiting = deque(name for name in names if self.sweep.done.get(name, 0.0) < fraction)
         going: list[Job] = []
+        settings = settings_of(self.folder, self.sweep)
+        goals = {name: last_step(settings[name], fraction) for name in names}
         if waiting:
             self.display.open_bar("sweep", sum(goals.values()))
         while waiting or going:
             while waiting and len(going) < self.processes:
                 name = waiting.popleft()
-                going.append(self.start(name, goals[name]))
+                going.append(self.start(name, fraction, goals[name]))
             for job in [each for each in going if each.has_ended()]:
                 going.remove(job)
                 if job.process is None:  # how it ended is not known
@@ -213,7 +213,7 @@ class Sweeping:
                 self.stop(going)
             elif going:
                 self.estimate(going[0])
-            self.show(goals, going)
+            self.show(goals, waiting, going)
             time.sleep(PAUSE)
 
     def stop(self, going: Sequence[Job]) -> None:
@@ -226,16 +226,17 @@ class Sweeping:
                 if job.process is not None:
                     job.process.send_signal(number)
 
-    def start(self, name: str, until: int) -> Job:
+    def start(self, name: str, fraction: float, until: int) -> Job:
         """Start a run's process, or wait for the one that trains it."""
         run = self.folder / name
         if is_training(run):
             self.display.say(f"run {name} is being trained by an earlier process: waiting for it")
-            return Job(name, run, until, time.time(), None)
+            return Job(name, run, fraction, time.time(), None)
         values = "  ".join(f"{key} {value}" for key, value in self.sweep.runs[name].items())
         self.display.say(f"run {name} of {len(self.sweep.runs)}: {values}")
-        words = ["train", "--resume", str(run), "--stop-after", str(until), *self.flags(run)]
-        return Job(name, run, until, time.time(), launch(words, run))
+        words = ["train", "--resume", str(run), *self.flags(run)]
+        words += ["--stop-after", str(until)] if fraction < 1 else []
+        return Job(name, run, fraction, time.time(), launch(words, run))
 
     def flags(self, run: Path) -> list[str]:
         """Return flags for where the data is now, and a share of the cores."""
@@ -255,7 +256,7 @@ class Sweeping:
         self.sweep.spent += seconds
         if code == 0:
             self.correct_overhead(job, seconds)
-            self.sweep.done[job.name] = job.until
+            self.sweep.done[job.name] = job.fraction
         elif code not in (128 + number for number in stopping_signals()):
             job.record_failure(code)
         self.sweep.save(self.folder)
@@ -263,11 +264,11 @@ class Sweeping:
         loss = f", validation loss {found.last_loss:.4f}" if found.last_loss and not code else ""
         self.display.say(f"run {job.name} {found.outcome}{loss}")
 
-    def show(self, goals: Mapping[str, int], going: Sequence[Job]) -> None:
+    def show(self, goals: Mapping[str, int], waiting: Sequence[str], going: Sequence[Job]) -> None:
         """Move the bar, on a terminal, once a second."""
         if self.display.bar is not None and time.monotonic() > self.shown + 1:
-            steps = {name: min(self.sweep.done.get(name, 0), goals[name]) for name in goals}
-            steps |= {job.name: job.step() for job in going}
+            done = [name for name in goals if name not in waiting]
+            steps = {name: goals[name] for name in done} | {job.name: job.step() for job in going}
             detail = f"run {', '.join(job.name for job in going)}"
             self.display.move_bar(sum(steps.values()), detail)
             self.shown = time.monotonic()
