@@ -55,7 +55,7 @@ def run(options: Namespace) -> int:
     elif not settings.set and settings.seeds == 1:
         raise UsageError("what is to differ? Add --set NAME=VALUE,VALUE or --seeds N")
     with importing():
-        from ..training.compare import compare
+        from ..training.compare import compare_runs
         from ..training.comparison_page import to_text
         from ..training.sweeping import carry_out
 
@@ -66,7 +66,7 @@ def run(options: Namespace) -> int:
     if stopped is not None:
         display.say(f"The sweep is stopped, and its runs are saved. To go on:  {again}")
         return 128 + stopped
-    found = compare([folder])
+    found = compare_runs([folder])
     print(to_text(found))
     failed = sum(row.run.state == "failed" for row in found.rows)
     if failed:

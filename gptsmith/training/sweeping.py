@@ -19,7 +19,7 @@ from ..machine.terminal import Display, count, duration
 from .halving import (
     Speed,
     affordable,
-    best,
+    best_configurations,
     choose_halvings,
     counts,
     fractions,
@@ -27,8 +27,8 @@ from .halving import (
     most_halvings,
     seconds_of,
 )
-from .jobs import Job, launch, stop_requests
 from .records import CONFIG_TOML
+from .run_process import RunProcess, launch, stop_requests
 from .stopping import stopping_signals
 from .summary import is_training, last_event, summarize
 from .sweep import BASE, Sweep, losses, read_sweep, settings_of, shares_data, speeds
@@ -146,7 +146,7 @@ class Sweeping:
         configurations = len(sweep.configurations([*sweep.runs]))
         left = sweep.budget * self.processes - sweep.spent
         most = affordable(settings, measured, configurations, halvings, rung, left)
-        chosen = best(found, most)
+        chosen = best_configurations(found, most)
         before = sweep.configurations(sweep.kept[-1])
         names = sorted(name for key in chosen for name in before[key])
         self.display.say(
@@ -159,16 +159,16 @@ class Sweeping:
 
     # -- time
 
-    def estimate(self, job: Job) -> None:
+    def estimate(self, child: RunProcess) -> None:
         """When the first run has been measured, show how long all will take."""
         if self.estimated:
             return
-        event = last_event(job.run, "started", "resumed")
-        if event.get("time", 0.0) < job.started:
+        event = last_event(child.run, "started", "resumed")
+        if event.get("time", 0.0) < child.started:
             return
         self.estimated = True
         if self.sweep.overhead is None:
-            self.sweep.overhead = event["time"] - job.started
+            self.sweep.overhead = event["time"] - child.started
             self.sweep.save(self.folder)
         measured = speeds(self.folder, self.sweep)
         left = [name for name in self.sweep.runs if name not in self.sweep.done]
@@ -178,13 +178,13 @@ class Sweeping:
             seconds = seconds_of(runs, speed, [1.0]) / min(self.processes, len(left))
             self.display.say(f"{count(len(left), 'run')} will take about {duration(seconds)}.")
 
-    def correct_overhead(self, job: Job, seconds: float) -> None:
+    def correct_overhead(self, child: RunProcess, seconds: float) -> None:
         """After the first run, count what its process took to save and end as well."""
-        measured = speeds(self.folder, self.sweep).get(job.name)
+        measured = speeds(self.folder, self.sweep).get(child.name)
         if measured is not None and not self.sweep.done:
-            steps = read_toml(job.run / CONFIG_TOML).training.steps
-            begun = last_event(job.run, "started", "resumed")["step"]
-            rest = seconds - measured.whole * (job.step() - begun) / steps
+            steps = read_toml(child.run / CONFIG_TOML).training.steps
+            begun = last_event(child.run, "started", "resumed")["step"]
+            rest = seconds - measured.whole * (child.step() - begun) / steps
             self.sweep.overhead = max(measured.overhead, rest)
 
     # -- processes
@@ -192,7 +192,7 @@ class Sweeping:
     def work(self, names: Sequence[str], fraction: float) -> None:
         """Train runs to a fraction of their steps, several at a time, or until a signal."""
         waiting = deque(name for name in names if self.sweep.done.get(name, 0.0) < fraction)
-        going: list[Job] = []
+        going: list[RunProcess] = []
         settings = settings_of(self.folder, self.sweep)
         goals = {name: last_step(settings[name], fraction) for name in names}
         if waiting:
@@ -201,42 +201,42 @@ class Sweeping:
             while waiting and len(going) < self.processes:
                 name = waiting.popleft()
                 going.append(self.start(name, fraction, goals[name]))
-            for job in [each for each in going if each.has_ended()]:
-                going.remove(job)
-                if job.process is None:  # how it ended is not known
-                    waiting.appendleft(job.name)
+            for child in [each for each in going if each.has_ended()]:
+                going.remove(child)
+                if child.process is None:  # how it ended is not known
+                    waiting.appendleft(child.name)
                 else:
-                    self.conclude(job, job.process.returncode)
+                    self.conclude(child, child.process.returncode)
             if self.received:
                 waiting.clear()
-                going = [job for job in going if job.process is not None]
+                going = [child for child in going if child.process is not None]
                 self.stop(going)
             elif going:
                 self.estimate(going[0])
             self.show(goals, waiting, going)
             time.sleep(PAUSE)
 
-    def stop(self, going: Sequence[Job]) -> None:
+    def stop(self, going: Sequence[RunProcess]) -> None:
         """Send the processes the signals that were received since the last time."""
         if not self.passed_on:
             self.display.say("Stopping: the runs finish their steps and are saved.")
         for number in self.received[self.passed_on :]:
             self.passed_on += 1
-            for job in going:
-                if job.process is not None:
-                    job.process.send_signal(number)
+            for child in going:
+                if child.process is not None:
+                    child.process.send_signal(number)
 
-    def start(self, name: str, fraction: float, until: int) -> Job:
+    def start(self, name: str, fraction: float, until: int) -> RunProcess:
         """Start a run's process, or wait for the one that trains it."""
         run = self.folder / name
         if is_training(run):
             self.display.say(f"run {name} is being trained by an earlier process: waiting for it")
-            return Job(name, run, fraction, time.time(), None)
+            return RunProcess(name, run, fraction, time.time(), None)
         values = "  ".join(f"{key} {value}" for key, value in self.sweep.runs[name].items())
         self.display.say(f"run {name} of {len(self.sweep.runs)}: {values}")
         words = ["train", "--resume", str(run), *self.flags(run)]
         words += ["--stop-after", str(until)] if fraction < 1 else []
-        return Job(name, run, fraction, time.time(), launch(words, run))
+        return RunProcess(name, run, fraction, time.time(), launch(words, run))
 
     def flags(self, run: Path) -> list[str]:
         """Return flags for where the data is now, and a share of the cores."""
@@ -249,27 +249,31 @@ class Sweeping:
             words += ["--threads", str(threads)] if threads != (recorded or cores()) else []
         return words
 
-    def conclude(self, job: Job, code: int) -> None:
+    def conclude(self, child: RunProcess, code: int) -> None:
         """Record what became of a run, and show it."""
-        self.estimate(job)  # of a run that ended at once
-        seconds = time.time() - job.started
+        self.estimate(child)  # of a run that ended at once
+        seconds = time.time() - child.started
         self.sweep.spent += seconds
         if code == 0:
-            self.correct_overhead(job, seconds)
-            self.sweep.done[job.name] = job.fraction
+            self.correct_overhead(child, seconds)
+            self.sweep.done[child.name] = child.fraction
         elif code not in (128 + number for number in stopping_signals()):
-            job.record_failure(code)
+            child.record_failure(code)
         self.sweep.save(self.folder)
-        found = summarize(job.run)
+        found = summarize(child.run)
         loss = f", validation loss {found.last_loss:.4f}" if found.last_loss and not code else ""
-        self.display.say(f"run {job.name} {found.outcome}{loss}")
+        self.display.say(f"run {child.name} {found.outcome}{loss}")
 
-    def show(self, goals: Mapping[str, int], waiting: Sequence[str], going: Sequence[Job]) -> None:
+    def show(
+        self, goals: Mapping[str, int], waiting: Sequence[str], going: Sequence[RunProcess]
+    ) -> None:
         """Move the bar, on a terminal, once a second."""
         if self.display.bar is not None and time.monotonic() > self.shown + 1:
             done = [name for name in goals if name not in waiting]
-            steps = {name: goals[name] for name in done} | {job.name: job.step() for job in going}
-            detail = f"run {', '.join(job.name for job in going)}"
+            steps = {name: goals[name] for name in done} | {
+                child.name: child.step() for child in going
+            }
+            detail = f"run {', '.join(child.name for child in going)}"
             self.display.move_bar(sum(steps.values()), detail)
             self.shown = time.monotonic()
 

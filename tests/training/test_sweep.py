@@ -303,8 +303,8 @@ def test_fewer_go_on_where_time_has_become_short() -> None:
 
 def test_a_configuration_without_a_loss_never_goes_on() -> None:
     losses = {"a": 2.0, "b": math.inf, "c": 1.0}
-    assert halving.best(losses, 1) == ["c"]
-    assert halving.best(losses, 3) == ["c", "a"]
+    assert halving.best_configurations(losses, 1) == ["c"]
+    assert halving.best_configurations(losses, 3) == ["c", "a"]
 
 
 def test_larger_models_are_estimated_to_take_longer() -> None:

@@ -20,7 +20,7 @@ OUTPUT = "output.txt"  # in the run's folder: what the process says
 
 
 @dataclass
-class Job:
+class RunProcess:
     """A run that is being trained."""
 
     name: str
