@@ -35,11 +35,6 @@ class RunProcess:
             return not is_training(self.run)
         return self.process.poll() is not None
 
-    def step(self) -> int:
-        """Return the last step in metrics.jsonl, by the number of its lines."""
-        path = self.run / METRICS
-        return path.read_bytes().count(b"\n") if path.is_file() else 0
-
     def record_failure(self, code: int) -> None:
         """Make the failure the run's last event, unless the process has done so itself."""
         if last_event(self.run, "failed").get("time", 0.0) < self.started:
@@ -81,3 +76,9 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def recorded_steps(run: Path) -> int:
+    """Return the number of steps in a run's metrics.jsonl."""
+    path = run / METRICS
+    return path.read_bytes().count(b"\n") if path.is_file() else 0

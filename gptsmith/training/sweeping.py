@@ -28,7 +28,7 @@ from .halving import (
     seconds_of,
 )
 from .records import CONFIG_TOML
-from .run_process import RunProcess, launch, stop_requests
+from .run_process import RunProcess, launch, recorded_steps, stop_requests
 from .stopping import stopping_signals
 from .summary import is_training, last_event, summarize
 from .sweep import BASE, Sweep, losses, read_sweep, settings_of, shares_data, speeds
@@ -184,7 +184,7 @@ class Sweeping:
         if measured is not None and not self.sweep.done:
             steps = read_toml(child.run / CONFIG_TOML).training.steps
             begun = last_event(child.run, "started", "resumed")["step"]
-            rest = seconds - measured.whole * (child.step() - begun) / steps
+            rest = seconds - measured.whole * (recorded_steps(child.run) - begun) / steps
             self.sweep.overhead = max(measured.overhead, rest)
 
     # -- processes
@@ -213,7 +213,7 @@ class Sweeping:
                 self.stop(going)
             elif going:
                 self.estimate(going[0])
-            self.show(goals, waiting, going)
+            self.show(goals, going)
             time.sleep(PAUSE)
 
     def stop(self, going: Sequence[RunProcess]) -> None:
@@ -264,17 +264,11 @@ class Sweeping:
         loss = f", validation loss {found.last_loss:.4f}" if found.last_loss and not code else ""
         self.display.say(f"run {child.name} {found.outcome}{loss}")
 
-    def show(
-        self, goals: Mapping[str, int], waiting: Sequence[str], going: Sequence[RunProcess]
-    ) -> None:
-        """Move the bar, on a terminal, once a second."""
+    def show(self, goals: Mapping[str, int], going: Sequence[RunProcess]) -> None:
+        """Move the bar, on a terminal, once a second: the steps of all runs of a rung."""
         if self.display.bar is not None and time.monotonic() > self.shown + 1:
-            done = [name for name in goals if name not in waiting]
-            steps = {name: goals[name] for name in done} | {
-                child.name: child.step() for child in going
-            }
-            detail = f"run {', '.join(child.name for child in going)}"
-            self.display.move_bar(sum(steps.values()), detail)
+            steps = [min(goal, recorded_steps(self.folder / name)) for name, goal in goals.items()]
+            self.display.move_bar(sum(steps), f"run {', '.join(each.name for each in going)}")
             self.shown = time.monotonic()
 
 
