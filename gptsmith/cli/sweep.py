@@ -18,9 +18,12 @@ class SweepSettings:
     """What is tried, and where."""
 
     set: tuple[str, ...] = setting(
-        (), "values of a setting to try; repeatable: all combinations are", metavar="NAME=V,V"
+        (),
+        "values of a setting to try, as learning_rate=1e-3,3e-3; repeatable: every combination of "
+        "the values is trained",
+        metavar="NAME=V,V",
     )
-    seeds: int = setting(1, "runs of each combination, with seeds from --seed on")
+    seeds: int = setting(1, "runs of each combination, whose seeds count up from --seed")
     budget: Seconds | None = setting(
         None,
         "time for the whole sweep, as 90s, 20m or 1h30m: successive halving leaves the worse half "
