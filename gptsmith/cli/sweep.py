@@ -81,14 +81,16 @@ def run(options: Namespace) -> int:
 def made(options: Namespace, settings: SweepSettings, flags: dict[str, object]) -> Path:
     """Return the folder of a sweep, which is new, or has the sweep of the same command; show what
     it consists of."""
-    from ..training.sweep import make_sweep, parse_sets, plan_sweep, same_sweep
+    from ..training.sweep import SWEEP, make_sweep, parse_sets, plan_sweep, same_sweep
     from ..training.train import next_run_folder
 
     sets = parse_sets(settings.set)
     plan, base, runs, name = plan_sweep(options.what, flags, sets, settings.seeds, settings.budget)
     folder = settings.out or next_run_folder(f"{name}-sweep")
     if not folder.exists():
-        make_sweep(folder, plan, base, runs)
+        make_sweep(folder, plan, base, runs, Display())
+    elif not (folder / SWEEP).is_file():
+        raise ValueError(f"{folder} already exists: give --out another name")
     elif not same_sweep(folder, plan, base):
         raise ValueError(
             f"{folder} has the sweep of another command: give --out another name, or resume it "

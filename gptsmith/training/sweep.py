@@ -27,9 +27,11 @@ from ..config.recipe import (
 from ..config.settings import PrepareSettings, RunSettings
 from ..data.shards import is_dataset
 from ..machine.files import DamagedError, read_json, write_text, written_whole
+from ..machine.terminal import Display
 from .halving import Speed, last_step
 from .records import CONFIG_TOML, METRICS, read_metrics
 from .summary import last_event
+from .text import open_data, wanted_tokenizer
 from .train import with_lasting_paths
 
 SWEEP, BASE = "sweep.json", "base.toml"
@@ -146,11 +148,17 @@ def plan_sweep(
 
 
 def make_sweep(
-    folder: Path, sweep: Sweep, base: RunSettings, settings: Mapping[str, RunSettings]
+    folder: Path,
+    sweep: Sweep,
+    base: RunSettings,
+    settings: Mapping[str, RunSettings],
+    display: Display,
 ) -> None:
-    """Make the folder of a sweep, completely or not at all."""
+    """Make the folder of a sweep, completely or not at all; its text is prepared for all runs."""
     shared = folder.resolve() / "data" if shares_data(sweep, base) else None
     with written_whole(folder, manifest=False) as temporary:
+        if shared is not None:
+            open_data(temporary, base, wanted_tokenizer(base, None), display, moved=False)
         (temporary / BASE).write_text(to_toml(base), encoding="utf-8")
         sweep.save(temporary)
         for run, each in settings.items():

@@ -31,8 +31,7 @@ from .records import CONFIG_TOML
 from .run_process import RunProcess, launch, recorded_steps, stop_requests
 from .stopping import stopping_signals
 from .summary import is_training, last_event, summarize
-from .sweep import BASE, Sweep, losses, read_sweep, settings_of, shares_data, speeds
-from .text import open_data, wanted_tokenizer
+from .sweep import BASE, Sweep, losses, read_sweep, settings_of, speeds
 from .train import locked
 
 PAUSE = 0.1  # seconds between looks at the processes
@@ -54,10 +53,6 @@ def carry_out(folder: Path, display: Display, processes: int, budget: float | No
                 )
             sweep.budget = budget
             sweep.save(folder)
-        base = read_toml(folder / BASE)
-        if shares_data(sweep, base):
-            tokenizer = wanted_tokenizer(base, None)
-            open_data(folder, base, tokenizer, display, moved=False)
         with stop_requests() as received:
             sweeping = Sweeping(folder, sweep, display, processes, received)
             try:

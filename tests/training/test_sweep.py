@@ -217,7 +217,8 @@ def refusal(words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("--resume nowhere", "nowhere is missing"),
         ("--resume other", "other has no sweep.json, so it is not the folder of a sweep"),
         ("--resume other --seeds 2", "--resume names the sweep"),
-        ("text.txt --seeds 2 --out other", "other has no sweep.json"),
+        ("text.txt --seeds 2 --out other", "other already exists: give --out another name"),
+        ("text.txt --seeds 2 --tokenizer gpt3", "gpt2, char, byte or a folder"),
     ],
 )
 def test_bad_input(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
