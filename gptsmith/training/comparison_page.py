@@ -42,7 +42,7 @@ def runs_table(comparison: Comparison) -> Table:
     """Return a row for each run: its settings that differ, its figures, and its state."""
     rows = comparison.rows
     shown = [name for name in FIGURES if any(figure(row, name) != "-" for row in rows)]
-    if all(row.run.best_loss is not None for row in rows):
+    if all(row.run.best_loss is not None for row in rows if row.run.step):
         shown = [name for name in shown if name != "training_loss"]
     settings = setting_columns([row.settings for row in rows])
     headings = ("run", *settings, *(FIGURES[name][0] for name in shown), "state")
