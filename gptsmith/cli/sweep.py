@@ -65,7 +65,8 @@ def run(options: Namespace) -> int:
     folder = settings.resume or made(options, settings, flags)
     display = Display()
     stopped = carry_out(folder, display, settings.processes, settings.budget)
-    again = f"gptsmith sweep --resume {shlex.quote(str(folder))}"
+    quoted = shlex.quote(str(folder))
+    again = f"gptsmith sweep --resume {quoted}"
     if stopped is not None:
         display.say(f"The sweep is stopped, and its runs are saved. To go on:  {again}")
         return 128 + stopped
@@ -74,7 +75,7 @@ def run(options: Namespace) -> int:
     failed = sum(row.run.state == "failed" for row in found.rows)
     if failed:
         display.say(f"{count(failed, 'run')} failed. To try again:  {again}")
-    display.say(f"Everything is in {folder}; `gptsmith compare` shows this table again.")
+    display.say(f"To see this table again:  gptsmith compare {quoted}")
     return 0
 
 
