@@ -55,6 +55,7 @@ NO_TORCH = (
     "checkpoint.folder",
     "checkpoint.loading",
     "convert.formats",
+    "training.compare",
     "training.schedules",
     "cli.main",
 )

@@ -38,7 +38,7 @@ def run(options: Namespace) -> None:
     intervals where runs differ in their seeds only."""
     settings = chosen(options, CompareSettings)
     from ..machine.files import write_text
-    from ..training.compare import compare
+    from ..training.compare import compare_runs
     from ..training.comparison_page import to_csv, to_html, to_json, to_text
 
     for path in filter(None, (settings.csv, settings.html)):
@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
             raise FileNotFoundError(f"no folder {path.parent} for {path.name}: create it first")
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file in it")
-    found = compare(options.runs, sort=settings.sort)
+    found = compare_runs(options.runs, sort=settings.sort)
     if settings.csv is not None:
         write_text(settings.csv, to_csv(found))
     if settings.html is not None:

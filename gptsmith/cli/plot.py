@@ -28,7 +28,9 @@ class PlotSettings:
 
 def arguments(parser: Parser) -> None:
     """Add the arguments of `gptsmith plot`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of runs"
+    )
     add_flags(parser, PlotSettings)
 
 
@@ -40,14 +42,21 @@ def run(options: Namespace) -> None:
     from ..training.records import CONFIG_TOML, METRICS, read_metrics
 
     curves = {}
-    for name in options.runs:
-        path = Path(name) / METRICS
-        if not path.is_file():
-            raise FileNotFoundError(f"{name} has no {METRICS}: it is not the folder of a run")
-        label = Path(name).name if Path(name).name not in curves else name
-        curves[label] = read_metrics(path)
-        if (path.parent / CONFIG_TOML).is_file():
-            curves[label] = with_costs(curves[label], read_toml(path.parent / CONFIG_TOML))
+    for folder in [folder for name in options.runs for folder in runs_at(Path(name), METRICS)]:
+        label = folder.name if folder.name not in curves else str(folder)
+        curves[label] = read_metrics(folder / METRICS)
+        if (folder / CONFIG_TOML).is_file():
+            curves[label] = with_costs(curves[label], read_toml(folder / CONFIG_TOML))
     x, metric, smooth = settings.x, settings.metric, settings.smooth
     draw_curves(curves, settings.out, x=x, metric=metric, smooth=smooth)
     print(settings.out)
+
+
+def runs_at(folder: Path, metrics: str) -> list[Path]:
+    """Return the folder if it is a run, or the runs in it; `metrics` is the file that they have."""
+    if (folder / metrics).is_file():
+        return [folder]
+    inside = sorted(path.parent for path in folder.glob(f"*/{metrics}"))
+    if not inside:
+        raise FileNotFoundError(f"{folder} has no {metrics}: it is not the folder of a run")
+    return inside

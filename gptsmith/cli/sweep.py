@@ -18,9 +18,12 @@ class SweepSettings:
     """What is tried, and where."""
 
     set: tuple[str, ...] = setting(
-        (), "values of a setting to try; repeatable: all combinations are", metavar="NAME=V,V"
+        (),
+        "values of a setting to try, as learning_rate=1e-3,3e-3; repeatable: every combination of "
+        "the values is trained",
+        metavar="NAME=V,V",
     )
-    seeds: int = setting(1, "runs of each combination, with seeds from --seed on")
+    seeds: int = setting(1, "runs of each combination, whose seeds count up from --seed")
     budget: Seconds | None = setting(
         None,
         "time for the whole sweep, as 90s, 20m or 1h30m: successive halving leaves the worse half "
@@ -55,37 +58,40 @@ def run(options: Namespace) -> int:
     elif not settings.set and settings.seeds == 1:
         raise UsageError("what is to differ? Add --set NAME=VALUE,VALUE or --seeds N")
     with importing():
-        from ..training.compare import compare
+        from ..training.compare import compare_runs
         from ..training.comparison_page import to_text
         from ..training.sweeping import carry_out
 
     folder = settings.resume or made(options, settings, flags)
     display = Display()
     stopped = carry_out(folder, display, settings.processes, settings.budget)
-    again = f"gptsmith sweep --resume {shlex.quote(str(folder))}"
+    quoted = shlex.quote(str(folder))
+    again = f"gptsmith sweep --resume {quoted}"
     if stopped is not None:
         display.say(f"The sweep is stopped, and its runs are saved. To go on:  {again}")
         return 128 + stopped
-    found = compare([folder])
+    found = compare_runs([folder])
     print(to_text(found))
     failed = sum(row.run.state == "failed" for row in found.rows)
     if failed:
         display.say(f"{count(failed, 'run')} failed. To try again:  {again}")
-    display.say(f"Everything is in {folder}; `gptsmith compare` shows this table again.")
+    display.say(f"To see this table again:  gptsmith compare {quoted}")
     return 0
 
 
 def made(options: Namespace, settings: SweepSettings, flags: dict[str, object]) -> Path:
     """Return the folder of a sweep, which is new, or has the sweep of the same command; show what
     it consists of."""
-    from ..training.sweep import make_sweep, parse_sets, plan_sweep, same_sweep
+    from ..training.sweep import SWEEP, make_sweep, parse_sets, plan_sweep, same_sweep
     from ..training.train import next_run_folder
 
     sets = parse_sets(settings.set)
     plan, base, runs, name = plan_sweep(options.what, flags, sets, settings.seeds, settings.budget)
     folder = settings.out or next_run_folder(f"{name}-sweep")
     if not folder.exists():
-        make_sweep(folder, plan, base, runs)
+        make_sweep(folder, plan, base, runs, Display())
+    elif not (folder / SWEEP).is_file():
+        raise ValueError(f"{folder} already exists: give --out another name")
     elif not same_sweep(folder, plan, base):
         raise ValueError(
             f"{folder} has the sweep of another command: give --out another name, or resume it "

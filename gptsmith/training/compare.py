@@ -42,7 +42,7 @@ AVERAGED = ("best_loss", "last_loss", "bits_per_byte", "accuracy")  # over seeds
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRun:
     """One run of a comparison."""
 
     name: str  # the shortest end of its path that tells it from the others
@@ -55,7 +55,7 @@ class Group:
     """The runs of one configuration, which differ in their seeds only."""
 
     settings: dict[str, Any]  # those that differ between configurations
-    rows: list[Row]
+    rows: list[ComparedRun]
     seeds: int  # distinct ones among the runs that are finished
     means: dict[str, Interval]  # of AVERAGED; without an interval (NaN) for a single seed
 
@@ -64,7 +64,7 @@ class Group:
 class Comparison:
     """Runs in the order in which they are shown, and the groups that they form."""
 
-    rows: list[Row]
+    rows: list[ComparedRun]
     groups: list[Group]
     notes: list[str]  # what makes some figures incomparable
 
@@ -79,7 +79,7 @@ class Comparison:
         return any(len(group.rows) > 1 for group in self.groups)
 
 
-def compare(folders: Iterable[str | Path], *, sort: str = "best_loss") -> Comparison:
+def compare_runs(folders: Iterable[str | Path], *, sort: str = "best_loss") -> Comparison:
     """Compare runs, or the runs in folders; the best first, by a figure or a setting.
 
     FileNotFoundError for a folder that has no run, ValueError for an unknown `sort`.
@@ -94,7 +94,7 @@ def compare(folders: Iterable[str | Path], *, sort: str = "best_loss") -> Compar
         if name not in WITHOUT_EFFECT and len({repr(each[name]) for each in settings}) > 1
     ]
     rows = [
-        Row(name, run, {key: own[key] for key in differing})
+        ComparedRun(name, run, {key: own[key] for key in differing})
         for name, run, own in zip(names, runs, settings, strict=True)
     ]
     check_sort(sort, differing)
@@ -123,7 +123,7 @@ def check_sort(sort: str, differing: Sequence[str]) -> None:
         raise ValueError(f"these runs cannot be sorted by '{sort}'{hint} (by {', '.join(known)})")
 
 
-def figure_of(row: Row, name: str) -> Any:
+def figure_of(row: ComparedRun, name: str) -> Any:
     """Return a figure of a run, its name, or one of its settings."""
     if name in FIGURES:
         return getattr(row.run, name)
@@ -139,16 +139,16 @@ def order(value: Any, name: str) -> tuple[bool, bool, Any]:
     return False, True, str(value)
 
 
-def grouped(rows: Sequence[Row]) -> list[Group]:
+def grouped(rows: Sequence[ComparedRun]) -> list[Group]:
     """Form groups of runs whose settings are the same but for the seed; the order is kept."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[ComparedRun]] = {}
     for row in rows:
         own = {name: value for name, value in row.settings.items() if name != "seed"}
         groups.setdefault(repr(own), []).append(row)
     return [group_of(members) for members in groups.values()]
 
 
-def group_of(rows: list[Row]) -> Group:
+def group_of(rows: list[ComparedRun]) -> Group:
     """Average the finished runs of a configuration; two runs of a seed are the same run."""
     finished = {row.run.settings.training.seed: row for row in rows if row.run.state == "finished"}
     means = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config.tables import columns
 from ..evaluation.intervals import Interval
-from .compare import AVERAGED, FIGURES, Comparison, Group, Row, figure_of, short_ends
+from .compare import AVERAGED, FIGURES, ComparedRun, Comparison, Group, figure_of, short_ends
 from .curves import draw_curves
 from .records import METRICS, read_metrics
 
@@ -42,7 +42,7 @@ def runs_table(comparison: Comparison) -> Table:
     """Return a row for each run: its settings that differ, its figures, and its state."""
     rows = comparison.rows
     shown = [name for name in FIGURES if any(figure(row, name) != "-" for row in rows)]
-    if all(row.run.best_loss is not None for row in rows):
+    if all(row.run.best_loss is not None for row in rows if row.run.step):
         shown = [name for name in shown if name != "training_loss"]
     settings = setting_columns([row.settings for row in rows])
     headings = ("run", *settings, *(FIGURES[name][0] for name in shown), "state")
@@ -70,21 +70,21 @@ def setting_columns(settings: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the values of each setting as text; of paths, the ends that tell them apart."""
     found = {}
     for name in settings[0]:
-        values = [shown(each[name]) for each in settings]
+        values = [setting_text(each[name]) for each in settings]
         paths = [value for value in values if "/" in value]
         ends = dict(zip(paths, short_ends(paths), strict=True)) if paths else {}
         found[name] = [ends.get(value, value) for value in values]
     return found
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Return a setting's value as it is typed."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def figure(row: Row, name: str) -> str:
+def figure(row: ComparedRun, name: str) -> str:
     """Return a figure of a run as it is shown: "-" if there is none."""
     value = figure_of(row, name)
     if value is None:
@@ -113,14 +113,14 @@ def mean(interval: Interval | None, name: str) -> str:
 def to_text(comparison: Comparison) -> str:
     """Return the tables for a terminal."""
     table = [(*row[:-1], shorten(row[-1], LONGEST_STATE)) for row in runs_table(comparison)]
-    parts = [aligned(table, left=(0, -1))]
+    parts = [text_table(table, left=(0, -1))]
     if comparison.has_seeds:
         title = "Means over seeds, with 95% intervals (Student's t):\n"
-        parts.append(title + aligned(seeds_table(comparison)))
+        parts.append(title + text_table(seeds_table(comparison)))
     return "\n\n".join([*parts, *comparison.notes])
 
 
-def aligned(table: Table, left: tuple[int, ...] = ()) -> str:
+def text_table(table: Table, left: tuple[int, ...] = ()) -> str:
     """Return a table as aligned lines, numbers to the right."""
     layout = [">"] * len(table[0])
     for column in left:
@@ -148,10 +148,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def run_json(row: Row, group: int) -> dict[str, Any]:
+def run_json(row: ComparedRun, group: int) -> dict[str, Any]:
     """Return one run for JSON."""
     run = row.run
-    figures = {name: finite(getattr(run, name)) for name in FIGURES}
+    figures = {name: without_nan(getattr(run, name)) for name in FIGURES}
     state = {"state": run.state, "error": run.error, "step": run.step}
     steps = {"steps": run.settings.training.steps, "seed": run.settings.training.seed}
     place = {"run": str(run.folder), "group": group}
@@ -164,7 +164,7 @@ def interval_json(interval: Interval) -> dict[str, Any]:
     return {"mean": interval.mean, "interval": bounds}
 
 
-def finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Return None for NaN, which JSON does not have, and any other value as it is."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
@@ -218,7 +218,7 @@ def html_table(table: Table, kind: str) -> str:
     return f'<div class="wide"><table class="{kind}">\n' + "\n".join(lines) + "\n</table></div>"
 
 
-def curves(rows: Sequence[Row]) -> bytes | None:
+def curves(rows: Sequence[ComparedRun]) -> bytes | None:
     """Return the loss curves of runs as a PNG; None where no run has a loss."""
     found = {
         row.name: read_metrics(row.run.folder / METRICS)

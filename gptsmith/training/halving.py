@@ -132,7 +132,7 @@ def affordable(
     return count
 
 
-def best(losses: Mapping[str, float], count: int) -> list[str]:
+def best_configurations(losses: Mapping[str, float], count: int) -> list[str]:
     """Return the `count` configurations of the lowest loss; never one whose loss is infinite."""
     finite = [name for name, loss in losses.items() if math.isfinite(loss)]
     return sorted(finite, key=losses.__getitem__)[:count]

@@ -27,9 +27,11 @@ from ..config.recipe import (
 from ..config.settings import PrepareSettings, RunSettings
 from ..data.shards import is_dataset
 from ..machine.files import DamagedError, read_json, write_text, written_whole
+from ..machine.terminal import Display
 from .halving import Speed, last_step
 from .records import CONFIG_TOML, METRICS, read_metrics
 from .summary import last_event
+from .text import open_data, wanted_tokenizer
 from .train import with_lasting_paths
 
 SWEEP, BASE = "sweep.json", "base.toml"
@@ -47,7 +49,7 @@ class Sweep:
     seeds: int
     budget: float | None  # seconds
     runs: dict[str, Values]  # what each run sets, the seed too, by the name of its folder
-    done: dict[str, int] = field(default_factory=dict)  # the step that each run has reached
+    done: dict[str, float] = field(default_factory=dict)  # the fraction of each run's steps
     halvings: int | None = None  # None until the first run was measured
     kept: list[list[str]] = field(default_factory=list)  # the runs of each rung that has begun
     overhead: float | None = None  # seconds of a run's process besides its steps, as measured
@@ -118,7 +120,11 @@ def plan_sweep(
             raise SettingError("set", f"names {name}, which has a flag too: leave one out")
     if "seed" in sets and seeds > 1:
         raise SettingError("seeds", "cannot go with --set seed: leave one out")
+    if "steps" in {**flags, **sets} and "epochs" not in sets:
+        flags = {**flags, "epochs": None}  # which would set the steps of fine-tuning
     base, name = run_settings(what, flags)
+    if budget is not None and (base.finetune.epochs is not None or "epochs" in sets):
+        raise SettingError("budget", "needs runs of as many steps, not epochs: add --steps N")
     first = base.training.seed
     combinations = [
         dict(zip(sets, each, strict=True)) for each in itertools.product(*sets.values())
@@ -142,11 +148,17 @@ def plan_sweep(
 
 
 def make_sweep(
-    folder: Path, sweep: Sweep, base: RunSettings, settings: Mapping[str, RunSettings]
+    folder: Path,
+    sweep: Sweep,
+    base: RunSettings,
+    settings: Mapping[str, RunSettings],
+    display: Display,
 ) -> None:
-    """Make the folder of a sweep, completely or not at all."""
+    """Make the folder of a sweep, completely or not at all; its text is prepared for all runs."""
     shared = folder.resolve() / "data" if shares_data(sweep, base) else None
     with written_whole(folder, manifest=False) as temporary:
+        if shared is not None:
+            open_data(temporary, base, wanted_tokenizer(base, None), display, moved=False)
         (temporary / BASE).write_text(to_toml(base), encoding="utf-8")
         sweep.save(temporary)
         for run, each in settings.items():

@@ -19,7 +19,7 @@ from ..machine.terminal import Display, count, duration
 from .halving import (
     Speed,
     affordable,
-    best,
+    best_configurations,
     choose_halvings,
     counts,
     fractions,
@@ -27,12 +27,11 @@ from .halving import (
     most_halvings,
     seconds_of,
 )
-from .jobs import Job, launch, stop_requests
 from .records import CONFIG_TOML
+from .run_process import RunProcess, launch, recorded_steps, stop_requests
 from .stopping import stopping_signals
 from .summary import is_training, last_event, summarize
-from .sweep import BASE, Sweep, losses, read_sweep, settings_of, shares_data, speeds
-from .text import open_data, wanted_tokenizer
+from .sweep import BASE, Sweep, losses, read_sweep, settings_of, speeds
 from .train import locked
 
 PAUSE = 0.1  # seconds between looks at the processes
@@ -54,10 +53,6 @@ def carry_out(folder: Path, display: Display, processes: int, budget: float | No
                 )
             sweep.budget = budget
             sweep.save(folder)
-        base = read_toml(folder / BASE)
-        if shares_data(sweep, base):
-            tokenizer = wanted_tokenizer(base, None)
-            open_data(folder, base, tokenizer, display, moved=False)
         with stop_requests() as received:
             sweeping = Sweeping(folder, sweep, display, processes, received)
             try:
@@ -92,8 +87,7 @@ class Sweeping:
             if len(sweep.kept) == rung:
                 sweep.kept.append(self.runs_of(rung))
                 sweep.save(self.folder)
-            settings = settings_of(self.folder, sweep)
-            self.work({name: last_step(settings[name], fraction) for name in sweep.kept[rung]})
+            self.work(sweep.kept[rung], fraction)
 
     # -- what is trained, and how far
 
@@ -107,8 +101,8 @@ class Sweeping:
         configurations = len(sweep.configurations([*settings]))
         most = most_halvings([*settings.values()], configurations)
         measured: dict[str, Speed] = {}
-        for name, own in settings.items():
-            self.work({name: last_step(own, fractions(most)[0])})
+        for name in settings:
+            self.work([name], fractions(most)[0])
             if self.received:
                 return
             if measured := speeds(self.folder, sweep):
@@ -147,7 +141,7 @@ class Sweeping:
         configurations = len(sweep.configurations([*sweep.runs]))
         left = sweep.budget * self.processes - sweep.spent
         most = affordable(settings, measured, configurations, halvings, rung, left)
-        chosen = best(found, most)
+        chosen = best_configurations(found, most)
         before = sweep.configurations(sweep.kept[-1])
         names = sorted(name for key in chosen for name in before[key])
         self.display.say(
@@ -160,16 +154,16 @@ class Sweeping:
 
     # -- time
 
-    def estimate(self, job: Job) -> None:
+    def estimate(self, child: RunProcess) -> None:
         """When the first run has been measured, show how long all will take."""
         if self.estimated:
             return
-        event = last_event(job.run, "started", "resumed")
-        if event.get("time", 0.0) < job.started:
+        event = last_event(child.run, "started", "resumed")
+        if event.get("time", 0.0) < child.started:
             return
         self.estimated = True
         if self.sweep.overhead is None:
-            self.sweep.overhead = event["time"] - job.started
+            self.sweep.overhead = event["time"] - child.started
             self.sweep.save(self.folder)
         measured = speeds(self.folder, self.sweep)
         left = [name for name in self.sweep.runs if name not in self.sweep.done]
@@ -179,63 +173,65 @@ class Sweeping:
             seconds = seconds_of(runs, speed, [1.0]) / min(self.processes, len(left))
             self.display.say(f"{count(len(left), 'run')} will take about {duration(seconds)}.")
 
-    def correct_overhead(self, job: Job, seconds: float) -> None:
+    def correct_overhead(self, child: RunProcess, seconds: float) -> None:
         """After the first run, count what its process took to save and end as well."""
-        measured = speeds(self.folder, self.sweep).get(job.name)
+        measured = speeds(self.folder, self.sweep).get(child.name)
         if measured is not None and not self.sweep.done:
-            steps = read_toml(job.run / CONFIG_TOML).training.steps
-            begun = last_event(job.run, "started", "resumed")["step"]
-            rest = seconds - measured.whole * (job.until - begun) / steps
+            steps = read_toml(child.run / CONFIG_TOML).training.steps
+            begun = last_event(child.run, "started", "resumed")["step"]
+            rest = seconds - measured.whole * (recorded_steps(child.run) - begun) / steps
             self.sweep.overhead = max(measured.overhead, rest)
 
     # -- processes
 
-    def work(self, goals: Mapping[str, int]) -> None:
-        """Train runs to their steps, several at a time; a signal lets those that go on be saved."""
-        done = self.sweep.done
-        waiting = deque(name for name, until in goals.items() if done.get(name, 0) < until)
-        going: list[Job] = []
+    def work(self, names: Sequence[str], fraction: float) -> None:
+        """Train runs to a fraction of their steps, several at a time, or until a signal."""
+        waiting = deque(name for name in names if self.sweep.done.get(name, 0.0) < fraction)
+        going: list[RunProcess] = []
+        settings = settings_of(self.folder, self.sweep)
+        goals = {name: last_step(settings[name], fraction) for name in names}
         if waiting:
             self.display.open_bar("sweep", sum(goals.values()))
         while waiting or going:
             while waiting and len(going) < self.processes:
                 name = waiting.popleft()
-                going.append(self.start(name, goals[name]))
-            for job in [each for each in going if each.has_ended()]:
-                going.remove(job)
-                if job.process is None:  # how it ended is not known
-                    waiting.appendleft(job.name)
+                going.append(self.start(name, fraction, goals[name]))
+            for child in [each for each in going if each.has_ended()]:
+                going.remove(child)
+                if child.process is None:  # how it ended is not known
+                    waiting.appendleft(child.name)
                 else:
-                    self.conclude(job, job.process.returncode)
+                    self.conclude(child, child.process.returncode)
             if self.received:
                 waiting.clear()
-                going = [job for job in going if job.process is not None]
+                going = [child for child in going if child.process is not None]
                 self.stop(going)
             elif going:
                 self.estimate(going[0])
             self.show(goals, going)
             time.sleep(PAUSE)
 
-    def stop(self, going: Sequence[Job]) -> None:
+    def stop(self, going: Sequence[RunProcess]) -> None:
         """Send the processes the signals that were received since the last time."""
         if not self.passed_on:
             self.display.say("Stopping: the runs finish their steps and are saved.")
         for number in self.received[self.passed_on :]:
             self.passed_on += 1
-            for job in going:
-                if job.process is not None:
-                    job.process.send_signal(number)
+            for child in going:
+                if child.process is not None:
+                    child.process.send_signal(number)
 
-    def start(self, name: str, until: int) -> Job:
+    def start(self, name: str, fraction: float, until: int) -> RunProcess:
         """Start a run's process, or wait for the one that trains it."""
         run = self.folder / name
         if is_training(run):
             self.display.say(f"run {name} is being trained by an earlier process: waiting for it")
-            return Job(name, run, until, time.time(), None)
+            return RunProcess(name, run, fraction, time.time(), None)
         values = "  ".join(f"{key} {value}" for key, value in self.sweep.runs[name].items())
         self.display.say(f"run {name} of {len(self.sweep.runs)}: {values}")
-        words = ["train", "--resume", str(run), "--stop-after", str(until), *self.flags(run)]
-        return Job(name, run, until, time.time(), launch(words, run))
+        words = ["train", "--resume", str(run), *self.flags(run)]
+        words += ["--stop-after", str(until)] if fraction < 1 else []
+        return RunProcess(name, run, fraction, time.time(), launch(words, run))
 
     def flags(self, run: Path) -> list[str]:
         """Return flags for where the data is now, and a share of the cores."""
@@ -248,28 +244,26 @@ class Sweeping:
             words += ["--threads", str(threads)] if threads != (recorded or cores()) else []
         return words
 
-    def conclude(self, job: Job, code: int) -> None:
+    def conclude(self, child: RunProcess, code: int) -> None:
         """Record what became of a run, and show it."""
-        self.estimate(job)  # of a run that ended at once
-        seconds = time.time() - job.started
+        self.estimate(child)  # of a run that ended at once
+        seconds = time.time() - child.started
         self.sweep.spent += seconds
         if code == 0:
-            self.correct_overhead(job, seconds)
-            self.sweep.done[job.name] = job.until
+            self.correct_overhead(child, seconds)
+            self.sweep.done[child.name] = child.fraction
         elif code not in (128 + number for number in stopping_signals()):
-            job.record_failure(code)
+            child.record_failure(code)
         self.sweep.save(self.folder)
-        found = summarize(job.run)
+        found = summarize(child.run)
         loss = f", validation loss {found.last_loss:.4f}" if found.last_loss and not code else ""
-        self.display.say(f"run {job.name} {found.outcome}{loss}")
+        self.display.say(f"run {child.name} {found.outcome}{loss}")
 
-    def show(self, goals: Mapping[str, int], going: Sequence[Job]) -> None:
-        """Move the bar, on a terminal, once a second."""
+    def show(self, goals: Mapping[str, int], going: Sequence[RunProcess]) -> None:
+        """Move the bar, on a terminal, once a second: the steps of all runs of a rung."""
         if self.display.bar is not None and time.monotonic() > self.shown + 1:
-            steps = {name: min(self.sweep.done.get(name, 0), goals[name]) for name in goals}
-            steps |= {job.name: job.step() for job in going}
-            detail = f"run {', '.join(job.name for job in going)}"
-            self.display.move_bar(sum(steps.values()), detail)
+            steps = [min(goal, recorded_steps(self.folder / name)) for name, goal in goals.items()]
+            self.display.move_bar(sum(steps), f"run {', '.join(each.name for each in going)}")
             self.shown = time.monotonic()
 
 

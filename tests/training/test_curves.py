@@ -28,10 +28,12 @@ def drawn(toys: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[An
     monkeypatch.setattr(Figure, "savefig", save)
 
     def plot(words: str = "", **runs: list[dict[str, Any]]) -> tuple[Any, Lines]:
-        for name, records in runs.items():
-            Path(name).mkdir(exist_ok=True)
+        for name, found in runs.items():
+            if not found:
+                continue
+            Path(name).mkdir(parents=True)
             Path(name, "config.toml").write_text(Path("run/config.toml").read_text())
-            lines = (json.dumps(record) + "\n" for record in records)
+            lines = (json.dumps(record) + "\n" for record in found)
             Path(name, "metrics.jsonl").write_text("".join(lines))
         assert main(["plot", *runs, *words.split(), "--out", "out.png"]) == 0
         (axes,) = figures[-1].axes
@@ -79,6 +81,12 @@ def test_an_older_run_has_its_tokens_from_its_batches(drawn: Any) -> None:
     x, _ = drawn("--x tokens", old=old)[1]["training (smoothed)"]
     assert x.tolist() == [32, 64, 96]  # the toys' batches
     assert main(["plot", "old", "--x", "seconds", "--out", "no.png"]) == 2
+
+
+def test_a_folder_of_runs(drawn: Any) -> None:
+    _, lines = drawn("--metric loss", **{"sweep/01": records(), "sweep/02": records()})
+    _, same = drawn("--metric loss", sweep=[])
+    assert {*lines} == {*same} == {"01", "02"}
 
 
 def test_another_metric_and_its_moving_average(drawn: Any) -> None:

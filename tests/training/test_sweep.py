@@ -115,7 +115,7 @@ def test_runs_that_fail_are_shown_and_the_others_finish(scenarios: dict[str, Fou
     assert states["02"].startswith("failed: min_learning_rate is 0.001, above the peak")
     assert states["03"].startswith("failed at step 6 of 10: step 6: the loss or gradient was not")
     assert "2 runs failed" in found["said"][0]
-    assert found["done"] == {"01": 10}
+    assert found["done"] == {"01": 1.0}
 
 
 @pytest.mark.slow
@@ -209,11 +209,16 @@ def refusal(words: str, capsys: pytest.CaptureFixture[str]) -> str:
             "--budget is 'soon': a time such as 90s, 20m or 1h30m",
         ),
         ("text.txt --seeds 2 --budget 0s", "--budget is '0s'"),
+        (
+            "fresh-classify --seeds 2 --budget 9s",
+            "--budget needs runs of as many steps, not epochs",
+        ),
         ("nothing.txt --seeds 2", "'nothing.txt' is no recipe, file or folder"),
         ("--resume nowhere", "nowhere is missing"),
         ("--resume other", "other has no sweep.json, so it is not the folder of a sweep"),
         ("--resume other --seeds 2", "--resume names the sweep"),
-        ("text.txt --seeds 2 --out other", "other has no sweep.json"),
+        ("text.txt --seeds 2 --out other", "other already exists: give --out another name"),
+        ("text.txt --seeds 2 --tokenizer gpt3", "gpt2, char, byte or a folder"),
     ],
 )
 def test_bad_input(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,8 +304,8 @@ def test_fewer_go_on_where_time_has_become_short() -> None:
 
 def test_a_configuration_without_a_loss_never_goes_on() -> None:
     losses = {"a": 2.0, "b": math.inf, "c": 1.0}
-    assert halving.best(losses, 1) == ["c"]
-    assert halving.best(losses, 3) == ["c", "a"]
+    assert halving.best_configurations(losses, 1) == ["c"]
+    assert halving.best_configurations(losses, 3) == ["c", "a"]
 
 
 def test_larger_models_are_estimated_to_take_longer() -> None:

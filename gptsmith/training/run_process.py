@@ -20,12 +20,12 @@ OUTPUT = "output.txt"  # in the run's folder: what the process says
 
 
 @dataclass
-class Job:
+class RunProcess:
     """A run that is being trained."""
 
     name: str
     run: Path
-    until: int  # the step to train it to
+    fraction: float  # of its steps, to which it is trained
     started: float  # by time.time
     process: subprocess.Popen[bytes] | None  # None where it is not ours
 
@@ -34,11 +34,6 @@ class Job:
         if self.process is None:
             return not is_training(self.run)
         return self.process.poll() is not None
-
-    def step(self) -> int:
-        """Return the last step in metrics.jsonl, by the number of its lines."""
-        path = self.run / METRICS
-        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def record_failure(self, code: int) -> None:
         """Make the failure the run's last event, unless the process has done so itself."""
@@ -81,3 +76,9 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def recorded_steps(run: Path) -> int:
+    """Return the number of steps in a run's metrics.jsonl."""
+    path = run / METRICS
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
