@@ -112,7 +112,7 @@ class Paired:
             second,
             self.interval,
             self.items,
-            unit=f"of {self.name}",
+            unit=f"in {self.name}",
             noun="items",
             lower_is_better=False,
         )

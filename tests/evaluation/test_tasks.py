@@ -233,7 +233,7 @@ def test_two_models_on_the_same_items() -> None:
     assert found["difference"] == 0.25
     assert found["interval"][0] < 0.25 < found["interval"][1]
     assert (found["verdict"], found["verdict_norm"]) == ("better", "undecided")
-    assert plain.sentence("a", "b").startswith("a is better than b by 0.2500 of accuracy (95% ")
+    assert plain.sentence("a", "b").startswith("a is better than b by 0.2500 in accuracy (95% ")
     assert "Only a is right on 40 items, only b on 20" in plain.sentence("a", "b")
     (back, _) = compare(outcomes(1, 0, 0, 1), outcomes(1, 1, 1, 0))
     assert back.to_json()["verdict"] == "worse"
