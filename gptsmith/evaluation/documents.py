@@ -127,8 +127,10 @@ def opened_documents(
     ) as streams:
         if differ(vocabularies):  # the text was cut already
             first_tokens = None
+        known = next((tokenizer for tokenizer, _ in vocabularies if tokenizer), None)
         texts = {
-            id(stream): TokenText(stream, tokenizer, vocab_size, first_tokens)
+            # A model without a tokenizer reads the same tokens as the others.
+            id(stream): TokenText(stream, tokenizer or known, vocab_size, first_tokens)
             for stream, (tokenizer, vocab_size) in zip(streams, vocabularies, strict=True)
         }
         found = dict(zip(texts, documents_of([*texts.values()]), strict=True))

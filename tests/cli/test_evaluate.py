@@ -106,6 +106,21 @@ def test_several_models_are_as_each_alone(does: Callable[..., str]) -> None:
     assert len({json.loads(line)["bytes"] for line in lines}) == 1
 
 
+def test_a_model_without_a_tokenizer_reads_the_tokens_of_the_other(
+    does: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "texts.jsonl", "--tokenizer", "byte", "--out", "data"]) == 0
+    capsys.readouterr()
+    for names in (("a", "nameless"), ("nameless", "a")):
+        lines = does(*names, "--data", "data", "--split", "train", "--json").splitlines()
+        one, other = map(json.loads, lines)
+        assert one["documents"] == other["documents"] == 36
+        assert one["bytes"] == other["bytes"]
+        assert (one["model"], other["model"]) == names
+    alone = json.loads(does("nameless", "--data", "data", "--json"))
+    assert alone["bits_per_byte"] is alone["interval"] is None
+
+
 @pytest.mark.slow
 def test_pictures_and_tables(does: Callable[..., str]) -> None:
     words = ("bpe", "b", "--data", "texts.jsonl", "--against", "a")
