@@ -156,16 +156,23 @@ def make_sweep(
 ) -> None:
     """Make the folder of a sweep, completely or not at all; its text is prepared for all runs."""
     shared = folder.resolve() / "data" if shares_data(sweep, base) else None
-    with written_whole(folder, manifest=False) as temporary:
-        if shared is not None:
-            open_data(temporary, base, wanted_tokenizer(base, None), display, moved=False)
-        (temporary / BASE).write_text(to_toml(base), encoding="utf-8")
-        sweep.save(temporary)
-        for run, each in settings.items():
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with written_whole(folder, manifest=False) as temporary:
             if shared is not None:
-                each = replace(each, data=replace(each.data, data=str(shared)))
-            (temporary / run).mkdir()
-            (temporary / run / CONFIG_TOML).write_text(to_toml(each), encoding="utf-8")
+                open_data(temporary, base, wanted_tokenizer(base, None), display, moved=False)
+            (temporary / BASE).write_text(to_toml(base), encoding="utf-8")
+            sweep.save(temporary)
+            for run, each in settings.items():
+                if shared is not None:
+                    each = replace(each, data=replace(each.data, data=str(shared)))
+                (temporary / run).mkdir()
+                (temporary / run / CONFIG_TOML).write_text(to_toml(each), encoding="utf-8")
+    except BaseException:
+        for parent in new_parents:
+            if parent.exists():
+                parent.rmdir()
+        raise
 
 
 def shares_data(sweep: Sweep, base: RunSettings) -> bool:
