@@ -31,7 +31,7 @@ def drawn(toys: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[An
         for name, found in runs.items():
             if not found:
                 continue
-            Path(name).mkdir(parents=True)
+            Path(name).mkdir(parents=True, exist_ok=True)
             Path(name, "config.toml").write_text(Path("run/config.toml").read_text())
             lines = (json.dumps(record) + "\n" for record in found)
             Path(name, "metrics.jsonl").write_text("".join(lines))
