@@ -56,6 +56,7 @@ class PrepareSettings:
     validation_fraction: float = setting(
         0.1, "fraction of the documents held out for validation; of each text, where there are few"
     )
+    deduplicate: bool = setting(False, "drop documents that repeat an earlier one exactly")
     workers: int | None = setting(None, "threads that encode (default: one per core)")
     shard_tokens: int = setting(100_000_000, "tokens per shard file")
 

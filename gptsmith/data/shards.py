@@ -33,8 +33,8 @@ TOUCHED_BYTES = 1 << 17  # that the system may map around one small read
 class TokenStream:
     """Several shards as one sequence of token ids; threads may read it in parallel."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], *, mapped_bytes: int | None = None) -> None:
+        self.paths, self.mapped_bytes = list(paths), mapped_bytes
         self.layouts = [layout(path) for path in self.paths]
         counts = [each.tokens for each in self.layouts]
         self.ends = np.cumsum(counts, dtype=np.int64)  # the end of each shard in the sequence
@@ -66,7 +66,7 @@ class TokenStream:
         with self._lock:
             self._touched += count * dtype.itemsize + TOUCHED_BYTES
             full = len(self._maps) >= OPEN_SHARDS and shard not in self._maps
-            if full or self._touched > MAPPED_BYTES:
+            if full or self._touched > (self.mapped_bytes or MAPPED_BYTES):
                 self._maps.clear()
                 self._touched = 0
             if shard not in self._maps:
