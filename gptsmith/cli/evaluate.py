@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from ..config.fields import REQUIRED, at_least, setting
 from ..config.settings import InferenceSettings, PrepareSettings, Split
+from .evaluate_memorization import (
+    add_memorization_flags,
+    evaluate_memorization,
+    wants_memorization,
+)
 from .flags import Parser, add_flags, chosen
 from .opening import DATA_HELP, MODEL_HELP, open_model
 
@@ -31,13 +36,17 @@ def arguments(parser: Parser) -> None:
     """Add the arguments of `gptsmith evaluate`."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, EvaluateSettings)
-    add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
+    add_memorization_flags(parser)
+    add_flags(parser, PrepareSettings, without=("deduplicate", "shard_tokens"))
     add_flags(parser, InferenceSettings, without=("compile",))
 
 
 def run(options: Namespace) -> None:
     """Measure the loss of a model on a text."""
     settings, text = chosen(options, EvaluateSettings), chosen(options, PrepareSettings)
+    if wants_memorization(options):
+        evaluate_memorization(options, options.model, settings.data, settings.json)
+        return
     from ..evaluation.heldout import evaluate
 
     _, model, tokenizer = open_model(options, options.model)

@@ -19,7 +19,7 @@ from .batches import Tokens
 
 CHUNK = 1 << 17  # tokens of the stream at a time: their hashes stay in the processor's cache
 FIRST_CHUNK = 1 << 8  # while hardly anything was found, almost every token is a hit
-PART = 1 << 23  # n-grams that are indexed at once, in about half a gigabyte
+PART = 1 << 23  # tokens whose n-grams are indexed at once, in about half a gigabyte
 PAIRS = 1 << 20  # compared at once
 FILTER_BITS = 6  # 64 bits of the filter or more for each n-gram: at most 1.6% of others pass it
 BASE = 0xD6E8FEB86659FD93  # of the polynomial; any large odd number
@@ -167,12 +167,15 @@ class Grams:
 def places_of_grams(text: Tokens, stream: Tokens, n: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield where the n-grams of a text occur in a stream, a part of the text at a time.
 
-    Each part is its start in the text and a place for each n-gram, (G,) int64, or NOWHERE. The
-    stream is read once for every PART n-grams.
+    Each part is its start in the text, and for each of its tokens the first place of the n-gram
+    that begins there, (N,) int64, or NOWHERE. The stream is read once for every PART tokens.
     """
-    for start in range(0, len(text) - n + 1, PART):
+    for start in range(0, len(text), PART):
         part = text.read(start, min(start + PART + n - 1, len(text)))
-        yield start, Grams(part, n).first_places(stream)
+        places = np.full(min(PART, len(text) - start), NOWHERE)
+        if len(part) >= n:  # the last n - 1 tokens begin none
+            places[: len(part) - n + 1] = Grams(part, n).first_places(stream)
+        yield start, places
 
 
 # -- the longest match

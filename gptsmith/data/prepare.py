@@ -288,3 +288,21 @@ def opened_tokens(
         for _ in prepare([str(data)], tokenizer, folder, options=whole):
             pass
         yield Dataset.open(folder).train
+
+
+@contextmanager
+def opened_splits(
+    data: str | Path, tokenizer: Tokenizer, *, options: PrepareSettings | None = None
+) -> Iterator[Dataset]:
+    """Yield DATA as a run learns it: a prepared folder, or a text that is prepared like a run's.
+
+    The text's dataset is in a temporary folder, which is removed at the end.
+    """
+    if is_dataset(Path(data)):
+        yield Dataset.open(Path(data))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "data"
+        for _ in prepare([str(data)], tokenizer, folder, options=options):
+            pass
+        yield Dataset.open(folder)

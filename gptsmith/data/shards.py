@@ -51,14 +51,16 @@ class TokenStream:
         tokens = np.empty(stop - start, np.int64)
         done = start
         while done < stop:
-            shard = int(np.searchsorted(self.ends, done, side="right"))
-            first = int(self.ends[shard]) - self.layouts[shard].tokens  # the shard's first token
-            end = min(stop, int(self.ends[shard]))
-            tokens[done - start : end - start] = self._mapped(shard, end - done)[
-                done - first : end - first
-            ]
-            done = end
+            shard, within = self.place_of(done)
+            count = min(stop - done, self.layouts[shard].tokens - within)
+            tokens[done - start :][:count] = self._mapped(shard, count)[within : within + count]
+            done += count
         return tokens
+
+    def place_of(self, token: int) -> tuple[int, int]:
+        """Return the number of the shard that has a token of the sequence, and its number there."""
+        shard = int(np.searchsorted(self.ends, token, side="right"))
+        return shard, token - int(self.ends[shard]) + self.layouts[shard].tokens
 
     def _mapped(self, shard: int, count: int) -> np.ndarray:
         """Return a shard's memory map. From time to time all are closed, which frees memory."""

@@ -75,9 +75,10 @@ def test_places_of_grams(stream: bytes, text: bytes, n: int, sizes: dict[str, in
     with patch.multiple(overlap, **sizes):
         parts = list(places_of_grams(Listed(text), Listed(stream), n))
         counts = Grams(array(text), n).counts(Listed(stream))
-    found = {start + i: place for start, places in parts for i, place in enumerate(places)}
+    assert [start for start, _ in parts] == list(range(0, len(text), sizes["PART"]))
+    found = [place for _, places in parts for place in places]
     grams = [text[i : i + n] for i in range(len(text) - n + 1)]
-    assert found == {i: stream.find(gram) for i, gram in enumerate(grams)}
+    assert found == [stream.find(gram) for gram in grams] + [-1] * (n - 1)
     windows = [stream[i : i + n] for i in range(len(stream) - n + 1)]
     assert counts.tolist() == [windows.count(gram) for gram in grams]
 
@@ -112,4 +113,4 @@ def test_matches_across_shards(tmp_path: Path, tokens: int) -> None:
     assert longest_matches(samples, stream)[0] == (100, 0, 930)
     assert longest_matches(samples, stream)[1].length <= 2
     ((_, places),) = places_of_grams(stream, stream, 50)
-    assert places.tolist() == list(range(2951))
+    assert places.tolist() == [*range(2951), *[-1] * 49]
