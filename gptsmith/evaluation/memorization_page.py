@@ -74,17 +74,17 @@ def bar(part: int, whole: int) -> str:
 def article(title: str, *texts: tuple[str, str]) -> str:
     """Return a box with texts, each of which has a label and HTML."""
     body = "".join(
-        f'<p class="label">{label}</p><div class="text">{text}</div>' for label, text in texts
+        f'<div><p class="label">{label}</p><div class="text">{text}</div></div>'
+        for label, text in texts
     )
-    return f"<article><h3>{title}</h3>{body}</article>"
+    return f'<article><h3>{title}</h3><div class="texts">{body}</div></article>'
 
 
-def folded(boxes: list[str], open_ones: int, what: str) -> Iterator[str]:
+def folded(boxes: list[str], open_ones: int) -> Iterator[str]:
     """Yield the first boxes, and the others behind a line to open them."""
     yield from boxes[:open_ones]
-    if boxes[open_ones:]:
-        more = count(len(boxes) - open_ones, f"more {what}")
-        yield f"<details><summary>{more}</summary>{''.join(boxes[open_ones:])}</details>"
+    if more := boxes[open_ones:]:
+        yield f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>"
 
 
 # -- the sections
@@ -117,7 +117,7 @@ def extraction(found: Memorization, tokenizer: Tokenizer) -> Iterator[str]:
     known = [each for each in found.passages if each.distance <= NEAR]
     if not known:
         yield "<p class='none'>No place of the training text was continued exactly or nearly.</p>"
-    yield from folded([passage(p, tokenizer) for p in known[:MOST_PASSAGES]], 3, "place")
+    yield from folded([passage(p, tokenizer) for p in known[:MOST_PASSAGES]], 3)
 
 
 def extraction_rows(found: Memorization) -> Iterator[list[str]]:
@@ -152,7 +152,7 @@ def samples(found: Memorization, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the samples with their longest matches."""
     yield "<h2>Samples, and where they are in the training text</h2>"
     yield f"<p>{escape(matches_line(found))}.</p>"
-    yield from folded([sample(s, tokenizer) for s in found.samples], SAMPLES_OPEN, "sample")
+    yield from folded([sample(s, tokenizer) for s in found.samples], SAMPLES_OPEN)
 
 
 def sample(each: Sample, tokenizer: Tokenizer) -> str:
@@ -186,7 +186,7 @@ def overlap(found: Contamination, tokenizer: Tokenizer, dataset: Dataset) -> Ite
             ),
         )
     boxes = [stretch(each, tokenizer, dataset) for each in found.stretches]
-    yield from folded(boxes, 3, "stretch")
+    yield from folded(boxes, 3)
 
 
 def stretch(each: Stretch, tokenizer: Tokenizer, dataset: Dataset) -> str:
