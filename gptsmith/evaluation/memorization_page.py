@@ -13,7 +13,8 @@ from ..data.shards import Dataset
 from ..machine.terminal import count
 from ..tokenizers import Tokenizer
 from .contamination import GRAM, STRETCH, Contamination, Stretch
-from .memorization import CONTINUED, NEAR, Memorization, Passage, Sample
+from .extraction import CONTINUED, NEAR, Passage
+from .memorization import Memorization, Sample
 from .memorization_text import (
     by_occurrences,
     matches_line,

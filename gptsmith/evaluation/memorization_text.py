@@ -10,7 +10,8 @@ from typing import Any
 from ..machine.terminal import count
 from ..tokenizers import Tokenizer
 from .contamination import GRAM, STRETCH, Contamination
-from .memorization import CONTINUED, NEAR, Memorization, Passage, Sample
+from .extraction import CONTINUED, NEAR, Passage
+from .memorization import Memorization, Sample
 
 OCCURRENCES = (1, 1), (2, 9), (10, 99), (100, None)  # groups of passages
 MOST_SAMPLES, MOST_DOCUMENTS = 5, 5

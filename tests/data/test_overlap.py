@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptsmith.data import overlap
-from gptsmith.data.overlap import Grams, gram_hashes, longest_matches, places_of_grams
+from gptsmith.data import longest_match, overlap
+from gptsmith.data.longest_match import longest_matches
+from gptsmith.data.overlap import Grams, gram_hashes, places_of_grams
 from gptsmith.data.shards import TokenStream
 from gptsmith.data.tokenfile import ShardWriter
 
@@ -39,19 +40,23 @@ def texts(least: int, most: int) -> st.SearchStrategy[bytes]:
 
 
 # Chunks far shorter than what is sought, so that almost everything lies across their bounds.
-SIZES = st.fixed_dictionaries(
-    {
-        "CHUNK": st.sampled_from([1, 8, 64, 1 << 17]),
-        "FIRST_CHUNK": st.sampled_from([1, 5, 256]),
-        "PART": st.sampled_from([3, 17, 1 << 23]),
-        "PAIRS": st.sampled_from([2, 1 << 20]),
-    }
+CHUNKS = st.sampled_from([1, 8, 64, 1 << 17])
+
+
+@given(
+    texts(1, 300),
+    st.lists(texts(1, 40), min_size=1, max_size=5),
+    CHUNKS,
+    st.sampled_from([1, 5, 256]),
+    st.sampled_from([2, 1 << 20]),
 )
-
-
-@given(texts(1, 300), st.lists(texts(1, 40), min_size=1, max_size=5), SIZES)
-def test_longest_matches(stream: bytes, sought: list[bytes], sizes: dict[str, int]) -> None:
-    with patch.multiple(overlap, **sizes):
+def test_longest_matches(
+    stream: bytes, sought: list[bytes], chunk: int, first: int, pairs: int
+) -> None:
+    with (
+        patch.multiple(overlap, CHUNK=chunk),
+        patch.multiple(longest_match, FIRST_CHUNK=first, PAIRS=pairs),
+    ):
         found = longest_matches([array(each) for each in sought], Listed(stream))
     for each, match in zip(sought, found, strict=True):
         assert match.length == longest(each, stream)
@@ -70,12 +75,12 @@ def longest(sought: bytes, stream: bytes) -> int:
     )
 
 
-@given(texts(1, 300), texts(9, 60), st.integers(1, 9), SIZES)
-def test_places_of_grams(stream: bytes, text: bytes, n: int, sizes: dict[str, int]) -> None:
-    with patch.multiple(overlap, **sizes):
+@given(texts(1, 300), texts(9, 60), st.integers(1, 9), CHUNKS, st.sampled_from([3, 17, 1 << 23]))
+def test_places_of_grams(stream: bytes, text: bytes, n: int, chunk: int, part: int) -> None:
+    with patch.multiple(overlap, CHUNK=chunk, PART=part):
         parts = list(places_of_grams(Listed(text), Listed(stream), n))
         counts = Grams(array(text), n).counts(Listed(stream))
-    assert [start for start, _ in parts] == list(range(0, len(text), sizes["PART"]))
+    assert [start for start, _ in parts] == list(range(0, len(text), part))
     found = [place for _, places in parts for place in places]
     grams = [text[i : i + n] for i in range(len(text) - n + 1)]
     assert found == [stream.find(gram) for gram in grams] + [-1] * (n - 1)

@@ -25,7 +25,8 @@ from gptsmith.data.prepare import prepare
 from gptsmith.data.shards import Dataset
 from gptsmith.evaluation import contamination as contamination_module
 from gptsmith.evaluation.contamination import contamination
-from gptsmith.evaluation.memorization import Memorization, edit_distances, memorization
+from gptsmith.evaluation.extraction import edit_distances
+from gptsmith.evaluation.memorization import Memorization, memorization
 from gptsmith.evaluation.memorization_page import report_page
 from gptsmith.evaluation.memorization_text import report_json, report_text
 from gptsmith.tokenizers import byte_tokenizer
@@ -58,8 +59,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     draw = torch.Generator().manual_seed(0)
     with single_thread():
-        for _ in range(170):
-            batch = rows[torch.randint(len(rows), (16,), generator=draw)]
+        for _ in range(220):
+            batch = rows[torch.randint(len(rows), (10,), generator=draw)]
             model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -186,8 +187,12 @@ def test_reports(place: Path) -> None:
     found = remembered(place, place / "halves", places=30)
     tokenizer = byte_tokenizer()
     report = json.loads(json.dumps(report_json(found, tokenizer)))
-    assert report["overlap"]["documents"] == 14
-    assert report["overlap"]["whole"] == report["overlap"]["touched"] == 13
+    texts = [*LEARNED, *sentences(1, 7)]
+    held_out = texts[4::10]
+    learned = [text for i, text in enumerate(texts) if i % 10 != 4]
+    known = sum(text in learned for text in held_out)
+    assert report["overlap"]["documents"] == len(held_out) == 15
+    assert report["overlap"]["whole"] == report["overlap"]["touched"] == known == 12
     assert [each["prompt_tokens"] for each in report["extraction"]["held_out"]] == [16, 32, 64]
     passage = next(each for each in report["passages"] if each["distance"] == 0)
     assert passage["written"] == passage["wanted"] == PLANTED[0][64:]
@@ -196,7 +201,7 @@ def test_reports(place: Path) -> None:
     text = report_text(found, tokenizer)
     assert text.startswith("Given 64 tokens of its training text, the model continues ")
     assert repr(sample["match"]["text"]) in text
-    assert "of 14 documents, 13 have such a stretch and 13 consist of them" in text
+    assert "of 15 documents, 12 have such a stretch and 12 consist of them" in text
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +295,14 @@ def test_bad_input_is_one_line(
         list(prepare(["short.jsonl"], "char", Path("chars")))
     if line.startswith("classifier"):
         Path("rows.jsonl").write_text(
-            "".join(json.dumps({"text": "ab" * n, "label": "ab"[n % 2]}) + "\n" for n in range(30))
+            "".join(
+                json.dumps({"text": "ab" * (n + 1), "label": "ab"[n % 2]}) + "\n" for n in range(30)
+            )
         )
-        toy = "--n-layer 1 --n-head 1 --n-embd 4 --context-length 16 --steps 1 --dtype float32"
+        toy = (
+            "--n-layer 1 --n-head 1 --n-embd 4 --context-length 16 --steps 1 --warmup-steps 0 "
+            "--dtype float32 --threads 1 --fused no --attention kernel --sample-tokens 0"
+        )
         assert main(f"finetune fresh --data rows.jsonl --out classifier {toy}".split()) == 0
     capsys.readouterr()
     assert main(f"evaluate {line} --memorization".split()) == 2
