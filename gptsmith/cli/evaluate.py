@@ -44,7 +44,7 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Measure the loss of a model on a text."""
     settings, text = chosen(options, EvaluateSettings), chosen(options, PrepareSettings)
-    if wants_memorization(options):
+    if wants_memorization(options, EvaluateSettings):
         evaluate_memorization(options, options.model, settings.data, settings.json)
         return
     from ..evaluation.heldout import evaluate

@@ -39,14 +39,22 @@ def add_memorization_flags(parser: Parser) -> None:
     add_flags(parser, MemorizationSettings)
 
 
-def wants_memorization(options: Namespace) -> bool:
-    """Return whether `--memorization` is given; SettingError for flags that only it has."""
-    if chosen(options, ReportSettings).memorization:
-        return True
-    others = {*given(options, ReportSettings, MemorizationSettings), "validation_fraction"}
-    for name in sorted((others & {*vars(options)}) - {"memorization"}):
-        raise SettingError(name, "has no effect without --memorization: add it, or leave this out")
-    return False
+def wants_memorization(options: Namespace, *others: type) -> bool:
+    """Return whether `--memorization` is given.
+
+    SettingError for flags that only it has, or with it for those of `others`, which are dataclasses
+    of what else can be evaluated.
+    """
+    wanted = chosen(options, ReportSettings).memorization
+    if wanted:
+        names, advice = {*given(options, *others)} - {"data", "json"}, "with --memorization"
+    else:
+        names = {*given(options, ReportSettings, MemorizationSettings)} - {"memorization"}
+        names |= {"validation_fraction"} & {*vars(options)}
+        advice = "without --memorization"
+    for name in sorted(names):
+        raise SettingError(name, f"has no effect {advice}: leave it out")
+    return wanted
 
 
 def evaluate_memorization(options: Namespace, name: str, data: str, as_json: bool) -> None:
@@ -56,7 +64,8 @@ def evaluate_memorization(options: Namespace, name: str, data: str, as_json: boo
     from ..machine.files import write_text
 
     place, settings = chosen(options, ReportSettings), chosen(options, MemorizationSettings)
-    _, model, tokenizer, decoder = open_writer(options, name)
+    here = Namespace(**{**vars(options), "model": name})
+    _, model, tokenizer, decoder = open_writer(here, name)
     from ..evaluation.memorization import memorization
     from ..evaluation.memorization_page import report_page
     from ..evaluation.memorization_text import report_json, report_text

@@ -274,6 +274,7 @@ def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ("model --data nowhere", "no file, folder or built-in text 'nowhere'"),
         ("model --data short --report no/where.html", "create the folder no first"),
         ("model --data short --report short", "--report is short, a folder: name a file"),
+        ("model --data short --split train", "--split has no effect with --memorization: leave it"),
         ("model --data short --places 0", "--places is 0: at least 1 is needed"),
         ("classifier --data short", "is a classifier"),
     ],
