@@ -182,9 +182,14 @@ def tokens_of_grams(text: bytes, train: bytes, n: int) -> list[bool]:
 # -- reports
 
 
+@pytest.fixture(scope="module")
+def found(place: Path) -> Memorization:
+    """What is reported."""
+    return remembered(place, place / "halves", places=30)
+
+
 @pytest.mark.slow
-def test_reports(place: Path) -> None:
-    found = remembered(place, place / "halves", places=30)
+def test_reports(found: Memorization) -> None:
     tokenizer = byte_tokenizer()
     report = json.loads(json.dumps(report_json(found, tokenizer)))
     texts = [*LEARNED, *sentences(1, 7)]
@@ -205,14 +210,13 @@ def test_reports(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(place: Path) -> Iterator[Any]:
+def page(place: Path, found: Memorization) -> Iterator[Any]:
     """The report in a browser, and all that it asked for or said."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.fail("the page is tested in a browser: no chromium and no google-chrome on the PATH")
-    found = remembered(place, place / "halves", places=30)
     html = report_page(found, byte_tokenizer(), Dataset.open(place / "halves"), "<b>my</b> & model")
     (place / "report.html").write_text(html, encoding="utf-8")
     with sync_playwright() as playwright:
