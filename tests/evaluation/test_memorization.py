@@ -26,7 +26,13 @@ from gptsmith.data.shards import Dataset
 from gptsmith.evaluation import contamination as contamination_module
 from gptsmith.evaluation.contamination import contamination
 from gptsmith.evaluation.extraction import edit_distances
-from gptsmith.evaluation.memorization import Memorization, memorization
+from gptsmith.evaluation.memorization import (
+    Memorization,
+    matches_of,
+    memorization,
+    sample,
+    with_documents,
+)
 from gptsmith.evaluation.memorization_page import report_page
 from gptsmith.evaluation.memorization_text import report_json, report_text
 from gptsmith.tokenizers import byte_tokenizer
@@ -102,17 +108,6 @@ def test_what_was_seen_more_often_is_remembered_better(place: Path) -> None:
     longest = found.train[-1]
     assert (longest.prompt_tokens, longest.places) == (64, 140)
     assert longest.exact == sum(p.distance == 0 for p in found.passages) >= 100
-    # Samples are mostly of the sentence that was most of the text, and are found at its place.
-    sample = found.samples[0]
-    assert sample.match.length > 60
-    assert sample.occurrences == 100
-    text = "".join(f"{text}\0" for text in LEARNED)
-    own = bytes(sample.tokens[sample.match.start :][: sample.match.length]).decode()
-    assert text.index(own) == sample.match.place == sample.shard_token
-    assert sample.document == text[: sample.match.place].count("\0") == 0
-    assert sample.shard == "train_000000.bin"
-    stop = sample.match.place + sample.match.length
-    assert bytes(sample.after[:30]).decode() == text[stop : stop + 30].partition("\0")[0]
     assert found.held_out == found.reference == []
     assert found.contamination is None
 
@@ -129,6 +124,20 @@ def test_a_model_of_another_text_remembers_nothing(place: Path, tmp_path: Path) 
     assert found.contamination
     assert found.contamination.in_grams == found.contamination.touched == 0
     assert len(data.train) == 97 * 100
+
+
+def test_where_a_sample_is(tmp_path: Path) -> None:
+    """In the third shard, the 21st document: up to its end, not beyond."""
+    texts = sentences(3, 50)
+    train = prepared(tmp_path / "data", texts, shard_tokens=1000).train
+    flat = [token for text in texts for token in (*text.encode(), END)]
+    drawn = np.array([[*b"zzz", *flat[2010:2060], *b"zz"]])
+    matches, reference = matches_of(drawn, train, None, END)
+    assert (matches, reference) == ([(26, 3, 2010)], [])
+    (found,) = with_documents([sample(drawn[0], matches[0], None, train)], train, END)
+    assert (found.shard, found.shard_token, found.document) == ("train_000002.bin", 10, 20)
+    assert found.before == flat[1970:2010]
+    assert found.after == flat[2036:2076]
 
 
 @given(st.lists(texts(1, 7), min_size=2, max_size=2))
