@@ -18,7 +18,7 @@ from .opening import CLASSIFIER_HELP, open_model
 
 SHOWN = 5  # labels of a line that is no JSON
 # Not asked of texts that are read once.
-PREPARING = ("validation_fraction", "shard_tokens", "workers")
+PREPARING = ("validation_fraction", "deduplicate", "shard_tokens", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The verb that measures models on a text, alone and against one another: evaluate."""
+"""The verb that measures models, on a text or a task, and against one another: evaluate."""
 
 import json
 from argparse import Namespace
@@ -10,6 +10,11 @@ from typing import Any
 
 from ..config.fields import REQUIRED, SettingError, at_least, setting
 from ..config.settings import InferenceSettings, PrepareSettings, Split
+from .evaluate_memorization import (
+    add_memorization_flags,
+    evaluate_memorization,
+    wants_memorization,
+)
 from .evaluate_tasks import TaskSettings, evaluate_tasks
 from .flags import Parser, add_flags, chosen, given
 from .opening import DATA_HELP, MODEL_HELP, open_model, verified
@@ -73,19 +78,25 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     add_flags(parser, EvaluateSettings)
     add_flags(parser, TaskSettings)
-    add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
+    add_memorization_flags(parser)
+    add_flags(parser, PrepareSettings, without=("deduplicate", "shard_tokens"))
     add_flags(parser, InferenceSettings, without=("compile",))
 
 
 def run(options: Namespace) -> None:
-    """Measure the loss of models on a text, or their answers, and compare them."""
+    """Measure the loss of models on a text, their answers, or what one remembers."""
     settings = chosen(options, EvaluateSettings)
-    if chosen(options, TaskSettings).task is None:
+    if wants_memorization(options, EvaluateSettings, TaskSettings):
+        model, *others = options.models
+        if others:
+            raise ValueError(f"--memorization is of one model: leave out {' '.join(others)}")
+        evaluate_memorization(options, model, settings.data, settings.json)
+    elif chosen(options, TaskSettings).task is None:
         evaluate_text(options, settings)
-        return
-    for name in given(options, EvaluateSettings).keys() - {"data", "against", "json"}:
-        raise SettingError(name, "is for the loss on a text: leave it out, or --task")
-    evaluate_tasks(options, settings.data, settings.against, as_json=settings.json)
+    else:
+        for name in given(options, EvaluateSettings).keys() - {"data", "against", "json"}:
+            raise SettingError(name, "is for the loss on a text: leave it out, or --task")
+        evaluate_tasks(options, settings.data, settings.against, as_json=settings.json)
 
 
 def evaluate_text(options: Namespace, settings: EvaluateSettings) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.fields import setting
 from ..config.recipe import short_name
 from ..config.settings import PrepareSettings
-from ..machine.terminal import Display, duration, tell
+from ..machine.terminal import Display, count, duration, size, tell
 from .flags import Parser, add_flags, chosen
 from .opening import SOURCE_HELP
 
@@ -50,6 +50,9 @@ def run(options: Namespace) -> None:
     finally:
         display.close_bar()
     dataset = Dataset.open(out)
+    if dropped := dataset.info.get("dropped"):
+        lost = f"{count(dropped['documents'], 'document')}, {size(dropped['bytes'])} of text"
+        tell(f"dropped exact repeats of earlier documents: {lost}")
     held_out = 0 if dataset.validation is None else len(dataset.validation)
     tell(
         f"{len(dataset.train):,} training tokens and {held_out:,} validation tokens, in "

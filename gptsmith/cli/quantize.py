@@ -39,7 +39,8 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("out", metavar="OUT", help="new folder")
     add_flags(parser, QuantizeSettings)
-    add_flags(parser, PrepareSettings, without=("validation_fraction", "shard_tokens"))
+    others = ("validation_fraction", "deduplicate", "shard_tokens")
+    add_flags(parser, PrepareSettings, without=others)
 
 
 def run(options: Namespace) -> None:

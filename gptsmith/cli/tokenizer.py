@@ -27,7 +27,7 @@ def arguments(parser: Parser) -> None:
     """Add the arguments of `gptsmith tokenizer`."""
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     add_flags(parser, TokenizerSettings)
-    others = ("unknown", "validation_fraction", "workers", "shard_tokens")  # for encoding only
+    others = ("unknown", "validation_fraction", "deduplicate", "workers", "shard_tokens")
     add_flags(parser, PrepareSettings, without=others)
 
 

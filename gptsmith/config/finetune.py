@@ -27,6 +27,7 @@ ONLY_FOR: dict[str, Sequence[Task]] = {
     "epochs": [*EXAMPLE_KINDS],
     "beta": ("preference",),
     "batch_tokens": ("text",),
+    "deduplicate": ("text",),
 }
 COLUMNS_HELP = "names of the columns of a .csv or .tsv file that has no header"
 LORA_TARGETS = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"

@@ -56,6 +56,7 @@ class PrepareSettings:
     validation_fraction: float = setting(
         0.1, "fraction of the documents held out for validation; of each text, where there are few"
     )
+    deduplicate: bool = setting(False, "drop documents that repeat an earlier one exactly")
     workers: int | None = setting(None, "threads that encode (default: one per core)")
     shard_tokens: int = setting(100_000_000, "tokens per shard file")
 
@@ -244,6 +245,24 @@ class SamplingSettings:
 
 
 GREEDY = SamplingSettings(temperature=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorizationSettings:
+    """What is tried to find out what a model remembers of its training text."""
+
+    places: int = setting(
+        200, "places of the training and of the held-out text that the model continues"
+    )
+    samples: int = setting(20, "texts that the model generates, to look for in the training text")
+    sample_tokens: int | None = setting(
+        None, "tokens of each sample (default: 200, or the context if that is less)"
+    )
+    seed: int = setting(0, "random seed of the places and samples")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "places", "samples", "sample_tokens")
+        at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,12 @@ from ..machine.files import write_json, written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
 from .documents import text_bytes
 from .encode import encode_all
+from .repeats import (
+    documents_in_training,
+    repeats_of_earlier,
+    stretches_in_training,
+    warnings_of,
+)
 from .shards import (
     DATASET_FORMAT,
     DATASET_VERSION,
@@ -40,7 +46,7 @@ REPORT_SECONDS = 0.1  # between two reports of progress
 
 
 class Progress(NamedTuple):
-    """The progress of preparing; if characters are learned first, all bytes count twice."""
+    """The progress of preparing; bytes that are read again, to learn from them, count again."""
 
     bytes_done: int
     bytes_total: int
@@ -88,38 +94,44 @@ def preparing(
     if options.field != "text" and not any(source.has_rows for source in sources):
         warnings.warn("--field has no effect: no source has rows", stacklevel=2)
     size = sum(source.size for source in sources)
-    total = 2 * size if tokenizer == "char" else size
+    done, total = 0, size * (1 + (tokenizer == "char") + options.deduplicate)
+    repeated = b""
+    if options.deduplicate:
+        comparing = Reader(sources, replace(options, validation_fraction=0.0))
+        for _ in comparing.passages():
+            yield comparing.read, total, 0
+        repeated, done = repeats_of_earlier(comparing.digests[False]), size
     if tokenizer == "char":
         characters: set[str] = set()
-        learning = Reader(sources, options, "\n")
+        learning = Reader(sources, options, "\n", repeated)
         for passage in learning.passages():
             characters.update(passage.text)
-            yield learning.read, total, 0
-        tokenizer = char_tokenizer(characters)
+            yield done + learning.read, total, 0
+        tokenizer, done = char_tokenizer(characters), done + size
     elif isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer)
-    if out.exists() and (there := made_before(out, sources, tokenizer, options)):
+    reader = Reader(sources, options, separator_for(tokenizer, sources), repeated)
+    if out.exists() and (there := made_before(out, reader, tokenizer)):
         yield total, total, len(there.train) + len(there.validation or ())
         return
     check_disk(out, sources, tokenizer, options.field)
     tokens = 0
     with written_whole(out, manifest=False) as folder:
-        for read, tokens in write_dataset(folder, sources, tokenizer, options):
-            yield total - size + read, total, tokens
+        for tokens in write_dataset(folder, reader, tokenizer):
+            yield done + reader.read, total, tokens
     yield total, total, tokens
 
 
 # -- before writing
 
 
-def described(
-    sources: Sequence[Source], sums: Sequence[str], tokenizer: Tokenizer, options: PrepareSettings
-) -> dict[str, Any]:
+def described(reader: Reader, sums: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the part of dataset.json that the arguments determine.
 
     `sums` are the SHA-256 of the sources.
     """
-    rule, sentence = split_rule(sources, options)
+    sources, options = reader.sources, reader.options
+    rule, sentence = split_rule(sources, options, reader.repeated)
     settings = {name: value for name, value in asdict(options).items() if name != "workers"}
     return {
         "format": DATASET_FORMAT,
@@ -138,14 +150,12 @@ def described(
     }
 
 
-def made_before(
-    out: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
-) -> Dataset | None:
+def made_before(out: Path, reader: Reader, tokenizer: Tokenizer) -> Dataset | None:
     """Return the dataset in `out` if the same arguments made it; ValueError if others did."""
     info = prepared_info(out)
     if not info:
         return None
-    asked = described(sources, [source.sha256() for source in sources], tokenizer, options)
+    asked = described(reader, [source.sha256() for source in reader.sources], tokenizer)
     # What an older version did not know of had its default.
     there = info | {"settings": asdict(PrepareSettings()) | (info.get("settings") or {})}
     there["settings"].pop("workers")
@@ -176,11 +186,9 @@ def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field
 # -- writing
 
 
-def write_dataset(
-    folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, options: PrepareSettings
-) -> Iterator[tuple[int, int]]:
-    """Write shards, tokenizer and dataset.json to a folder; yield bytes read and tokens so far."""
-    reader = Reader(sources, options, separator_for(tokenizer, sources))
+def write_dataset(folder: Path, reader: Reader, tokenizer: Tokenizer) -> Iterator[int]:
+    """Write shards, tokenizer and dataset.json to a folder; yield the number of tokens so far."""
+    options = reader.options
     workers = checked_threads("workers", options.workers)
     encoded = encode_all(reader.passages(), tokenizer, unknown=options.unknown, workers=workers)
     sizes = tokenizer.vocab_size, options.shard_tokens
@@ -192,9 +200,9 @@ def write_dataset(
         for train_ids, validation_ids in encoded:
             train.write(train_ids)
             validation.write(validation_ids)
-            yield reader.read, train.tokens + validation.tokens
+            yield train.tokens + validation.tokens
     reader.bad_rows.warn()
-    names = ", ".join(source.name for source in sources[:3])
+    names = ", ".join(source.name for source in reader.sources[:3])
     if not train.tokens:
         raise ValueError(f"{names} has too little text to train on: use more")
     if options.validation_fraction and not validation.tokens:
@@ -202,14 +210,37 @@ def write_dataset(
             f"{names} has too little text to hold out {options.validation_fraction:.4g} of it: "
             "use a larger --validation-fraction, or 0"
         )
-    info = described(sources, reader.sums, tokenizer, options)
+    info = described(reader, reader.sums, tokenizer)
     for writer, size, documents in zip(
         (train, validation), reader.bytes, reader.documents, strict=True
     ):
         split = {"tokens": writer.tokens, "bytes": size, "documents": documents}
         info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
+    if options.deduplicate:
+        info["dropped"] = {"documents": sum(reader.repeated), "bytes": reader.dropped_bytes}
+    if validation.tokens:
+        info["overlap"] = overlap_of(reader, train, validation, tokenizer)
     tokenizer.save(folder)
     write_json(folder / INFO, info)
+
+
+def overlap_of(
+    reader: Reader, train: ShardWriter, validation: ShardWriter, tokenizer: Tokenizer
+) -> dict[str, int]:
+    """Return how much of the validation text is in the training text too; warn of much."""
+    learned, held_out = (
+        TokenStream([each.folder / shard["file"] for shard in each.shards], mapped_bytes=1 << 24)
+        for each in (train, validation)
+    )
+    sought, found = stretches_in_training(learned, held_out, tokenizer.document_end)
+    overlap = {
+        "documents": documents_in_training(*reader.digests),
+        "stretches": sought,
+        "repeated_stretches": found,
+    }
+    for warning in warnings_of(overlap, reader.documents[True]):
+        warnings.warn(warning, stacklevel=2)
+    return overlap
 
 
 def separator_for(tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
@@ -257,3 +288,21 @@ def opened_tokens(
         for _ in prepare([str(data)], tokenizer, folder, options=whole):
             pass
         yield Dataset.open(folder).train
+
+
+@contextmanager
+def opened_splits(
+    data: str | Path, tokenizer: Tokenizer, *, options: PrepareSettings | None = None
+) -> Iterator[Dataset]:
+    """Yield DATA as a run learns it: a prepared folder, or a text that is prepared like a run's.
+
+    The text's dataset is in a temporary folder, which is removed at the end.
+    """
+    if is_dataset(Path(data)):
+        yield Dataset.open(Path(data))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "data"
+        for _ in prepare([str(data)], tokenizer, folder, options=options):
+            pass
+        yield Dataset.open(folder)

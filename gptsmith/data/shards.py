@@ -33,8 +33,8 @@ TOUCHED_BYTES = 1 << 17  # that the system may map around one small read
 class TokenStream:
     """Several shards as one sequence of token ids; threads may read it in parallel."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], *, mapped_bytes: int | None = None) -> None:
+        self.paths, self.mapped_bytes = list(paths), mapped_bytes
         self.layouts = [layout(path) for path in self.paths]
         counts = [each.tokens for each in self.layouts]
         self.ends = np.cumsum(counts, dtype=np.int64)  # the end of each shard in the sequence
@@ -51,14 +51,16 @@ class TokenStream:
         tokens = np.empty(stop - start, np.int64)
         done = start
         while done < stop:
-            shard = int(np.searchsorted(self.ends, done, side="right"))
-            first = int(self.ends[shard]) - self.layouts[shard].tokens  # the shard's first token
-            end = min(stop, int(self.ends[shard]))
-            tokens[done - start : end - start] = self._mapped(shard, end - done)[
-                done - first : end - first
-            ]
-            done = end
+            shard, within = self.place_of(done)
+            count = min(stop - done, self.layouts[shard].tokens - within)
+            tokens[done - start :][:count] = self._mapped(shard, count)[within : within + count]
+            done += count
         return tokens
+
+    def place_of(self, token: int) -> tuple[int, int]:
+        """Return the number of the shard that has a token of the sequence, and its number there."""
+        shard = int(np.searchsorted(self.ends, token, side="right"))
+        return shard, token - int(self.ends[shard]) + self.layouts[shard].tokens
 
     def _mapped(self, shard: int, count: int) -> np.ndarray:
         """Return a shard's memory map. From time to time all are closed, which frees memory."""
@@ -66,7 +68,7 @@ class TokenStream:
         with self._lock:
             self._touched += count * dtype.itemsize + TOUCHED_BYTES
             full = len(self._maps) >= OPEN_SHARDS and shard not in self._maps
-            if full or self._touched > MAPPED_BYTES:
+            if full or self._touched > (self.mapped_bytes or MAPPED_BYTES):
                 self._maps.clear()
                 self._touched = 0
             if shard not in self._maps:

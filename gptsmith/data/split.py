@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..config.settings import PrepareSettings
 from .documents import Chunk, read_documents
+from .repeats import new_digest
 from .rows import BadRows
 from .sources import Source
 
@@ -24,17 +25,21 @@ class Passage(NamedTuple):
     offset: int = 0  # characters of the document before it, once `stretches` has counted them
 
 
-def split_rule(sources: Sequence[Source], options: PrepareSettings) -> tuple[str, str]:
+def split_rule(
+    sources: Sequence[Source], options: PrepareSettings, repeated: bytes = b""
+) -> tuple[str, str]:
     """Return the rule that chooses the validation text, and a sentence that explains it.
 
     Whole documents are held out if there are enough of them; else the tail of each document.
+    `repeated` says which are dropped, as for `Reader`.
     """
     fraction = options.validation_fraction
     if fraction == 0:
         return "none", "nothing is held out"
-    if has_both_splits(sources, options):
+    if has_both_splits(sources, options, repeated):
+        dropped = " and without repeats" if options.deduplicate else ""
         return "documents", (
-            f"document i, counted from 0 in the order of the sources, is held out where "
+            f"document i, counted from 0 in the order of the sources{dropped}, is held out where "
             f"floor((i + 1) * {fraction} + 0.5) > floor(i * {fraction} + 0.5)"
         )
     return "tail", (
@@ -43,19 +48,22 @@ def split_rule(sources: Sequence[Source], options: PrepareSettings) -> tuple[str
     )
 
 
-def has_both_splits(sources: Sequence[Source], options: PrepareSettings) -> bool:
+def has_both_splits(sources: Sequence[Source], options: PrepareSettings, repeated: bytes) -> bool:
     """Return whether holding out whole documents leaves some to train on, and some held out.
 
     Only as many documents are read as it takes.
     """
     splits: set[bool] = set()
-    documents = 0
+    number = documents = 0  # of all, and of those that are not dropped
     for source in sources:
         ends: Iterable[bool] = [True]  # a plain text is one document
         if source.has_rows:
             chunks = read_documents(source, field=options.field, encoding=options.encoding)
             ends = (chunk.ends for chunk in chunks)
         for _ in filter(None, ends):
+            number += 1
+            if repeated and repeated[number - 1]:
+                continue
             splits.add(is_held_out(documents, options.validation_fraction))
             documents += 1
             if len(splits) == 2:
@@ -77,43 +85,62 @@ class Reader:
     """Reads all text of the sources, and keeps account of what was read."""
 
     def __init__(
-        self, sources: Sequence[Source], options: PrepareSettings, separator: str = ""
+        self,
+        sources: Sequence[Source],
+        options: PrepareSettings,
+        separator: str = "",
+        repeated: bytes = b"",
     ) -> None:
-        """Each of several documents ends with `separator`, where no token of its own does that."""
+        """Each of several documents ends with `separator`, where no token of its own does that.
+
+        `repeated` has a byte for each document, in order: 1 if it is dropped. Empty: none is.
+        """
         self.sources, self.options = sources, options
         self.separator = separator if has_documents(sources) else ""
+        self.repeated = repeated
         self.read = 0  # bytes of all sources
         self.sums: list[str] = []  # SHA-256 of each source
         self.bytes, self.documents = [0, 0], [0, 0]  # of the train and the validation text
+        self.digests = bytearray(), bytearray()  # of their documents, where these are whole
+        self.dropped_bytes = 0
         self.bad_rows = BadRows(options.bad_rows)
 
     def passages(self) -> Iterator[Passage]:
         """Yield the text of all sources, in order, a megabyte or a row at a time."""
         fraction = self.options.validation_fraction
-        rule, _ = split_rule(self.sources, self.options)
-        documents = 0  # so far
+        rule, _ = split_rule(self.sources, self.options, self.repeated)
+        number = documents = 0  # of all so far, and of those that are not dropped
         for source in self.sources:
-            first, before, digest = documents, self.read, hashlib.sha256()
+            first, before, sha256 = number, self.read, hashlib.sha256()
             splits: set[bool] = set()  # that have text of this document
-            last = ""  # text of this document
-            for chunk, in_tail in self.chunks(source, rule == "tail", digest):
+            last, digest = "", new_digest()  # text of this document
+            for chunk, in_tail in self.chunks(source, rule == "tail", sha256):
                 if chunk.problem:
                     self.bad_rows.add(chunk.problem)
                     continue
-                held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
                 self.read = before + chunk.read
+                data = chunk.text.encode()
+                if self.repeated and self.repeated[number]:
+                    self.dropped_bytes += len(data)
+                    number += chunk.ends
+                    continue
+                held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
+                digest.update(data)
                 text, last = chunk.text, chunk.text or last
                 if chunk.ends and not last.endswith(self.separator):
                     text += self.separator
-                self.bytes[held_out] += len(text.encode())
+                self.bytes[held_out] += len(data) + len(text) - len(chunk.text)
                 self.documents[held_out] += held_out not in splits
                 splits.add(held_out)
-                number = f", document {documents - first + 1}" if source.has_rows else ""
-                yield Passage(text, held_out, chunk.ends, source.name + number)
+                place = f", document {number - first + 1}" if source.has_rows else ""
+                yield Passage(text, held_out, chunk.ends, source.name + place)
                 if chunk.ends:
-                    documents, splits, last = documents + 1, set(), ""
+                    if rule != "tail":
+                        self.digests[held_out].extend(digest.digest())
+                    number, documents = number + 1, documents + 1
+                    splits, last, digest = set(), "", new_digest()
             self.read = before + source.size
-            self.sums.append(digest.hexdigest())
+            self.sums.append(sha256.hexdigest())
 
     def chunks(
         self, source: Source, tails: bool, digest: "hashlib._Hash"

@@ -234,6 +234,7 @@ def test_dataset_json_says_what_it_was_made_of(tmp_path):
         "encoding": "utf-8",
         "unknown": "error",
         "validation_fraction": 0.1,
+        "deduplicate": False,
         "shard_tokens": 40,
     }
     tokenizer = load_tokenizer(tmp_path / "out")
@@ -356,11 +357,12 @@ def test_a_field_without_rows_is_said(tmp_path):
         made(tmp_path / "a.txt", "byte", tmp_path / "out", field="body")
 
 
-def test_a_dataset_of_before_a_setting_is_the_same(tmp_path):
+@pytest.mark.parametrize("setting", ["bad_rows", "deduplicate"])
+def test_a_dataset_of_before_a_setting_is_the_same(tmp_path, setting):
     (tmp_path / "a.txt").write_text("some words " * 20)
     made(tmp_path / "a.txt", "byte", tmp_path / "out")
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    del info["settings"]["bad_rows"]
+    del info["settings"][setting]
     (tmp_path / "out" / "dataset.json").write_text(json.dumps(info))
     made(tmp_path / "a.txt", "byte", tmp_path / "out")
 
