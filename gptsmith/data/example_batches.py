@@ -39,8 +39,16 @@ class ExampleBatches:
     """
 
     def __init__(
-        self, examples: Rows, rows: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        examples: Rows,
+        rows: int,
+        *,
+        seed: int,
+        noise: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        """With `noise`, that share of an example's tokens is replaced by others of its own."""
         if not world_size <= rows <= len(examples):
             raise SettingError(
                 "batch_rows",
@@ -48,6 +56,7 @@ class ExampleBatches:
                 "from) is needed",
             )
         self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
+        self.noise = noise
         self.epoch_steps = len(examples) // rows
         self.mine = np.arange(rank, rows, world_size)
         self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
@@ -60,7 +69,12 @@ class ExampleBatches:
         """
         numbers = self.numbers(step)
         longest = int(self.examples.lengths[numbers].max())
-        return padded([self.examples.read(int(number)) for number in numbers[self.mine]], longest)
+        examples = [self.examples.read(int(number)) for number in numbers[self.mine]]
+        if self.noise:
+            for example, place in zip(examples, self.mine.tolist(), strict=True):
+                choose = np.random.default_rng([self.seed, step, place])
+                example[:] = [(noisy(ids, self.noise, choose), wanted) for ids, wanted in example]
+        return padded(examples, longest)
 
     def numbers(self, step: int) -> np.ndarray:
         """Return the examples of a step's global batch, the longest first.  -> (rows,)"""
@@ -73,6 +87,12 @@ class ExampleBatches:
     def tokens(self, step: int) -> int:
         """Return the tokens of a step's global batch, of the longest row of each example."""
         return int(self.examples.lengths[self.numbers(step)].sum())
+
+
+def noisy(tokens: np.ndarray, share: float, choose: np.random.Generator) -> np.ndarray:
+    """Replace about a share of the tokens by others of the same row, drawn at random.  (T,)"""
+    T = len(tokens)
+    return np.where(choose.random(T) < share, tokens[choose.integers(0, T, T)], tokens)
 
 
 def padded(

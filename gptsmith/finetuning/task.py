@@ -130,9 +130,14 @@ class ExampleTask:
 
     def batches(self, model: GPT) -> ExampleBatches:
         """Return the batches of examples of this process."""
-        training, rows = self.settings.training, self.settings.finetune.batch_rows
+        finetune = self.settings.finetune
         return ExampleBatches(
-            self.splits["train"], rows, seed=training.seed, rank=rank(), world_size=world_size()
+            self.splits["train"],
+            finetune.batch_rows,
+            seed=self.settings.training.seed,
+            noise=finetune.token_noise if self.examples.labels else 0.0,
+            rank=rank(),
+            world_size=world_size(),
         )
 
     def begin(self, trainer: Evaluating, display: Display) -> None:
