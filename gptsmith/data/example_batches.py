@@ -34,8 +34,8 @@ class ExampleBatches:
     """Batches of `rows` examples, each at most once per epoch, in a seeded order.
 
     What is left over when an epoch's examples do not divide into batches, others in each epoch, is
-    passed over. A batch is drawn at random, since examples of one length are often of one kind;
-    within it the longest come first, so that a micro-batch of the shorter ones can be cut.
+    passed over. Within a batch the longest come first, so that a micro-batch of the shorter ones
+    can be cut.
     """
 
     def __init__(
@@ -44,11 +44,15 @@ class ExampleBatches:
         rows: int,
         *,
         seed: int,
+        group: int = 1,
         noise: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """With `noise`, that share of an example's tokens is replaced by others of its own."""
+        """The examples of each `group` batches are sorted by length, so that a batch's are alike.
+
+        With `noise`, that share of an example's tokens is replaced by others of its own.
+        """
         if not world_size <= rows <= len(examples):
             raise SettingError(
                 "batch_rows",
@@ -56,7 +60,7 @@ class ExampleBatches:
                 "from) is needed",
             )
         self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
-        self.noise = noise
+        self.group, self.noise = group, noise
         self.epoch_steps = len(examples) // rows
         self.mine = np.arange(rank, rows, world_size)
         self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
@@ -79,10 +83,14 @@ class ExampleBatches:
     def numbers(self, step: int) -> np.ndarray:
         """Return the examples of a step's global batch, the longest first.  -> (rows,)"""
         epoch, place = divmod(step, self.epoch_steps)
-        *keys, _ = epoch_words(self.seed, epoch)
-        places = range(place * self.rows, (place + 1) * self.rows)
+        *keys, word = epoch_words(self.seed, epoch)
+        group, turn = divmod(place, self.group)
+        first, last = group * self.group, min((group + 1) * self.group, self.epoch_steps)
+        places = range(first * self.rows, last * self.rows)
         numbers = np.array([permuted(each, len(self.examples), keys) for each in places])
-        return numbers[np.argsort(-self.examples.lengths[numbers], kind="stable")]
+        numbers = numbers[np.argsort(-self.examples.lengths[numbers], kind="stable")]
+        chosen = permuted(turn, last - first, [key ^ word for key in keys])
+        return numbers.reshape(-1, self.rows)[chosen]
 
     def tokens(self, step: int) -> int:
         """Return the tokens of a step's global batch, of the longest row of each example."""
