@@ -31,6 +31,12 @@ BASE = (
     "--batch-tokens 4096 --steps 300 --sample-tokens 0 --evaluate-tokens 20000"
 )
 
+FOLLOW = (  # the book's split, and Muon, which learns more from few passes
+    "--validation-fraction 0.05 --test-fraction 0.1 --epochs 4 --optimizer muon "
+    "--muon-learning-rate 0.02 --muon-momentum 0.9 --learning-rate 0.003 --weight-decay 0 "
+    "--schedule wsd --decay-fraction 0.8 --warmup-steps 20"
+)
+
 
 def typed(*words: object) -> float:
     """Run a command of gptsmith; return its seconds. ValueError if it fails."""
@@ -108,16 +114,22 @@ def instructions(source: Path, folder: Path, more: list[str], results: Results) 
     base = folder / "base"
     if not base.exists():
         typed(*BASE.split(), "--out", base)
-    words = "--validation-fraction 0.05 --test-fraction 0.1 --learning-rate 1e-3 --epochs 3".split()
-    found = tuned(folder / "instructions", base, "--data", source, *words, *more)
+    found = tuned(folder / "instructions", base, "--data", source, *FOLLOW.split(), *more)
     results.add({"what": "instructions", **found})
-    print(f"test loss {found['loss']:.4f} (validation first {found['first']['validation']}), "
-          f"{found['ended']} of {found['answers']} answers ended")  # fmt: skip
+    first = found["first"]["validation"]
+    print(f"validation loss {first['validation_loss']:.4f} at step {first['step']}, test loss "
+          f"{found['loss']:.4f}, {found['ended']} of {found['answers']} answers ended; "
+          "these did not:")  # fmt: skip
+    answers = (folder / "instructions" / "answers.jsonl").read_text(encoding="utf-8")
+    for row in map(json.loads, answers.splitlines()):
+        if not row["ended"]:
+            print(f"wanted: {row['wanted']}\nanswer: {row['answer']}")
 
 
 def preferences(source: Path, model: Path, folder: Path, more: list[str], results: Results) -> None:
     """DPO on pairs of answers."""
-    found = tuned(folder / "preferences", model, "--data", source, "--beta", 0.1, *more)
+    words = ["--beta", 0.1, "--learning-rate", 2e-4, *more]
+    found = tuned(folder / "preferences", model, "--data", source, *words)
     results.add({"what": "preferences", **found})
     print(f"begins at {found['first']['loss']:.6f}, reward accuracy {found['accuracy']:.4f}")
 

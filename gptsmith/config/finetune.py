@@ -44,9 +44,10 @@ class FinetuneSettings:
     )
     template: str = setting(
         "auto",
-        "how a prompt is written: alpaca, plain (nothing is added) or a file with a chat template "
-        "in Jinja; auto takes the model's own, else alpaca, or plain for prompts with completions",
-        metavar="alpaca|plain|FILE",
+        "how a prompt is written: alpaca, plain (nothing is added), completion (as plain, without "
+        "earlier exchanges) or a file with a chat template in Jinja; auto takes the model's own, "
+        "else completion for a prompt with its completion, alpaca for others",
+        metavar="alpaca|plain|completion|FILE",
     )
     columns: str | None = setting(None, COLUMNS_HELP, metavar="A,B")
     test_fraction: float | None = setting(
@@ -79,6 +80,11 @@ class FinetuneSettings:
         0.0,
         "classify: share of the loss that is of the beginnings of texts, which have the label too",
     )
+    token_noise: float = setting(
+        0.0,
+        "classify: share of a text's tokens that are replaced by others of the same text, drawn "
+        "anew for each epoch, so that few texts are not learned by heart",
+    )
     beta: float = setting(
         0.1, "preference: how strongly the model is kept near the one it started from (DPO's beta)"
     )
@@ -86,7 +92,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_rows", "lora")
         above(self, 0, "epochs", "lora_alpha", "beta")
-        within(self, 0, 1, "test_fraction", "lora_dropout", "prefix_weight")
+        within(self, 0, 1, "test_fraction", "lora_dropout", "prefix_weight", "token_noise")
         if self.freeze is not None and not re.fullmatch(r"all-but-last-\d+", self.freeze):
             raise SettingError("freeze", f"is '{self.freeze}': all-but-last-N is needed")
         known = LORA_TARGETS.split(",")

@@ -34,13 +34,25 @@ class ExampleBatches:
     """Batches of `rows` examples, each at most once per epoch, in a seeded order.
 
     What is left over when an epoch's examples do not divide into batches, others in each epoch, is
-    passed over. A batch is drawn at random, since examples of one length are often of one kind;
-    within it the longest come first, so that a micro-batch of the shorter ones can be cut.
+    passed over. Within a batch the longest come first, so that a micro-batch of the shorter ones
+    can be cut.
     """
 
     def __init__(
-        self, examples: Rows, rows: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        examples: Rows,
+        rows: int,
+        *,
+        seed: int,
+        group: int = 1,
+        noise: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        """The examples of each `group` batches are sorted by length, so that a batch's are alike.
+
+        With `noise`, that share of an example's tokens is replaced by others of its own.
+        """
         if not world_size <= rows <= len(examples):
             raise SettingError(
                 "batch_rows",
@@ -48,6 +60,7 @@ class ExampleBatches:
                 "from) is needed",
             )
         self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
+        self.group, self.noise = group, noise
         self.epoch_steps = len(examples) // rows
         self.mine = np.arange(rank, rows, world_size)
         self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
@@ -60,19 +73,34 @@ class ExampleBatches:
         """
         numbers = self.numbers(step)
         longest = int(self.examples.lengths[numbers].max())
-        return padded([self.examples.read(int(number)) for number in numbers[self.mine]], longest)
+        examples = [self.examples.read(int(number)) for number in numbers[self.mine]]
+        if self.noise:
+            for example, place in zip(examples, self.mine.tolist(), strict=True):
+                choose = np.random.default_rng([self.seed, step, place])
+                example[:] = [(noisy(ids, self.noise, choose), wanted) for ids, wanted in example]
+        return padded(examples, longest)
 
     def numbers(self, step: int) -> np.ndarray:
         """Return the examples of a step's global batch, the longest first.  -> (rows,)"""
         epoch, place = divmod(step, self.epoch_steps)
-        *keys, _ = epoch_words(self.seed, epoch)
-        places = range(place * self.rows, (place + 1) * self.rows)
+        *keys, word = epoch_words(self.seed, epoch)
+        group, turn = divmod(place, self.group)
+        first, last = group * self.group, min((group + 1) * self.group, self.epoch_steps)
+        places = range(first * self.rows, last * self.rows)
         numbers = np.array([permuted(each, len(self.examples), keys) for each in places])
-        return numbers[np.argsort(-self.examples.lengths[numbers], kind="stable")]
+        numbers = numbers[np.argsort(-self.examples.lengths[numbers], kind="stable")]
+        chosen = permuted(turn, last - first, [key ^ word for key in keys])
+        return numbers.reshape(-1, self.rows)[chosen]
 
     def tokens(self, step: int) -> int:
         """Return the tokens of a step's global batch, of the longest row of each example."""
         return int(self.examples.lengths[self.numbers(step)].sum())
+
+
+def noisy(tokens: np.ndarray, share: float, choose: np.random.Generator) -> np.ndarray:
+    """Replace about a share of the tokens by others of the same row, drawn at random.  (T,)"""
+    T = len(tokens)
+    return np.where(choose.random(T) < share, tokens[choose.integers(0, T, T)], tokens)
 
 
 def padded(

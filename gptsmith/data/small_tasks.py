@@ -8,21 +8,27 @@ from random import Random
 from typing import NamedTuple
 
 SEED = 17
-LEARNED, HELD_OUT = 6000, 200  # inputs of a task in train, and in each of validation and test
-CONSONANTS, VOWELS = "bcdfghjklmnprstvw", "aeiou"
+HELD_OUT = 200  # inputs of a task in each of validation and test
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxyz", "aeiou"
 OPPOSITES = """
     hot cold, big small, tall short, fast slow, up down, left right, in out, on off, day night,
     black white, good bad, old young, rich poor, happy sad, wet dry, full empty, hard soft,
-    heavy light, high low, open closed, early late, near far, first last, loud quiet, clean dirty,
-    strong weak, wide narrow, thick thin, deep shallow, sweet bitter, true false, north south,
-    east west, buy sell, win lose, push pull, give take, come go, start stop, love hate,
-    laugh cry, remember forget, find miss, arrive leave, rise fall, friend enemy, war peace,
-    life death, question answer, summer winter, king queen, brother sister, beginning end
+    high low, open closed, early late, near far, first last, clean dirty, strong weak,
+    sweet bitter, north south, buy sell, win lose, push pull, love hate
 """
 PAIRS = [pair.split() for pair in OPPOSITES.split(",")]
 # A wording of a question about opposites is one of the first and one of the second.
-ASKING = ["What is", "Tell me", "Give", "Name", "Write", "Say"]
-ASKED = ["the opposite of {}", "the antonym of {}", "a word that is the opposite of {}"]
+ASKING = ["What is", "Tell me", "Give", "Name", "Write", "Say", "Find", "Show me", "Type", "Print"]
+ASKED = [
+    "the opposite of {}",
+    "the antonym of {}",
+    "the contrary of {}",
+    "the word opposite to {}",
+    "the antonym for {}",
+    "an antonym of {}",
+    "a word that is the opposite of {}",
+    "a word that means the opposite of {}",
+]
 HELD_OUT_WORDINGS = {(0, 1): "validation", (4, 2): "validation", (1, 1): "test", (3, 0): "test"}
 
 
@@ -30,14 +36,19 @@ class Task(NamedTuple):
     """A task whose inputs are drawn at random: its wordings, an input, the answer to it."""
 
     wordings: tuple[str, ...]
+    learned: int  # inputs in train: more where the task is harder
     draw: Callable[[Random], str]
     answer: Callable[[str], str]
 
 
 def word(choose: Random, least: int, most: int) -> str:
-    """Make up a word of consonants and vowels in turn, of `least` to `most` letters."""
-    length, first = choose.randint(least, most), choose.randrange(2)
-    return "".join(choose.choice((CONSONANTS, VOWELS)[(first + i) % 2]) for i in range(length))
+    """Make up a word of `least` to `most` letters, in which vowels mostly follow consonants."""
+    letters, likely = "", 0.4
+    for _ in range(choose.randint(least, most)):
+        vowel = choose.random() < likely
+        letters += choose.choice(VOWELS if vowel else CONSONANTS)
+        likely = 0.2 if vowel else 0.6
+    return letters
 
 
 def noun(choose: Random) -> str:
@@ -67,14 +78,18 @@ def total(numbers: str) -> str:
 TASKS = {
     "upper-case": Task(
         ("Write {} in capital letters.", "Make {} upper-case."),
-        lambda choose: word(choose, 3, 7),
+        3000,
+        lambda choose: word(choose, 3, 8),
         str.upper,
     ),
     "reverse": Task(
-        ("Write {} backwards.", "Reverse {}."), lambda choose: word(choose, 3, 5), lambda w: w[::-1]
+        ("Write {} backwards.", "Reverse {}."),
+        5000,
+        lambda choose: word(choose, 3, 6),
+        lambda w: w[::-1],
     ),
-    "plural": Task(("What is the plural of {}?", "More than one {}?"), noun, plural),
-    "sum": Task(("What is {}?", "Add {}."), numbers, total),
+    "plural": Task(("What is the plural of {}?", "More than one {}?"), 4500, noun, plural),
+    "sum": Task(("What is {}?", "Add {}."), 9600, numbers, total),
 }
 
 
@@ -87,7 +102,7 @@ def small_tasks() -> Iterator[dict[str, str]]:
     for number, (name, task) in enumerate(TASKS.items()):
         choose = Random(SEED + number)
         inputs = dict[str, None]()  # in the order in which they were drawn
-        while len(inputs) < LEARNED + 2 * HELD_OUT:
+        while len(inputs) < task.learned + 2 * HELD_OUT:
             inputs[task.draw(choose)] = None
         for place, text in enumerate(inputs):
             split = ("validation", "test", "train")[min(2, place // HELD_OUT)]

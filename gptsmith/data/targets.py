@@ -16,7 +16,7 @@ from ..tokenizers import Tokenizer, with_special
 from ..tokenizers.chat import ChatTemplate, template_source, with_template
 from ..tokenizers.tokenizer import END_OF_TEXT, Unknown
 from .example_fields import Message
-from .examples import Conversation, Example, Labelled
+from .examples import Conversation, Example, Labelled, Preference
 
 Row = tuple[np.ndarray, np.ndarray]  # tokens (T,), targets (T,), both int32
 Piece = tuple[list[int], list[int]]  # ids, and for each itself if it is learned, else -1
@@ -28,6 +28,14 @@ class Parts(NamedTuple):
     prompt: Piece
     answer: Piece
     rest: Piece
+
+
+def default_template(first: Conversation | Preference) -> str:
+    """Return the name of the template for examples like this one."""
+    if first.form != "prompt":
+        return "alpaca"
+    earlier = any(message["role"] == "assistant" for message in first.messages[:-1])
+    return "plain" if earlier else "completion"
 
 
 class Encoder:
@@ -49,8 +57,9 @@ class Encoder:
         self.source: str | None = None  # of the template
         self.template: ChatTemplate | None = None
         if not isinstance(first, Labelled):
-            default = "plain" if first.form == "prompt" else "alpaca"
-            self.source = template_source(finetune.template, tokenizer, default=default)
+            self.source = template_source(
+                finetune.template, tokenizer, default=default_template(first)
+            )
             tokenizer = with_template(tokenizer, self.source)
             self.template = ChatTemplate(self.source, tokenizer, tokenizer.usage.tokenizer)
         self.tokenizer, self.form = tokenizer, first.form

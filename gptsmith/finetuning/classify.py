@@ -57,6 +57,8 @@ class ClassifyTask(ExampleTask):
     """Labels of texts."""
 
     unit: ClassVar[str] = "text"
+    # In a batch of texts of one length, the length says nothing of the label: the words have to.
+    group: ClassVar[int] = 16
 
     def __init__(
         self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None

@@ -62,6 +62,9 @@ class ExampleTask:
 
     unit: ClassVar[str] = "example"
     objective: Objective = CountedExamples()
+    # Batches at a time whose examples are sorted by length. Examples of one length are often of one
+    # kind, so that conversations are drawn at random.
+    group: ClassVar[int] = 1
 
     def __init__(
         self, run: Path, settings: RunSettings, examples: Examples, checkpoint: Path | None
@@ -130,9 +133,15 @@ class ExampleTask:
 
     def batches(self, model: GPT) -> ExampleBatches:
         """Return the batches of examples of this process."""
-        training, rows = self.settings.training, self.settings.finetune.batch_rows
+        finetune = self.settings.finetune
         return ExampleBatches(
-            self.splits["train"], rows, seed=training.seed, rank=rank(), world_size=world_size()
+            self.splits["train"],
+            finetune.batch_rows,
+            seed=self.settings.training.seed,
+            group=self.group,
+            noise=finetune.token_noise if self.examples.labels else 0.0,
+            rank=rank(),
+            world_size=world_size(),
         )
 
     def begin(self, trainer: Evaluating, display: Display) -> None:

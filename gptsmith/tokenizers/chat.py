@@ -46,7 +46,19 @@ PLAIN = """\
 {%- endif %}
 {%- endfor %}
 """
-BUILT_IN = {"alpaca": ALPACA, "plain": PLAIN}
+# The same of the last exchange alone, for models that have learned from no other.
+COMPLETION = """\
+{%- set last = messages | length - (2 if messages[-1].role == 'assistant' else 1) %}
+{%- for message in messages %}
+{%- if message.role == 'system' or loop.index0 >= last %}
+{%- if message.role == 'assistant' %}
+{%- generation %}{{- message.content + eos_token }}{%- endgeneration %}
+{%- else %}{{- message.content }}
+{%- endif %}
+{%- endif %}
+{%- endfor %}
+"""
+BUILT_IN = {"alpaca": ALPACA, "plain": PLAIN, "completion": COMPLETION}
 
 
 class Segment(NamedTuple):
@@ -200,7 +212,7 @@ def open_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def template_source(name: str, tokenizer: Tokenizer, *, default: str) -> str:
-    """Return the Jinja source that a name means: auto, alpaca, plain or a file.
+    """Return the Jinja source that a name means: auto, a built-in one or a file.
 
     auto is the tokenizer's own template, or else the built-in one named `default`.
     """
@@ -210,8 +222,8 @@ def template_source(name: str, tokenizer: Tokenizer, *, default: str) -> str:
         return BUILT_IN[name]
     if not Path(name).is_file():
         raise FileNotFoundError(
-            f"no chat template '{name}'{suggestion(name, BUILT_IN)}: alpaca, plain or a file in "
-            "Jinja is needed"
+            f"no chat template '{name}'{suggestion(name, BUILT_IN)}: {', '.join(BUILT_IN)} or a "
+            "file in Jinja is needed"
         )
     try:
         source = Path(name).read_text(encoding="utf-8-sig")

@@ -11,7 +11,7 @@ from gptsmith.config.settings import PrepareSettings
 from gptsmith.data.encoded import Examples, prepare_examples
 from gptsmith.machine.files import DamagedError
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer
-from gptsmith.tokenizers.chat import ALPACA, PLAIN
+from gptsmith.tokenizers.chat import ALPACA, COMPLETION
 
 BYTE = byte_tokenizer()
 END = 256
@@ -67,9 +67,9 @@ def pair(prompt: str, answer: str, length: int = 999) -> tuple[list[int], list[i
 def test_the_answer_and_its_end_are_learned(tmp_path: Path) -> None:
     examples = made([{"prompt": "1+1=", "completion": "zwéi"}], tmp_path / "out", **WHOLE)
     assert rows(examples) == [pair("1+1=", "zwéi")]
-    assert (examples.task, examples.labels, examples.info["template"]) == ("chat", (), PLAIN)
+    assert (examples.task, examples.labels, examples.info["template"]) == ("chat", (), COMPLETION)
     assert examples.info["splits"]["train"] == {"examples": 1, "tokens": 9, "learned": 6}
-    assert examples.tokenizer.usage.templates["default"] == PLAIN
+    assert examples.tokenizer.usage.templates["default"] == COMPLETION
 
 
 def test_every_answer_of_a_conversation_is_learned(tmp_path: Path) -> None:

@@ -258,6 +258,28 @@ def test_an_epoch_has_each_example_once_whatever_the_processes() -> None:
     assert any((one.numbers(s) != one.numbers(s + 21)).any() for s in range(21))
 
 
+def test_noise_replaces_a_share_of_the_tokens_by_others_of_the_same_text() -> None:
+    class Counting(Lengths):
+        def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            tokens = 1 + np.arange(self.lengths[number]) + 1000 * number
+            return [(tokens, tokens)]
+
+    examples = Counting([400 + number for number in range(12)])
+    batches = ExampleBatches(examples, 12, seed=3, noise=0.2)
+    clean = ExampleBatches(examples, 12, seed=3)
+    changed = []
+    for step in range(2):
+        (noisy, wanted), (tokens, targets) = batches.at(step), clean.at(step)
+        assert (wanted == targets).all()
+        assert ((noisy - 1) // 1000 == (tokens - 1) // 1000).all()  # a row's own, and padding
+        changed.append((noisy != tokens).sum() / sum(examples.lengths))
+    assert changed[0] != changed[1]
+    assert all(0.17 < share < 0.23 for share in changed)
+    for rank in range(4):
+        part = ExampleBatches(examples, 12, seed=3, noise=0.2, rank=rank, world_size=4)
+        assert (part.at(1)[0] == batches.at(1)[0][rank::4]).all()
+
+
 def test_the_longest_of_a_batch_come_first_and_padding_is_cut() -> None:
     choose = random.Random(1)
     lengths = [choose.randint(5, 200) for _ in range(160)]

@@ -152,15 +152,21 @@ def test_segments_are_transformers_ids_and_its_mask(tmp_path: Path, base: str, s
     tokenizer = with_template(with_special(fresh, ["<|im_start|>", "<|im_end|>"]), source)
     tokenizer.save(tmp_path)
     judge = AutoTokenizer.from_pretrained(tmp_path)
-    expected = judge.apply_chat_template(
-        ANSWERED, return_dict=True, return_assistant_tokens_mask=True
-    )
     template = open_template(tmp_path, load_tokenizer(tmp_path))
     assert template is not None
-    segments = template.segments(ANSWERED)
+    if source == BUILT_IN["completion"]:  # learns from single exchanges, and reads only the last
+        answered = [ANSWERED[0], *ANSWERED[-2:]]
+        with pytest.raises(ValueError, match="does not write message 5 as a continuation of the"):
+            template.segments(ANSWERED)
+    else:
+        answered = ANSWERED
+    expected = judge.apply_chat_template(
+        answered, return_dict=True, return_assistant_tokens_mask=True
+    )
+    segments = template.segments(answered)
     assert [id for segment in segments for id in segment.ids] == expected["input_ids"]
     mask = [int(segment.learned) for segment in segments for _ in segment.ids]
-    if base == "byte" or source != BUILT_IN["plain"]:
+    if base == "byte" or source not in (BUILT_IN["plain"], BUILT_IN["completion"]):
         assert mask == expected["assistant_masks"]
     ends = [segment.ids[-1] for segment in segments if segment.learned]
     assert set(ends) == {tokenizer.vocab["<|im_end|>" if source == ANSWERS else "<|endoftext|>"]}
