@@ -80,11 +80,6 @@ class FinetuneSettings:
         0.0,
         "classify: share of the loss that is of the beginnings of texts, which have the label too",
     )
-    token_noise: float = setting(
-        0.0,
-        "classify: share of a text's tokens that are replaced by others of the same text, drawn "
-        "anew for each epoch, so that few texts are not learned by heart",
-    )
     beta: float = setting(
         0.1, "preference: how strongly the model is kept near the one it started from (DPO's beta)"
     )
@@ -92,7 +87,7 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_rows", "lora")
         above(self, 0, "epochs", "lora_alpha", "beta")
-        within(self, 0, 1, "test_fraction", "lora_dropout", "prefix_weight", "token_noise")
+        within(self, 0, 1, "test_fraction", "lora_dropout", "prefix_weight")
         if self.freeze is not None and not re.fullmatch(r"all-but-last-\d+", self.freeze):
             raise SettingError("freeze", f"is '{self.freeze}': all-but-last-N is needed")
         known = LORA_TARGETS.split(",")

@@ -45,14 +45,10 @@ class ExampleBatches:
         *,
         seed: int,
         group: int = 1,
-        noise: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """The examples of each `group` batches are sorted by length, so that a batch's are alike.
-
-        With `noise`, that share of an example's tokens is replaced by others of its own.
-        """
+        """The examples of each `group` batches are sorted by length, for similar ones in each."""
         if not world_size <= rows <= len(examples):
             raise SettingError(
                 "batch_rows",
@@ -60,7 +56,7 @@ class ExampleBatches:
                 "from) is needed",
             )
         self.examples, self.rows, self.seed, self.rank = examples, rows, seed, rank
-        self.group, self.noise = group, noise
+        self.group = group
         self.epoch_steps = len(examples) // rows
         self.mine = np.arange(rank, rows, world_size)
         self.row_tokens = int(examples.lengths.max()) * len(examples.read(0))
@@ -73,12 +69,7 @@ class ExampleBatches:
         """
         numbers = self.numbers(step)
         longest = int(self.examples.lengths[numbers].max())
-        examples = [self.examples.read(int(number)) for number in numbers[self.mine]]
-        if self.noise:
-            for example, place in zip(examples, self.mine.tolist(), strict=True):
-                choose = np.random.default_rng([self.seed, step, place])
-                example[:] = [(noisy(ids, self.noise, choose), wanted) for ids, wanted in example]
-        return padded(examples, longest)
+        return padded([self.examples.read(int(number)) for number in numbers[self.mine]], longest)
 
     def numbers(self, step: int) -> np.ndarray:
         """Return the examples of a step's global batch, the longest first.  -> (rows,)"""
@@ -95,12 +86,6 @@ class ExampleBatches:
     def tokens(self, step: int) -> int:
         """Return the tokens of a step's global batch, of the longest row of each example."""
         return int(self.examples.lengths[self.numbers(step)].sum())
-
-
-def noisy(tokens: np.ndarray, share: float, choose: np.random.Generator) -> np.ndarray:
-    """Replace about a share of the tokens by others of the same row, drawn at random.  (T,)"""
-    T = len(tokens)
-    return np.where(choose.random(T) < share, tokens[choose.integers(0, T, T)], tokens)
 
 
 def padded(

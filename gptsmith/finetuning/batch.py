@@ -29,7 +29,8 @@ def first_batch(settings: RunSettings, display: Display) -> Iterator[dict[str, A
         examples = open_examples(Path(folder), settings, display)
         rows = examples.split("train")
         at_once = min(settings.finetune.batch_rows, len(rows))
-        batches = ExampleBatches(rows, at_once, seed=settings.training.seed)
+        group = TASKS[settings.finetune.task].group
+        batches = ExampleBatches(rows, at_once, seed=settings.training.seed, group=group)
         numbers = batches.numbers(0)
         longest = int(rows.lengths[numbers].max())
         for number in numbers:

@@ -139,7 +139,6 @@ class ExampleTask:
             finetune.batch_rows,
             seed=self.settings.training.seed,
             group=self.group,
-            noise=finetune.token_noise if self.examples.labels else 0.0,
             rank=rank(),
             world_size=world_size(),
         )

@@ -258,26 +258,21 @@ def test_an_epoch_has_each_example_once_whatever_the_processes() -> None:
     assert any((one.numbers(s) != one.numbers(s + 21)).any() for s in range(21))
 
 
-def test_noise_replaces_a_share_of_the_tokens_by_others_of_the_same_text() -> None:
-    class Counting(Lengths):
-        def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-            tokens = 1 + np.arange(self.lengths[number]) + 1000 * number
-            return [(tokens, tokens)]
-
-    examples = Counting([400 + number for number in range(12)])
-    batches = ExampleBatches(examples, 12, seed=3, noise=0.2)
-    clean = ExampleBatches(examples, 12, seed=3)
-    changed = []
-    for step in range(2):
-        (noisy, wanted), (tokens, targets) = batches.at(step), clean.at(step)
-        assert (wanted == targets).all()
-        assert ((noisy - 1) // 1000 == (tokens - 1) // 1000).all()  # a row's own, and padding
-        changed.append((noisy != tokens).sum() / sum(examples.lengths))
-    assert changed[0] != changed[1]
-    assert all(0.17 < share < 0.23 for share in changed)
-    for rank in range(4):
-        part = ExampleBatches(examples, 12, seed=3, noise=0.2, rank=rank, world_size=4)
-        assert (part.at(1)[0] == batches.at(1)[0][rank::4]).all()
+def test_texts_of_similar_length_make_a_batch_of_labels() -> None:
+    choose = random.Random(1)
+    examples = Lengths([choose.randint(5, 200) for _ in range(643)])
+    alike, drawn = (ExampleBatches(examples, 8, seed=3, group=group) for group in (16, 1))
+    spread = []
+    for batches in (alike, drawn):
+        numbers = [batches.numbers(step) for step in range(batches.epoch_steps)]
+        assert len({*np.concatenate(numbers).tolist()}) == 640
+        spread.append(np.mean([np.ptp(examples.lengths[each]) for each in numbers]))
+        firsts = [int(examples.lengths[each[0]]) for each in numbers]
+        assert firsts != sorted(firsts, reverse=True)
+    assert spread[0] < spread[1] / 5
+    parts = [ExampleBatches(examples, 8, seed=3, group=16, rank=r, world_size=4) for r in range(4)]
+    rows = [row[0] for each in parts for row in each.at(17)[0]]
+    assert sorted(rows) == sorted(alike.numbers(17))
 
 
 def test_the_longest_of_a_batch_come_first_and_padding_is_cut() -> None:
