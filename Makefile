@@ -9,12 +9,12 @@ IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 demo: .venv/demo
 	$(BIN)/gptsmith train shakespeare
 
-# Small models of bytes learn simple tasks and labels; the first answers three questions.
+# Small models of bytes learn simple tasks and labels; the first answers five questions.
 demo-finetune: .venv/demo
 	$(BIN)/gptsmith finetune fresh --data small-tasks --out runs/small-tasks
 	$(BIN)/gptsmith finetune fresh --data comedy-or-tragedy --out runs/comedy-or-tragedy
-	printf '%s\n' 'Reverse banana.' 'What is the plural of fly?' 'Write nurse in capital letters.' | \
-		$(BIN)/gptsmith chat runs/small-tasks --temperature 0
+	printf '%s\n' 'Reverse table.' 'What is the plural of fly?' 'Write nurse in capital letters.' \
+		'What is 48 + 27?' 'Name the opposite of hot.' | $(BIN)/gptsmith chat runs/small-tasks --temperature 0
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
