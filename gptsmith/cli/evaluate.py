@@ -16,7 +16,7 @@ from .evaluate_memorization import (
     wants_memorization,
 )
 from .evaluate_tasks import TaskSettings, evaluate_tasks
-from .flags import Parser, add_flags, chosen, given
+from .flags import Parser, add_flags, changed, chosen
 from .opening import DATA_HELP, MODEL_HELP, open_model, verified
 
 ROW_ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -94,7 +94,7 @@ def run(options: Namespace) -> None:
     elif chosen(options, TaskSettings).task is None:
         evaluate_text(options, settings)
     else:
-        for name in given(options, EvaluateSettings).keys() - {"data", "against", "json"}:
+        for name in changed(options, EvaluateSettings) - {"data", "against", "json"}:
             raise SettingError(name, "is for the loss on a text: leave it out, or --task")
         evaluate_tasks(options, settings.data, settings.against, as_json=settings.json)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.fields import SettingError, setting
 from ..config.settings import MemorizationSettings, PrepareSettings
 from ..machine.terminal import tell
-from .flags import Parser, add_flags, chosen, given
+from .flags import Parser, add_flags, changed, chosen
 from .opening import open_writer
 
 
@@ -47,10 +47,10 @@ def wants_memorization(options: Namespace, *others: type) -> bool:
     """
     wanted = chosen(options, ReportSettings).memorization
     if wanted:
-        names, advice = {*given(options, *others)} - {"data", "json"}, "with --memorization"
+        names, advice = changed(options, *others) - {"data", "json"}, "with --memorization"
     else:
-        names = {*given(options, ReportSettings, MemorizationSettings)} - {"memorization"}
-        names |= {"validation_fraction"} & {*vars(options)}
+        names = changed(options, ReportSettings, MemorizationSettings)
+        names |= {"validation_fraction"} & changed(options, PrepareSettings)
         advice = "without --memorization"
     for name in sorted(names):
         raise SettingError(name, f"has no effect {advice}: leave it out")

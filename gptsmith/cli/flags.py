@@ -163,6 +163,12 @@ def given(options: argparse.Namespace, *kinds: type) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in names}
 
 
+def changed(options: argparse.Namespace, *kinds: type) -> set[str]:
+    """Return the fields of these dataclasses to which the command line gives another value."""
+    defaults = {field.name: field.default for kind in kinds for field in fields(kind)}
+    return {name for name, value in given(options, *kinds).items() if value != defaults[name]}
+
+
 def chosen(options: argparse.Namespace, kind: type[Settings]) -> Settings:
     """Return the settings from the command line, with defaults for those that are not given."""
     return kind(**given(options, kind))

@@ -1196,9 +1196,9 @@ def test_everything_that_is_advised_after_training_works(
 ) -> None:
     assert main(["train", "text.txt", *TOY.split(), "--out", "new"]) == 0
     lines = capsys.readouterr().err.partition("Try\n")[2].splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
-        words = shlex.split(line.partition("gptsmith ")[2])
+        words = shlex.split(line.partition("gptsmith ")[2].replace("OTHER", "run"))
         does(*words, *(["--max-tokens", "2"] if words[0] == "sample" else []))
 
 

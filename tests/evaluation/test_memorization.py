@@ -326,7 +326,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "flag", ["--places 3", "--report a.html", "--validation-fraction 0.1", "--sample-tokens 9"]
+    "flag", ["--places 3", "--report a.html", "--validation-fraction 0.2", "--sample-tokens 9"]
 )
 def test_flags_without_memorization(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(f"evaluate model --data text {flag}".split()) == 2
