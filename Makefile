@@ -13,7 +13,7 @@ demo: .venv/demo
 demo-finetune: .venv/demo
 	$(BIN)/gptsmith finetune fresh --data small-tasks --out runs/small-tasks
 	$(BIN)/gptsmith finetune fresh --data comedy-or-tragedy --out runs/comedy-or-tragedy
-	printf '%s\n' 'Reverse table.' 'What is the plural of fly?' 'Write nurse in capital letters.' \
+	printf '%s\n' 'Reverse banana.' 'What is the plural of fly?' 'Write nurse in capital letters.' \
 		'What is 48 + 27?' 'Name the opposite of hot.' | $(BIN)/gptsmith chat runs/small-tasks --temperature 0
 
 test: check
