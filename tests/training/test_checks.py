@@ -1,6 +1,7 @@
 """What would spoil a run is said before its first step, with advice that helps."""
 
 import os
+import random
 import re
 import shlex
 from collections.abc import Callable
@@ -18,7 +19,14 @@ from tests.training.test_run import TEXT, TINY, here
 
 __all__ = ["here"]  # each test in a folder of its own, with a text
 
-LONG = TEXT * 10
+
+def words_of(seed: int, length: int) -> str:
+    """The words of the text in another order, of so many characters: none of it repeats."""
+    choose = random.Random(seed)
+    return " ".join(choose.choices(TEXT.split(), k=length))[:length]
+
+
+LONG = words_of(0, 10 * len(TEXT))
 
 
 @pytest.fixture
@@ -78,7 +86,8 @@ def test_a_share_far_from_what_was_asked(noted: Callable[..., list[str]]) -> Non
     Path("texts").mkdir()
     for number in range(20):
         long = number in (4, 14)  # the rule's choice of a tenth
-        Path(f"texts/{number:02}.txt").write_text(LONG if long else TEXT)
+        length = (10 if long else 1) * len(TEXT)
+        Path(f"texts/{number:02}.txt").write_text(words_of(number, length))
     (note,) = noted(data="texts")
     assert re.match(r"\d\d\.\d% of the tokens are held out for validation, but 10.0%", note)
     Path("one.txt").write_text(
