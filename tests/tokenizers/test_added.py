@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -75,7 +75,11 @@ def test_every_path_gives_transformers_ids(
     contents = st.sampled_from([token.content for token in added])
     parts = st.one_of(contents, WORDS, st.sampled_from([" ", "x", "  ", "the cat", "\n"]))
     text = "".join(data.draw(st.lists(parts, max_size=12)))
-    expected = judge(text)["input_ids"]
+    try:
+        expected = judge(text)["input_ids"]
+    except BaseException as error:  # the judge's library panics on some spaces, and has no ids
+        assume("AddedVocabulary bad split" not in str(error))
+        raise
     assert tokenizer.encode(text) == expected
     assert tokenizer.encode_array(text).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:
