@@ -28,7 +28,7 @@ from gptsmith.data.small_tasks import small_tasks
 
 BASE = (
     "train shakespeare --tokenizer byte --n-layer 4 --n-head 4 --n-embd 256 --context-length 512 "
-    "--batch-tokens 4096 --steps 300 --sample-tokens 0 --evaluate-tokens 20000"
+    "--batch-tokens 4096 --steps 1500 --sample-tokens 0 --evaluate-tokens 20000"
 )
 
 FOLLOW = (  # the book's split, and Muon, which learns more from few passes

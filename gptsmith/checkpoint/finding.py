@@ -16,6 +16,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a run's checkpoint was saved at."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a training run, not a single model."""
     return (folder / "checkpoints").is_dir()

@@ -34,6 +34,7 @@ VERBS = {
     "sweep": "train a run for each of several settings, and compare them",
     "plot": "plot the loss curves of runs",
     "compare": "compare runs in a table: settings that differ, losses, time",
+    "inspect": "look inside a model: attention, layers, and what wrote a token, as a page",
     "describe": "show a model's parameters, shapes, memory and FLOPs",
     "import": "import a model from another format",
     "export": "export a model to another format",

@@ -34,6 +34,9 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) in (types.UnionType, Union):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
+        words = [option for option in get_args(hint) if get_origin(option) is Literal]
+        if any(value in get_args(option) for option in words):
+            return value
         return parse_value(name, value, without_none(hint))
     if get_origin(hint) is Annotated:
         hint, read = get_args(hint)

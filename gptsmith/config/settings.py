@@ -191,7 +191,9 @@ class ReportSettings:
     save_every: int | None = setting(
         None, "steps between checkpoints (default: as --evaluate-every)"
     )
-    keep: int = setting(2, "number of newest checkpoints to keep, besides the best")
+    keep: int | Literal["all"] = setting(
+        2, "number of newest checkpoints to keep, besides the best, or all", metavar="N|all"
+    )
     sample_every: int | None = setting(
         None, "steps between samples of text (default: as --evaluate-every)"
     )
@@ -201,7 +203,9 @@ class ReportSettings:
     wandb: str | None = setting(None, "Weights & Biases project to log to as well")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "log_every", "evaluate_every", "save_every", "keep", "sample_every")
+        at_least(self, 1, "log_every", "evaluate_every", "save_every", "sample_every")
+        if self.keep != "all":
+            at_least(self, 1, "keep")
         at_least(self, 0, "sample_tokens")
         at_least(self, 2, "evaluate_tokens")
 

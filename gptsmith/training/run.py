@@ -272,7 +272,8 @@ def point_to_newest(run: Run) -> None:
     write_text(run.folder / "last", f"{newest.name}\n")
     if best.is_dir():
         write_text(run.folder / "best", f"{best.name}\n")
-    for old in checkpoints(run.folder)[run.settings.report.keep :]:
+    keep = run.settings.report.keep
+    for old in [] if keep == "all" else checkpoints(run.folder)[keep:]:
         if old.name != best.name:
             shutil.rmtree(old)
 
