@@ -43,7 +43,7 @@ class Attribution:
     logits: np.ndarray  # (T,), of the targets, less those of the other tokens if there are any
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attribute(
     model: GPT, recording: Recording, targets: Tensor, instead: Tensor | None = None
 ) -> Attribution:

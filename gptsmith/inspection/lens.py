@@ -27,7 +27,7 @@ class Lens:
     norm: np.ndarray  # (L + 1, T), length of the residual stream's vector
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logit_lens(model: GPT, recording: Recording) -> Lens:
     """Return what each layer would say, for a recording of one row."""
     stream = recording.stream[:, 0]  # (L + 1, T, C)
@@ -56,7 +56,7 @@ class Surprise:
     likelihoods: np.ndarray  # (T, K), their probabilities
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def surprise(model: GPT, recording: Recording, *, alternatives: int = 5) -> Surprise:
     """Return how surprising each token of a recording of one row was."""
     tokens = recording.tokens[0]  # (T,)

@@ -69,7 +69,7 @@ def complete(
     return Question(target, instead)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def likeliest(model: GPT, tokens: Sequence[int]) -> int:
     """Return the most likely next token.  (T,)"""
     row = torch.tensor([tokens], device=model.device)
@@ -125,7 +125,7 @@ def _grids(model: GPT, recording: Recording) -> Iterator[_Grid]:
     yield _Grid("stream", model.ln_f, recording.stream[-1, 0], places, at_input=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _patched(model: GPT, corrupt: Tensor, grid: _Grid, target: int, instead: int) -> np.ndarray:
     """Return the difference of logits after each patch.  (T,) -> (patches,)"""
     rows = max(1, BATCH_TOKENS // len(corrupt))
@@ -144,7 +144,7 @@ def _patched(model: GPT, corrupt: Tensor, grid: _Grid, target: int, instead: int
     return torch.cat(found).cpu().numpy()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def differences(model: GPT, tokens: Tensor, target: int, instead: int) -> Tensor:
     """Return the target's logit at the last place less the other's.  (R, T) -> (R,)"""
     last = model.features(tokens)[:, -1]  # (R, C)

@@ -31,7 +31,7 @@ class Recording:
     mlp: Tensor  # (L, B, T, C), what the MLP adds to the stream
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def record(model: GPT, tokens: Tensor) -> Recording:
     """Run tokens through a model and record it.  (B, T)
 
