@@ -32,11 +32,12 @@ ROOMS = (
     "evaluation",
     "training",
     "finetuning",
+    "inspection",
     "convert",
     "serving",
     "cli",
 )
-STRANGERS = ("convert", "serving", "training", "finetuning")
+STRANGERS = ("convert", "inspection", "serving", "training", "finetuning")
 BESIDE_THE_ROOMS = ("recipes", "__init__.py", "__main__.py", "py.typed")
 # What the mathematics is written in.
 PURE = {"torch", "math", "typing", "collections", "dataclasses"}

@@ -95,7 +95,10 @@ def hooks() -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def attending_by(model: GPT, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Let a model compute its attention by another function, and at the end as before."""
+    """Let a model compute its attention by another function, and at the end as before.
+
+    The function takes (B, H, T, D), (B, H, S, D), (B, H, S, D) and returns (B, H, T, D).
+    """
     before = [(block.attn, block.attn.attend) for block in blocks(model)]
     model.attend_by(function)
     try:
