@@ -36,6 +36,10 @@ TOY = (
     "--warmup-steps 0 --batch-tokens 32 --threads 1 --dtype float32 --sample-tokens 2"
 )
 
+# Of Chromium: nothing that asks other machines.
+BROWSER_FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+BROWSER_FLAGS += " disable-component-update disable-sync"
+
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +146,20 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
     transformers.utils.logging.enable_propagation()
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The Chromium that is installed, which the pages are tested in."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("the page is tested in a browser: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail("the page is tested in a browser: no chromium and no google-chrome on the PATH")
+    with sync_playwright() as playwright:
+        flags = [f"--{flag}" for flag in BROWSER_FLAGS.split()]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()

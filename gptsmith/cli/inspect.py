@@ -2,13 +2,13 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.finding import checkpoints, is_run, step_of
-from ..checkpoint.folder import read_bits
 from ..config.fields import SettingError, setting
 from ..config.settings import InferenceSettings
 from ..machine.files import write_text
@@ -77,12 +77,7 @@ def run(options: Namespace) -> None:
         raise SettingError(
             "over_checkpoints", f"needs a run with checkpoints, which {options.model} is not"
         )
-    folder, model, tokenizer = open_model(options, options.model)
-    if read_bits(folder) is not None:
-        raise ValueError(
-            f"{options.model} is quantized, so its matrices are packed: inspect the model it was "
-            "made from"
-        )
+    _, model, tokenizer = open_model(options, options.model)
     if tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which a text needs: add one")
     facts = inspected(options, settings, model, tokenizer)
@@ -171,3 +166,29 @@ def through_training(options: Namespace, tokens: list[int], vocab_size: int) -> 
         display.close_bar()
 
     return list(moments(models(), tokens, vocab_size=vocab_size))
+
+
+def inspector_page() -> Path:
+    """Return the page that shows what a server's model does with a prompt."""
+    from ..inspection.page import TEMPLATE
+
+    return TEMPLATE
+
+
+def looker(model: Any, tokenizer: Any, name: str) -> Callable[[Sequence[int]], dict[str, Any]]:
+    """Return a function that looks at what a served model does with tokens (T,).
+
+    The heads' scores are measured once, when it is first called.
+    """
+    from ..inspection.heads import head_scores
+    from ..inspection.recording import apart
+    from ..inspection.report import about, inspect, to_json
+
+    own, V = apart(model), tokenizer.vocab_size  # since the engine uses the model meanwhile
+    scores = cache(lambda: head_scores(own, vocab_size=V))
+
+    def look(tokens: Sequence[int]) -> dict[str, Any]:
+        found = inspect(own, tokens, vocab_size=V, scores=scores())
+        return to_json(found, tokenizer, about(own, name))
+
+    return look

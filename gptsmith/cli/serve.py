@@ -18,6 +18,7 @@ from ..config.fields import SettingError
 from ..config.settings import InferenceSettings, ServingSettings
 from ..machine.environment import api_key, use_huge_pages
 from .flags import Parser, add_flags, chosen
+from .inspect import inspector_page, looker
 from .opening import MODEL_HELP, open_model, with_decoder
 
 LOG = logging.getLogger(__name__)
@@ -50,8 +51,11 @@ def run(options: Namespace) -> None:
         logging_in_thread(),
     ):
         served = open_served(options, settings)
+        app = make_app(
+            served, with_key=key is not None, inspector=inspector_page() if served.writes else None
+        )
         guarded = Guard(
-            make_app(served, with_key=key is not None),
+            app,
             api_key=key,
             most_bytes=settings.max_request_bytes,
             origins=settings.allow_origin,
@@ -158,10 +162,12 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
             f"adapter {name}: {own_bytes(merged, model) / 1e9:.2f} GB of weights of its own, and "
             f"{services[-1].engine.slots.cache.size / 1e9:.2f} GB for {services[-1].slots} slots"
         )
-        adapters.append((name, path, place, its_tokenizer, services[-1]))
+        adapters.append((name, path, place, merged, its_tokenizer, services[-1]))
     metrics = Metrics(counts, slots=sum(each.slots for each in services))
 
-    def served(name: str, path: str, place: Path, tokenizer: Any, service: Any) -> ServedModel:
+    def served(
+        name: str, path: str, place: Path, model: Any, tokenizer: Any, service: Any
+    ) -> ServedModel:
         return ServedModel(
             service=service,
             tokenizer=tokenizer,
@@ -169,12 +175,13 @@ def open_served(options: Namespace, settings: ServingSettings) -> Any:
             aliases=frozenset({path}),
             ends=tokenizer.ends,
             template=open_template(place, tokenizer),
+            look=looker(model, tokenizer, name),
             timeout=settings.timeout,
             metrics=metrics,
         )
 
     name = settings.name or Path(options.model).resolve().name
-    whole = served(name, options.model, folder, tokenizer, service)
+    whole = served(name, options.model, folder, model, tokenizer, service)
     return replace(whole, adapters=tuple(served(*each) for each in adapters))
 
 

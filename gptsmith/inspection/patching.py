@@ -56,8 +56,9 @@ def complete(
 ) -> Question:
     """Return the question with what is missing: the most likely token after each prompt.
 
-    (T,), (T,). SettingError if that is the same token.
+    (T,), (T,). SettingError if that is the same token, or the prompts differ in length.
     """
+    check_lengths(clean, corrupt)
     if target is None:
         target = likeliest(model, clean)
     if instead is None:
@@ -67,6 +68,16 @@ def complete(
             "instead", "would be the target itself: name another token, as both prompts lead to it"
         )
     return Question(target, instead)
+
+
+def check_lengths(clean: Sequence[int], corrupt: Sequence[int]) -> None:
+    """Raise SettingError unless the prompts have as many tokens."""
+    if len(clean) != len(corrupt):
+        raise SettingError(
+            "corrupt",
+            f"has {count(len(corrupt), 'token')} and the prompt {len(clean)}: as many are needed, "
+            "since each place is put in the same place of the other",
+        )
 
 
 @torch.no_grad()
@@ -85,16 +96,11 @@ def patch(
     """
     assert question.instead is not None, "patching restores a difference of two logits"
     target, instead = question.target, question.instead
-    if len(clean) != len(corrupt):
-        raise SettingError(
-            "corrupt",
-            f"has {count(len(corrupt), 'token')} and the prompt {len(clean)}: as many are needed, "
-            "since each place is put in the same place of the other",
-        )
+    check_lengths(clean, corrupt)
     both = torch.tensor([clean, corrupt], device=model.device)  # (2, T)
     recording = record(model, both[:1])
     ends = differences(model, both, target, instead).tolist()
-    if ends[0] == ends[1]:
+    if ends[0] == ends[1] or list(clean) == list(corrupt):  # which rounding may hide
         raise ValueError(
             "the difference of the two logits is the same after both prompts, so no patch can "
             "restore it: choose a prompt, a target or another token that makes a difference"

@@ -6,6 +6,7 @@ Shapes:  B batch        T tokens       L layers       C channels
          H heads        D channels per head           N parts of the residual stream
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.gpt import GPT, attention
+from ..model.quantized import packed_bits
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,12 @@ class Recording:
 def record(model: GPT, tokens: Tensor) -> Recording:
     """Run tokens through a model and record it.  (B, T)
 
-    ValueError if there are more tokens than the context_length.
+    ValueError if there are more tokens than the context_length, or the model is quantized.
     """
+    if packed_bits(model) is not None:
+        raise ValueError(
+            "the model is quantized, so its matrices are packed: inspect the one it was made from"
+        )
     kept: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -106,6 +112,12 @@ def attending_by(model: GPT, function: Callable[..., Tensor]) -> Iterator[None]:
     finally:
         for module, own in before:
             module.attend = own
+
+
+def apart(model: GPT) -> GPT:
+    """Return a model of other modules with the same weights: its hooks do not meet other uses."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def head_outputs(model: GPT, recording: Recording, layer: int) -> Tensor:

@@ -47,6 +47,7 @@ def inspect(
     tokens: Sequence[int],
     *,
     vocab_size: int = 0,
+    scores: dict[str, np.ndarray] | None = None,
     question: Question | None = None,
     corrupt: Sequence[int] | None = None,
     patching: Patching | None = None,
@@ -55,8 +56,9 @@ def inspect(
     """Look at a model's pass over tokens (T,), and at what its heads do.
 
     `vocab_size` is the tokenizer's, where the model's is padded. What takes longer is done before,
-    and given: `patching` of a corrupted prompt (T,), and `training`. ValueError for no tokens, more
-    than the context_length, or a context too short to score heads.
+    and given: the `scores` of the heads if they are known, the `patching` of a corrupted prompt
+    (T,), and `training`. ValueError for no tokens, more than the context_length, or a context too
+    short to score heads.
     """
     if not len(tokens):
         raise ValueError("there are no tokens: at least one can be inspected")
@@ -65,7 +67,8 @@ def inspect(
     recording = record(model, row.unsqueeze(0))
     seen = surprise(model, recording)
     last = torch.tensor(seen.alternatives[-1:, 0], device=model.device)
-    scores = head_scores(model, vocab_size=vocab_size)
+    if scores is None:
+        scores = head_scores(model, vocab_size=vocab_size)
     answer = None
     if question is not None:
         other = None if question.instead is None else torch.full_like(row, question.instead)

@@ -5,6 +5,7 @@ Knows nothing of how a request is handled (handler.py) or of access control (gua
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
@@ -19,7 +20,8 @@ from .answers import ChatCompletion, Completion, Health, Model, ModelList
 from .classify import ServedClassifier, labels_api
 from .errors import ApiError, ErrorResponse, failed, mistake, shown
 from .handler import ServedModel
-from .pages import LABELLING, WRITING, add_pages
+from .inspecting import inspect_api
+from .pages import LABELLING, WRITING, add_docs, add_page
 from .requests import ChatCompletionRequest, CompletionRequest
 from .tokens import tokens_api
 
@@ -52,10 +54,13 @@ class Application(FastAPI):
         return described
 
 
-def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
+def make_app(
+    served: ServedModel, *, with_key: bool = False, inspector: Path | None = None
+) -> FastAPI:
     """Return the application that serves a model and its adapters.
 
-    `with_key` only adds the API key to the OpenAPI description; guard.py checks it.
+    `with_key` only adds the API key to the OpenAPI description; guard.py checks it. `inspector` is
+    the page that shows what POST /inspect returns, if the model writes.
     """
 
     @asynccontextmanager
@@ -92,7 +97,12 @@ def make_app(served: ServedModel, *, with_key: bool = False) -> FastAPI:
         also = failures(429, 503, 504)
         app.include_router(labels_api(served), dependencies=keys, responses=refusals | also)
     app.include_router(state(served))
-    add_pages(app, WRITING if served.writes else LABELLING)
+    add_page(app, "/", WRITING if served.writes else LABELLING)
+    if inspector is not None:
+        also = failures(429)
+        app.include_router(inspect_api(served), dependencies=keys, responses=refusals | also)
+        add_page(app, "/inspect.html", inspector)
+    add_docs(app)
     return app
 
 

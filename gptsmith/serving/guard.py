@@ -21,7 +21,7 @@ Headers = list[tuple[bytes, bytes]]
 
 # Paths below these need the key, and their responses are never cached. Searched anywhere in a path,
 # because a proxy may leave its own prefix before it.
-GUARDED = re.compile("/(v1|classify|tokenize|detokenize)/")
+GUARDED = re.compile("/(v1|classify|tokenize|detokenize|inspect)/")
 MOST_LETTERS = 200  # of each text in an access record
 REQUEST_ID = b"x-request-id"
 SANE_ID = re.compile(rb"[\w.:/+=-]{1,128}")  # a client's own id that is returned as it is

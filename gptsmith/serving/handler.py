@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -44,6 +44,7 @@ from .worker import QueueFull, Service, Stream
 LONG = 20_000  # characters, which take milliseconds to encode: longer texts go to a thread
 
 T = TypeVar("T")
+Look = Callable[[Sequence[int]], dict[str, Any]]  # at what a model does with tokens, for JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class ServedModel:
     aliases: frozenset[str] = frozenset()  # other names that a request may use
     ends: frozenset[int] = frozenset()  # tokens that end a text
     template: ChatTemplate | None = None
+    look: Look | None = None  # needed for POST /inspect
     timeout: float = 600.0  # seconds that a request may take
     created: int = field(default_factory=lambda: int(time.time()))
     adapters: tuple["ServedModel", ...] = ()  # of this model, each with an engine of its own

@@ -1,4 +1,4 @@
-"""The web pages: / to write with the model or to label texts, and /docs to try the API.
+"""The web pages: to write with the model, to label texts, to look inside, and to try the API.
 
 Knows nothing of the endpoints: the application describes itself in openapi.json. The pages load
 nothing from other servers; their Content-Security-Policy forbids it.
@@ -66,21 +66,23 @@ SwaggerUIBundle({
 """
 
 
-def add_pages(app: FastAPI, page: Path = WRITING) -> None:
-    """Add /, which is `page`, and /docs to an application without FastAPI's docs_url and redoc_url.
-
-    The policy of / allows its own scripts and styles, and requests to this server only.
-    """
-    assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
-    first, manual = page.read_text(encoding="utf-8"), DOCS.format(title=escape(app.title))
+def add_page(app: FastAPI, path: str, page: Path) -> None:
+    """Add a page, whose policy allows its own scripts and styles, and requests to this server."""
+    text = page.read_text(encoding="utf-8")
     policy = (
-        f"default-src 'none'; script-src {hashes(first, 'script')}; "
-        f"style-src {hashes(first, 'style')}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src {hashes(text, 'script')}; "
+        f"style-src {hashes(text, 'style')}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    kept = {"Cache-Control": f"max-age={A_DAY}"}
+    response = HTMLResponse(text, headers={"Content-Security-Policy": policy})
+    app.add_api_route(path, always(response), include_in_schema=False)
+
+
+def add_docs(app: FastAPI) -> None:
+    """Add /docs to an application without FastAPI's docs_url and redoc_url."""
+    assert app.docs_url is None, "FastAPI's own /docs fetches its files from a CDN"
+    manual, kept = DOCS.format(title=escape(app.title)), {"Cache-Control": f"max-age={A_DAY}"}
     responses = {
-        "/": HTMLResponse(first, headers={"Content-Security-Policy": policy}),
         "/docs": HTMLResponse(manual, headers={"Content-Security-Policy": POLICY}),
         "/docs/start.js": Response(START, media_type="text/javascript"),
         **{f"/docs/{name}": FileResponse(find(name), headers=kept) for name in FILES},

@@ -316,5 +316,5 @@ def test_what_cannot_be_patched_is_refused() -> None:
     with pytest.raises(ValueError, match="the same after both prompts, so no patch"):
         next(patch(model, [1, 2, 3], [1, 2, 3], Question(4, 9)))
     with pytest.raises(ValueError, match="instead would be the target itself"):
-        complete(model, [1, 2, 3], [1, 2, 3])
+        complete(model, [1, 2, 3], [1, 2, 4], target=4, instead=4)
     assert complete(model, [1, 2, 3], [1, 2, 3], target=4, instead=9) == Question(4, 9)

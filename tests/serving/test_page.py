@@ -7,7 +7,6 @@ Content-Security-Policy would speak there) and that no exception is left over.
 import json
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,26 +26,8 @@ from tests.serving.page_stub import KEY, PAGE, serving
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-FLAGS += " disable-component-update disable-sync"
 PICTURES = Path(__file__).parents[2] / "build" / "page"
 PROMPT = "It was the last night of the year, and the lamp was lit."
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.fail("the page is tested in a browser: pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.fail("the page is tested in a browser: no chromium and no google-chrome on the PATH")
-    with sync_playwright() as playwright:
-        flags = [f"--{flag}" for flag in FLAGS.split()]
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from gptsmith.serving import pages
 from gptsmith.serving.app import make_app
 from gptsmith.serving.handler import ServedModel
 from gptsmith.serving.metrics import Metrics
-from gptsmith.serving.pages import START, add_pages
+from gptsmith.serving.pages import START, WRITING, add_docs, add_page
 from gptsmith.serving.worker import Service
 from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY
@@ -21,7 +21,8 @@ from tests.conftest import TINY
 
 def application() -> FastAPI:
     app = FastAPI(title="A <b>title</b> & more", docs_url=None, redoc_url=None)
-    add_pages(app)
+    add_page(app, "/", WRITING)
+    add_docs(app)
     return app
 
 
@@ -127,7 +128,7 @@ def test_the_description_speaks_of_a_key_where_there_is_one() -> None:
 
 def test_an_application_with_fastapis_own_page_is_refused() -> None:
     with pytest.raises(AssertionError, match="CDN"):
-        add_pages(FastAPI())
+        add_docs(FastAPI())
 
 
 def test_what_is_said_where_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
