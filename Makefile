@@ -90,7 +90,8 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 	@touch $@
 
 # What reads our folders, or trains as we do, uses the PyTorch and transformers that are there already.
-.venv/clients/folders .venv/clients/trl: .venv/clients/%: tests/clients/%.txt | .venv/test
+.venv/clients/folders .venv/clients/transformer-lens .venv/clients/trl: \
+		.venv/clients/%: tests/clients/%.txt | .venv/test
 	rm -rf $@
 	$(BIN)/pip install -q --no-deps --target $@ -r $<
 	@touch $@

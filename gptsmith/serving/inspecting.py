@@ -24,7 +24,7 @@ class InspectRequest(RequestObject):
 
     model: str | None = Field(None, description="name of the model")
     prompt: str = Field(
-        description=f"text to look at; of a long one, its last {MOST_TOKENS} tokens"
+        min_length=1, description=f"text to look at; of a long one, its last {MOST_TOKENS} tokens"
     )
 
 
@@ -44,8 +44,6 @@ def inspect_api(served: ServedModel) -> APIRouter:
         look = model.look
         assert look is not None, "where this route is, each model has a function that looks"
         (ids,) = await model.rows([request.prompt])
-        if not ids:
-            raise refused("the prompt has no tokens: send at least one", "prompt")
         if looking.locked():
             message = f"another prompt is being inspected: retry in {RETRY_AFTER} s"
             raise ApiError(429, message, headers={"Retry-After": str(RETRY_AFTER)})

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptsmith import GPT
+from gptsmith.cli.inspect import inspector_page, looker
 from gptsmith.serving.app import make_app
 from gptsmith.serving.guard import Access, Guard
 from gptsmith.serving.handler import ServedModel
@@ -59,12 +60,13 @@ def serving(
         slow_down(service, step_seconds)
     metrics = Metrics(service.counts, slots=slots)
     names: dict[str, Any] = {"name": "toy", "aliases": frozenset({"models/toy"})}
+    names |= {"look": looker(model, tokenizer, "toy")}
     served = ServedModel(service=service, tokenizer=tokenizer, metrics=metrics, **(names | how))
     accesses: list[Access] = []
     ready = threading.Event()
     with listen("127.0.0.1", 0) as bound:
         app = Guard(
-            make_app(served),
+            make_app(served, inspector=inspector_page()),
             api_key=key,
             most_bytes=1 << 20,
             origins=origins,

@@ -12,6 +12,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from gptsmith import GPT, GPTConfig
+from gptsmith.cli.inspect import inspector_page
 from gptsmith.serving.app import make_app
 from gptsmith.serving.handler import ServedModel
 from gptsmith.serving.metrics import Metrics
@@ -73,7 +74,7 @@ def described() -> Any:
     service = Service(toy(), slots=1)
     metrics = Metrics(service.counts, slots=1)
     served = ServedModel(service=service, tokenizer=TOKENIZER, name="toy", metrics=metrics)
-    return make_app(served).openapi()
+    return make_app(served, inspector=inspector_page()).openapi()
 
 
 api = schemathesis.openapi.from_dict(described())
