@@ -17,7 +17,11 @@ from ..data.sources import find_sources
 
 PromptStyle = Literal["lm-eval", "llm.c"]
 Fields = Mapping[str, Any]
-OTHER_NAMES = {"sentence_good": "good", "sentence_bad": "bad"}  # as BLiMP's files have them
+OTHER_NAMES = {
+    "sentence_good": "good",  # in BLiMP's files
+    "sentence_bad": "bad",
+    "completion": "answer",  # in examples to learn from
+}
 
 
 @dataclass(frozen=True, kw_only=True)

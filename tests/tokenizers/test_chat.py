@@ -194,6 +194,15 @@ def test_a_template_that_rewrites_or_never_ends_an_answer_is_refused() -> None:
         ChatTemplate(endless, CHAT, {}).segments(ANSWERED)
 
 
+@pytest.mark.parametrize("tokenizer", [CHAT, char_tokenizer("abc")], ids=["byte", "char"])
+def test_answers_of_a_fixed_length_have_no_end(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(BUILT_IN["fixed-length"], tokenizer, {})
+    messages = [{"role": "user", "content": "cab"}, {"role": "assistant", "content": "abc"}]
+    prompt, answer = tokenizer.encode("cab"), tokenizer.encode("abc")
+    assert template.segments(messages) == [(prompt, False), (answer, True)]
+    assert template.ids(messages[:1]) == prompt
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
 def test_new_special_tokens_are_read_by_transformers_alike(tmp_path: Path, kind: str) -> None:
     from transformers import AutoTokenizer
