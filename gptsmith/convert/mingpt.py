@@ -113,7 +113,7 @@ def tensor_of(name: str, packed: Any, file: Path) -> Tensor:
 
 
 def config_of(tensors: Mapping[str, Tensor], settings: Any, file: Path) -> GPTConfig:
-    """Return the configuration: sizes of the embeddings, (V, C) and (P, C), and the heads as said."""
+    """Return the configuration: sizes of the embeddings (V, C) and (P, C), and heads as said."""
     said: dict[str, Any] = settings if isinstance(settings, dict) else {}
     heads = said.get("n_head") or HEADS.get(str(said.get("model_type")))
     if heads is None:
