@@ -5,7 +5,6 @@ writes beside it, or in the JSON itself. Knows nothing of other formats.
 """
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +103,7 @@ def tensor_of(name: str, packed: Any, file: Path) -> Tensor:
         data = np.frombuffer(base64.b64decode(packed["data"], validate=True), np.uint8).copy()
         dtype = torch_dtype(dtype_named(packed["dtype"]))
         return torch.from_numpy(data).view(dtype).reshape(packed["shape"])
-    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{file}: {name} is not a tensor ({reason}): an object with shape, dtype and data, "
