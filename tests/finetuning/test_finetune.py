@@ -78,8 +78,8 @@ def test_answers_of_a_fixed_length_are_judged_without_an_end(
     test = json.loads(Path("sorts/test.json").read_text())
     answers = [json.loads(line) for line in Path("sorts/answers.jsonl").read_text().splitlines()]
     assert "ended" not in test
-    assert f"of 182 answers, {test['exact']} are exactly those wanted" in said
-    assert test["answers"] == len(answers) == 182
+    assert f"of 73 answers, {test['exact']} are exactly those wanted" in said
+    assert test["answers"] == len(answers) == 73
     assert {len(each["answer"]) for each in answers} == {6}
     assert test["exact"] == sum(each["answer"] == each["wanted"] for each in answers)
     everything = records(Path("sorts"))[-1]["sorting_accuracy"] * 729
