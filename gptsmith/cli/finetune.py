@@ -37,7 +37,7 @@ class ExampleSettings:
     data: str | None = setting(
         None,
         "examples: a .jsonl, .json (a list), .csv, .tsv or .parquet file, a folder with one folder "
-        "for each label, or small-tasks or comedy-or-tragedy, which are built in; or a text",
+        "for each label, or small-tasks, sorting or comedy-or-tragedy, which are built in; or text",
         metavar="DATA",
     )
 

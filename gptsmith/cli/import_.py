@@ -29,8 +29,8 @@ class ImportSettings:
     )
     tokenizer: str | None = setting(
         None,
-        "tokenizer: gpt2, byte, none, a folder or a meta.pkl (default: the source's own, or gpt2 "
-        "if the vocabulary has its size)",
+        "tokenizer: gpt2, byte, char:ABC (these characters), none, a folder or a meta.pkl "
+        "(default: the source's own, or gpt2 if the vocabulary has its size)",
         metavar="NAME",
     )
     dtype: Annotated[str, partial(dtype_named, known=OWN_DTYPES)] | None = setting(

@@ -19,7 +19,8 @@ class TargetSettings:
 
     tokenizer: str = setting(
         "gpt2",
-        "tokenizer: gpt2, char, byte or a folder with a tokenizer.json",
+        "tokenizer: gpt2, char, char:ABC (these characters), byte or a folder with a "
+        "tokenizer.json",
         metavar="gpt2|char|byte|FOLDER",
     )
     out: Path | None = setting(None, "new folder (default: data/NAME-TOKENIZER)", metavar="DIR")

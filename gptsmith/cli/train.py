@@ -163,6 +163,10 @@ def conclude(trained: Any, display: Display) -> None:
     match trained.settings.finetune.example_kind:
         case "classify":
             use = {"label": f"gptsmith classify {quoted} --text 'some text'"}
+        case "chat" | "preference" if trained.settings.finetune.template == "fixed-length":
+            length = trained.settings.report.sample_tokens
+            ask = f"--prompt PROMPT --max-tokens {length} --temperature 0"
+            use = {"ask": f"gptsmith sample {quoted} {ask}"}
         case "chat" | "preference":
             use = {"talk": f"gptsmith chat {quoted}"}
         case None:

@@ -45,9 +45,10 @@ class FinetuneSettings:
     template: str = setting(
         "auto",
         "how a prompt is written: alpaca, plain (nothing is added), completion (as plain, without "
-        "earlier exchanges) or a file with a chat template in Jinja; auto takes the model's own, "
-        "else completion for a prompt with its completion, alpaca for others",
-        metavar="alpaca|plain|completion|FILE",
+        "earlier exchanges), fixed-length (as completion, but no end of an answer is learned, as "
+        "all are of one length) or a file with a chat template in Jinja; auto takes the model's "
+        "own, else completion for a prompt with its completion, alpaca for others",
+        metavar="alpaca|plain|completion|fixed-length|FILE",
     )
     columns: str | None = setting(None, COLUMNS_HELP, metavar="A,B")
     test_fraction: float | None = setting(

@@ -33,8 +33,8 @@ class DataSettings:
     )
     tokenizer: str | None = setting(
         None,
-        "tokenizer: gpt2, char, byte or a folder with a tokenizer.json (default: the one of the "
-        "model or of the prepared data, else byte)",
+        "tokenizer: gpt2, char, char:ABC (these characters), byte or a folder with a "
+        "tokenizer.json (default: the one of the model or of the prepared data, else byte)",
         metavar="gpt2|char|byte|FOLDER",
     )
 

@@ -41,6 +41,7 @@ class Format:
 FORMATS = {
     "huggingface": Format("Hugging Face folder", modern=True, ours=True, runner="transformers"),
     "nanogpt": Format("nanoGPT checkpoint"),
+    "mingpt": Format("minGPT state dict"),
     "book": Format("GPTModel of the book"),
     "llmc": Format("llm.c model", dtypes=("float32", "bf16"), is_file=True),
     "gguf": Format("GGUF file", dtypes=(*STORED, "q8_0"), is_file=True),

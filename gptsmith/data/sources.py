@@ -21,9 +21,14 @@ from ..config.fields import suggestion
 from ..machine.files import CHUNK_BYTES
 from .shakespeare import comedy_or_tragedy, plays
 from .small_tasks import small_tasks
+from .sorting import sorting
 
 BUILT_IN = {"shakespeare": plays}
-BUILT_IN_ROWS = {"small-tasks": small_tasks, "comedy-or-tragedy": comedy_or_tragedy}
+BUILT_IN_ROWS = {
+    "small-tasks": small_tasks,
+    "sorting": sorting,
+    "comedy-or-tragedy": comedy_or_tragedy,
+}
 STANDARD_INPUT = "-"
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TABLES = {".csv": "csv", ".tsv": "tsv", ".json": "json"}  # rows where they are named themselves

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.finetune import FinetuneSettings
 from ..tokenizers import Tokenizer, with_special
-from ..tokenizers.chat import ChatTemplate, template_source, with_template
+from ..tokenizers.chat import FIXED_LENGTH, ChatTemplate, template_source, with_template
 from ..tokenizers.tokenizer import END_OF_TEXT, Unknown
 from .example_fields import Message
 from .examples import Conversation, Example, Labelled, Preference
@@ -51,8 +51,6 @@ class Encoder:
         unknown: Unknown = "error",
     ) -> None:
         """The first example chooses the template, where the settings leave the choice."""
-        if tokenizer.document_end is None:  # for the end of an answer, or for padding
-            tokenizer = with_special(tokenizer, [END_OF_TEXT])
         self.context_length, self.unknown = context_length, unknown
         self.source: str | None = None  # of the template
         self.template: ChatTemplate | None = None
@@ -60,6 +58,10 @@ class Encoder:
             self.source = template_source(
                 finetune.template, tokenizer, default=default_template(first)
             )
+        # For the end of an answer, or for padding.
+        if tokenizer.document_end is None and self.source != FIXED_LENGTH:
+            tokenizer = with_special(tokenizer, [END_OF_TEXT])
+        if self.source is not None:
             tokenizer = with_template(tokenizer, self.source)
             self.template = ChatTemplate(self.source, tokenizer, tokenizer.usage.tokenizer)
         self.tokenizer, self.form = tokenizer, first.form
@@ -93,9 +95,9 @@ class Encoder:
         assert self.template is not None
         segments = self.template.segments(messages, unknown=self.unknown)
         answers = [number for number, segment in enumerate(segments) if segment.learned]
-        end = answers[-1]
-        if len(segments[end].ids) < 2:
+        if not answers or len(segments[answers[-1]].ids) < 1 + self.template.ends:
             raise ValueError("its last answer is empty but for its end: there is nothing to learn")
+        end = answers[-1]
         prompt: Piece = ([], [])
         for segment in segments[:end]:
             learned = segment.learned and not last

@@ -17,7 +17,11 @@ from ..data.sources import find_sources
 
 PromptStyle = Literal["lm-eval", "llm.c"]
 Fields = Mapping[str, Any]
-OTHER_NAMES = {"sentence_good": "good", "sentence_bad": "bad"}  # as BLiMP's files have them
+OTHER_NAMES = {
+    "sentence_good": "good",  # in BLiMP's files
+    "sentence_bad": "bad",
+    "completion": "answer",  # in examples to learn from
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,9 @@ def read_items(
                 ".parquet is needed"
             )
         for row in read_rows(source, encoding=checked_encoding(options.encoding)):
-            fields = {OTHER_NAMES.get(name, name): value for name, value in named(row).items()}
+            found = named(row)
+            fields = {OTHER_NAMES[name]: found.pop(name) for name in OTHER_NAMES if name in found}
+            fields |= found  # a field of the task's own name comes first
             if not row.problem and not items:
                 task = checked_form(row.place, fields, task)
             try:

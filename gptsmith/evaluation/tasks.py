@@ -102,7 +102,9 @@ def write(judged: Judged, items: Sequence[Item]) -> Outcomes:
         prompts = [prompt_of(items[number], tokenizer, template) for number in numbers]
         wanted = [str(items[number].answer) for number in numbers]
         # Every token but those of white space has at least a byte of the answer.
-        limit = max(len(text.encode()) for text in wanted) + SPACES
+        limit = max(len(text.encode()) for text in wanted)
+        if template is None or template.ends:
+            limit += SPACES
         stop = () if any("\n" in text for text in wanted) else ("\n",)
         given = answers(model, tokenizer, prompts, max_tokens=limit, stop=stop)
         for number, prompt, text, each in zip(numbers, prompts, wanted, given, strict=True):

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from ..data.encoded import Examples
 from ..generation.answers import answers
 from ..machine.devices import autocast
 from ..model.gpt import GPT
 from ..model.loss import NOT_LEARNED
 from ..model.preference import target_logprobs
+from ..tokenizers.chat import FIXED_LENGTH
 from ..training.task import Evaluating, token_figures
 from .task import ExampleTask
 
@@ -27,7 +29,7 @@ class Wanted(NamedTuple):
     prompt: str
     wanted: str
     answer: str
-    ended: bool  # with an end token, by itself
+    ended: bool  # by itself, with an end token; at its length where no end was learned
 
     @property
     def exact(self) -> bool:
@@ -50,7 +52,8 @@ class ChatTask(ExampleTask):
         """Return what is learned, in a line of the plan."""
         info = self.examples.info
         share = info["splits"]["train"]["learned"] / max(1, info["splits"]["train"]["tokens"])
-        return f"chat: the answers are learned, {share:.0%} of the tokens, with their ends"
+        ends = ", with their ends" if has_ends(self.examples) else ""
+        return f"chat: the answers are learned, {share:.0%} of the tokens{ends}"
 
     def batch_sums(self, trainer: Evaluating, split: str, numbers: np.ndarray) -> np.ndarray:
         """Return nats, learned targets and their bytes.  (R,) -> (3,)"""
@@ -84,10 +87,18 @@ def answered(
     tokenizer, rows = task.examples.tokenizer, task.splits[split]
     numbers = range(len(rows) if most is None else min(most, len(rows)))
     pairs = [prompt_and_answer(*rows.read(number)[0]) for number in numbers]
+    ends = has_ends(task.examples)
+    if not ends:
+        max_tokens = min(max_tokens, max(len(wanted) for _, wanted in pairs))
     told = answers(model, tokenizer, [prompt for prompt, _ in pairs], max_tokens=max_tokens)
     for (prompt, wanted), answer in zip(pairs, told, strict=True):
         right = tokenizer.decode(id for id in wanted if id not in tokenizer.ends)
-        yield Wanted(tokenizer.decode(prompt), right, *answer)
+        yield Wanted(tokenizer.decode(prompt), right, answer.text, answer.ended or not ends)
+
+
+def has_ends(examples: Examples) -> bool:
+    """Return whether the answers have an end, which is learned too."""
+    return examples.info["template"] != FIXED_LENGTH
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from ..machine.files import write_text
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..training.records import CONFIG_TOML
-from .chat import answered
+from .chat import answered, has_ends
 from .classify import ClassifyTask
 from .preference import PreferenceTask
 from .task import ExampleTask
@@ -78,7 +78,8 @@ def test_answers(task: ExampleTask, judged: Judged) -> dict[str, Any]:
     rows = [{**each._asdict(), "exact": each.exact} for each in found]
     write_text(task.run / ANSWERS, "".join(json.dumps(row) + "\n" for row in rows))
     counted = {"answers": len(found)}
-    counted |= {key: sum(row[key] for row in rows) for key in ("ended", "exact")}
+    keys = ("ended", "exact") if has_ends(task.examples) else ("exact",)
+    counted |= {key: sum(row[key] for row in rows) for key in keys}
     return loss_of(task, judged) | counted
 
 
@@ -137,7 +138,7 @@ def summary(found: dict[str, Any]) -> Iterator[str]:
             f"{simple['naive_bayes']:.1%} by naive Bayes on words"
         )
     if found.get("answers"):
+        ended = f"{found['ended']:,} ended by themselves and " if "ended" in found else ""
         yield (
-            f"  of {found['answers']:,} answers, {found['ended']:,} ended by themselves and "
-            f"{found['exact']:,} are exactly those wanted"
+            f"  of {found['answers']:,} answers, {ended}{found['exact']:,} are exactly those wanted"
         )

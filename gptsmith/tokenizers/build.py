@@ -31,6 +31,7 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 TIKTOKEN_VOCABULARY = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 TIKTOKEN_MERGES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 
+SPELLED_OUT = "char:"  # before the characters of a tokenizer that is named by them
 LONGEST_WORD = 1000  # characters, for learning
 LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
@@ -153,18 +154,34 @@ def with_special(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that a name means: "gpt2", "byte", a folder, or a `meta.pkl`."""
+    """Return the tokenizer that a name means: "gpt2", "byte", a folder, or a `meta.pkl`.
+
+    "char:ABC" is a token for each of these characters, with ids in this order.
+    """
     if name == "gpt2":
         return gpt2_tokenizer()
     if name == "byte":
         return byte_tokenizer()
     if name == "char":
         raise ValueError("a char tokenizer is learned from text: name the folder that contains it")
+    if name.startswith(SPELLED_OUT):
+        return spelled_out(name.removeprefix(SPELLED_OUT))
     if Path(name).is_file():
         return character_level(read_characters(Path(name)))
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no tokenizer '{name}': gpt2, char, byte or a folder is needed")
     return load_tokenizer(Path(name))
+
+
+def spelled_out(characters: str) -> Tokenizer:
+    """Return a tokenizer of these characters, whose ids are their places."""
+    refuse_surrogates(characters)
+    if not characters or len({*characters}) < len(characters):
+        raise ValueError(
+            f"the tokenizer '{SPELLED_OUT}{characters}' names no characters, or one of them twice: "
+            f"each once is needed, as in {SPELLED_OUT}ABC"
+        )
+    return character_level({character: id for id, character in enumerate(characters)})
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

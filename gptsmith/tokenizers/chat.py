@@ -58,7 +58,14 @@ COMPLETION = """\
 {%- endif %}
 {%- endfor %}
 """
-BUILT_IN = {"alpaca": ALPACA, "plain": PLAIN, "completion": COMPLETION}
+# The same without an end, for answers that are all of one length.
+FIXED_LENGTH = COMPLETION.replace(" + eos_token", "")
+BUILT_IN = {
+    "alpaca": ALPACA,
+    "plain": PLAIN,
+    "completion": COMPLETION,
+    "fixed-length": FIXED_LENGTH,
+}
 
 
 class Segment(NamedTuple):
@@ -78,6 +85,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from error
         self.tokenizer, self.names = tokenizer, names
+        self.ends = source != FIXED_LENGTH  # whether its answers have an end, which is learned
         self.specials = {text: id for id, text in tokenizer.specials.items()}
         # Longest first: where one special token begins with another, the longer one matches.
         longest_first = sorted(self.specials, key=len, reverse=True)
@@ -106,7 +114,8 @@ class ChatTemplate:
         """Return a conversation in segments: what precedes each answer, and the answer.
 
         An answer is what the template adds after the prompt for it, up to the special token that
-        ends it; each is encoded apart, so that no token spans its beginning, as in generation.
+        ends it, if answers have an end; each is encoded apart, so that no token spans its
+        beginning, as in generation.
         ValueError if the template refuses the conversation or does not write it in this order.
         """
         masked = self.all_masked(messages)
@@ -130,7 +139,9 @@ class ChatTemplate:
         return [segment for segment in found if segment.ids]
 
     def end_of_answer(self, whole: str, start: int) -> int:
-        """Return where an answer ends that starts there: after the last special token."""
+        """Return where an answer ends that starts there: after the last special token, if any."""
+        if not self.ends:
+            return len(whole)
         ends = [found.end() for found in self.special.finditer(whole, start)]
         if not ends:
             raise ValueError(

@@ -160,6 +160,23 @@ def test_a_tokenizer_without_an_end_gets_one(tmp_path: Path) -> None:
     assert rows(skipped) == rows(examples)
 
 
+def test_answers_of_a_fixed_length_are_learned_without_an_end(tmp_path: Path) -> None:
+    fixed = {"template": "fixed-length", **WHOLE}
+    letters = char_tokenizer("ABC")
+    examples = made("sorting", tmp_path / "out", letters, context_length=11, **fixed)
+    assert examples.tokenizer.fingerprint == letters.fingerprint, "a token was added"
+    assert examples.info["counts"]["cut_prompts"] == examples.info["counts"]["cut_answers"] == 0
+    found = {tuple(tokens[:6]): (tokens, targets) for tokens, targets in rows(examples)}
+    assert len(found) == 729
+    for prompt, row in found.items():
+        whole = [*prompt, *sorted(prompt)]
+        assert row == (whole[:-1], [-1] * 5 + whole[6:])
+    one = made([{"prompt": "C", "completion": "A"}], tmp_path / "one", letters, **fixed)
+    assert rows(one) == [([2], [0])]
+    with pytest.raises(ValueError, match="its last answer is empty"):
+        made([{"prompt": "A", "completion": "z"}], tmp_path / "z", letters, unknown="skip", **fixed)
+
+
 # -- what is held out
 
 

@@ -21,6 +21,7 @@ from gptsmith.data.examples import (
 )
 from gptsmith.data.shakespeare import comedy_or_tragedy, plays
 from gptsmith.data.small_tasks import PAIRS, TASKS, plural, small_tasks
+from gptsmith.data.sorting import sorting
 from gptsmith.data.sources import find_sources
 
 
@@ -255,6 +256,16 @@ def test_small_tasks_are_right_and_what_is_held_out_is_new() -> None:
     assert [plural(word) for word in ("box", "city", "day", "dog", "church")] == [
         *("boxes", "cities", "days", "dogs", "churches")
     ]
+
+
+def test_sorting_has_every_input_once_and_its_letters_sorted() -> None:
+    rows = [*sorting()]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 3**6
+    for row in rows:
+        prompt, completion = row["prompt"], row["completion"]
+        assert re.fullmatch("A*B*C*", completion)
+        assert [completion.count(c) for c in "ABC"] == [prompt.count(c) for c in "ABC"]
+        assert len(prompt) == len(completion) == 6
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import scipy.stats
 import torch
 import transformers
 
-from gptsmith import GPT, GPTConfig, save
+from gptsmith import GPT, GPTConfig, load, save
 from gptsmith.config.settings import PrepareSettings
 from gptsmith.evaluation import likelihood
 from gptsmith.evaluation.accuracy import Measured, Outcome, compare
@@ -297,6 +297,18 @@ def test_a_wrong_row_is_named(task: str, change: dict[str, Any], said: str, tmp_
     skipping = PrepareSettings(bad_rows="skip")
     with pytest.warns(UserWarning, match="1 bad rows were skipped"):
         assert len(read_items(data, options=skipping)[1]) == 1
+
+
+def test_answers_of_a_fixed_length_end_there(tmp_path: Path) -> None:
+    model, tokenizer = load(Path(__file__).parents[1] / "inspection" / "sorting_model")
+    assert tokenizer is not None
+    task, items = read_items("sorting")
+    assert (task, len(items)) == ("exact", 729)
+    found = list(measure(Judged(model, tokenizer), task, items[::20]))
+    assert [outcome for _, outcome in found] == [Outcome(True)] * 37
+    row = {"prompt": "CBA", "completion": "CBA", "answer": "ABC"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert read_items(str(tmp_path / "rows.jsonl"))[1][0].answer == "ABC"
 
 
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:

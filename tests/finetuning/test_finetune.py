@@ -65,6 +65,27 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("text.txt").write_text(" ".join(WORDS) * 30)
 
 
+@pytest.mark.slow
+def test_answers_of_a_fixed_length_are_judged_without_an_end(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    sizes = "--steps 8 --evaluate-every 8 --warmup-steps 0 --sample-tokens 9 --n-layer 1 --n-embd 4"
+    words = [*sizes.split(), *TOY[TOY.index("--threads") : TOY.index("--sample-tokens")]]
+    assert main(["train", "sorting", *words, "--out", "sorts"]) == 0
+    said = capsys.readouterr().err
+    assert "the answers are learned, 55% of the tokens\n" in said
+    assert "gptsmith sample sorts --prompt PROMPT" in said
+    test = json.loads(Path("sorts/test.json").read_text())
+    answers = [json.loads(line) for line in Path("sorts/answers.jsonl").read_text().splitlines()]
+    assert "ended" not in test
+    assert f"of 73 answers, {test['exact']} are exactly those wanted" in said
+    assert test["answers"] == len(answers) == 73
+    assert {len(each["answer"]) for each in answers} == {6}
+    assert test["exact"] == sum(each["answer"] == each["wanted"] for each in answers)
+    everything = records(Path("sorts"))[-1]["sorting_accuracy"] * 729
+    assert test["exact"] <= round(everything, 6) == round(everything)
+
+
 def tuned(task: str, out: str, *words: str, model: str = "base") -> Path:
     """The run of a fine-tuning that must succeed."""
     data = "text.txt" if task == "text" else f"{task}.jsonl"

@@ -228,7 +228,7 @@ def test_the_adapter_of_a_classifier_is_merged_as_advised(
         (tuning("chat.jsonl --template endless.jinja"), "writes no special token after an answer"),
         (tuning("chat.jsonl --template latin.jinja"), "latin.jinja is not in UTF-8"),
         (tuning("chat.jsonl --template base"),
-         "no chat template 'base': alpaca, plain, completion or a file"),
+         "no chat template 'base': alpaca, plain, completion, fixed-length or a file"),
         (tuning("chat.jsonl", model="labeller"), "is a classifier, which labels texts and "),
         (tuning("chat.jsonl", model="."), "has no config.json: a folder with a GPT-2"),
         (tuning("pairs.jsonl --beta 0"), "--beta is 0.0: above 0 is needed"),

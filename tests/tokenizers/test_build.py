@@ -243,6 +243,16 @@ def test_missing_places_are_said(tmp_path: Path) -> None:
         open_tokenizer("char")
 
 
+def test_characters_may_be_spelled_out() -> None:
+    tokenizer = open_tokenizer("char:CAB: ")
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.ends) == ("char", 5, frozenset())
+    assert tokenizer.encode("ABC :") == [1, 2, 0, 4, 3]
+    assert open_tokenizer("char:ABC").fingerprint == char_tokenizer("BCA").fingerprint
+    for name in ("char:", "char:ABCA"):
+        with pytest.raises(ValueError, match=f"'{name}' names no characters, or one of them twice"):
+            open_tokenizer(name)
+
+
 def test_gpt2s_files_are_found_elsewhere_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

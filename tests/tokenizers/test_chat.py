@@ -154,7 +154,8 @@ def test_segments_are_transformers_ids_and_its_mask(tmp_path: Path, base: str, s
     judge = AutoTokenizer.from_pretrained(tmp_path)
     template = open_template(tmp_path, load_tokenizer(tmp_path))
     assert template is not None
-    if source == BUILT_IN["completion"]:  # learns from single exchanges, and reads only the last
+    fixed = source == BUILT_IN["fixed-length"]
+    if fixed or source == BUILT_IN["completion"]:  # learns from single exchanges: reads the last
         answered = [ANSWERED[0], *ANSWERED[-2:]]
         with pytest.raises(ValueError, match="does not write message 5 as a continuation of the"):
             template.segments(ANSWERED)
@@ -166,10 +167,11 @@ def test_segments_are_transformers_ids_and_its_mask(tmp_path: Path, base: str, s
     segments = template.segments(answered)
     assert [id for segment in segments for id in segment.ids] == expected["input_ids"]
     mask = [int(segment.learned) for segment in segments for _ in segment.ids]
-    if base == "byte" or source not in (BUILT_IN["plain"], BUILT_IN["completion"]):
+    if base == "byte" or source in (ANSWERS, BUILT_IN["alpaca"]):
         assert mask == expected["assistant_masks"]
     ends = [segment.ids[-1] for segment in segments if segment.learned]
-    assert set(ends) == {tokenizer.vocab["<|im_end|>" if source == ANSWERS else "<|endoftext|>"]}
+    end = tokenizer.vocab["<|im_end|>" if source == ANSWERS else "<|endoftext|>"]
+    assert all((id == end) != fixed for id in ends)
     # What precedes the last answer is what a server would give to the model.
     before = [id for segment in segments[: 2 * len(ends) - 1] for id in segment.ids]
     assert before == template.ids(TALK)
@@ -192,6 +194,15 @@ def test_a_template_that_rewrites_or_never_ends_an_answer_is_refused() -> None:
     endless = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="writes no special token after an answer"):
         ChatTemplate(endless, CHAT, {}).segments(ANSWERED)
+
+
+@pytest.mark.parametrize("tokenizer", [CHAT, char_tokenizer("abc")], ids=["byte", "char"])
+def test_answers_of_a_fixed_length_have_no_end(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(BUILT_IN["fixed-length"], tokenizer, {})
+    messages = [{"role": "user", "content": "cab"}, {"role": "assistant", "content": "abc"}]
+    prompt, answer = tokenizer.encode("cab"), tokenizer.encode("abc")
+    assert template.segments(messages) == [(prompt, False), (answer, True)]
+    assert template.ids(messages[:1]) == prompt
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
