@@ -34,10 +34,14 @@ def parse_value(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) in (types.UnionType, Union):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        words = [option for option in get_args(hint) if get_origin(option) is Literal]
-        if any(value in get_args(option) for option in words):
+        kind = without_none(hint)
+        words = [word for option in get_args(hint) for word in get_args(option) if kind is int]
+        if value in words:
             return value
-        return parse_value(name, value, without_none(hint))
+        if words and number_of(value, kind) is None:
+            needed = " or ".join([NEEDED[kind], *words])
+            raise SettingError(name, f"is {value!r}: {needed} is needed")
+        return parse_value(name, value, kind)
     if get_origin(hint) is Annotated:
         hint, read = get_args(hint)
         try:

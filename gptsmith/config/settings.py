@@ -192,7 +192,7 @@ class ReportSettings:
         None, "steps between checkpoints (default: as --evaluate-every)"
     )
     keep: int | Literal["all"] = setting(
-        2, "number of newest checkpoints to keep, besides the best, or all", metavar="N|all"
+        2, "number of newest checkpoints to keep, besides the best; all keeps every one"
     )
     sample_every: int | None = setting(
         None, "steps between samples of text (default: as --evaluate-every)"

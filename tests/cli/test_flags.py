@@ -31,6 +31,7 @@ NEEDED = {
     "plot": "run",
     "compare": "run",
     "sweep": "text.txt --set seed=1,2",
+    "inspect": "model --prompt text",
     "describe": "gpt2",
     "import": "model out",
     "export": "model out --to nanogpt",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptsmith.config.fields import Bytes
+from gptsmith.config.fields import Bytes, SettingError
 from gptsmith.config.model import GPTConfig
 from gptsmith.config.recipe import (
     parse_value,
@@ -21,7 +21,7 @@ from gptsmith.config.recipe import (
     updated,
     with_overrides,
 )
-from gptsmith.config.settings import DataSettings, RunSettings, TrainingSettings
+from gptsmith.config.settings import DataSettings, ReportSettings, RunSettings, TrainingSettings
 from tests.advice import cured
 from tests.conftest import TOY
 
@@ -307,3 +307,13 @@ def test_what_is_advised_for_a_settings_file_works(tmp_path: Path) -> None:
         cured_body = cured_body.replace("rat =", "rate =").replace("larg", "large")
         (tmp_path / "own.toml").write_text(cured_body)
         read_toml(tmp_path / "own.toml")
+
+
+def test_a_number_may_be_a_word(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[report]\nkeep = "all"\n')
+    assert read_toml(tmp_path / "run.toml").report.keep == "all"
+    (tmp_path / "run.toml").write_text('[report]\nkeep = "some"\n')
+    with pytest.raises(SettingError, match="keep is 'some': a whole number or all is needed"):
+        read_toml(tmp_path / "run.toml")
+    with pytest.raises(SettingError, match="keep is 0: at least 1"):
+        ReportSettings(keep=0)
