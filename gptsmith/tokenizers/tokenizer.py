@@ -124,7 +124,7 @@ class Tokenizer:
         refuse_surrogates(text)
         if self.kind == "char":
             return self._encode_characters(text, unknown).tolist()
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode_by_library(text)
 
     def encode_array(self, text: str, *, unknown: Unknown = "error") -> np.ndarray:
         """Encode much text into an array of uint16, or uint32 if the vocabulary needs it.
@@ -140,7 +140,7 @@ class Tokenizer:
         elif self._tiktoken is not None:
             ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
         else:
-            ids = np.array(self.backend.encode(text, add_special_tokens=False).ids)
+            ids = np.array(self._encode_by_library(text))
         return ids.astype(self.dtype)
 
     def encode_together(self, texts: Sequence[str]) -> list[np.ndarray] | None:
@@ -163,6 +163,18 @@ class Tokenizer:
     def dtype(self) -> type:
         """The smallest of uint16 and uint32 that holds every id."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def _encode_by_library(self, text: str) -> list[int]:
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:  # a panic in Rust is no Exception, and has no class to name
+            if type(error).__name__ != "PanicException":
+                raise
+            names = ", ".join(repr(token["content"]) for token in self.added)
+            raise ValueError(
+                f"the tokenizers library cannot find the added tokens ({names}) in this text, and "
+                f"fails with {str(error)!r}: leave out those that are or strip spaces"
+            ) from error
 
     def _encode_characters(self, text: str, unknown: Unknown) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -91,6 +91,16 @@ def test_every_path_gives_transformers_ids(
         assert lengths[np.array(expected, int)].sum() == len(text.encode())
 
 
+def test_where_the_library_panics_there_is_one_line() -> None:
+    added = [tokenizers.AddedToken("a", lstrip=True, rstrip=True, normalized=False)]
+    added += [tokenizers.AddedToken(" ", lstrip=True, normalized=False)]
+    tokenizer = Tokenizer(theirs(BASES["byte"], added).backend_tokenizer)
+    assert tokenizer.encode("bab") == [98, 97, 98]
+    for encode_text in (tokenizer.encode, tokenizer.encode_array):
+        with pytest.raises(ValueError, match=r"cannot find the added tokens \('a', ' '\) in this"):
+            encode_text(" a  ")
+
+
 @pytest.mark.slow
 def test_a_saved_folder_keeps_them_and_tells_them_apart(tmp_path: Path) -> None:
     judge = theirs(BASES["gpt2"], ["newword", "new york", "ilÖveyou"])
