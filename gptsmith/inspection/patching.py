@@ -19,7 +19,7 @@ from ..config.fields import SettingError
 from ..machine.terminal import count
 from ..model.gpt import GPT
 from .attribution import Question
-from .recording import Recording, blocks, hooks, record
+from .recording import Recording, blocks, hooks, record, rest_of_pass
 
 BATCH_TOKENS = 1024  # of a pass: enough to keep the machine busy, few enough for any memory
 
@@ -41,6 +41,7 @@ class _Grid:
     """Patches that are made alike: a module's input or output, in one part of it for each."""
 
     name: str
+    layer: int
     module: nn.Module
     values: Tensor  # (T, C), of the clean prompt
     masks: Tensor  # (patches, T, C) or a shape that expands to it: what is replaced in each patch
@@ -98,8 +99,9 @@ def patch(
     target, instead = question.target, question.instead
     check_lengths(clean, corrupt)
     both = torch.tensor([clean, corrupt], device=model.device)  # (2, T)
-    recording = record(model, both[:1])
-    ends = differences(model, both, target, instead).tolist()
+    recording = record(model, both)
+    row = (model.lm_head.weight[target] - model.lm_head.weight[instead]).detach()  # (C,)
+    ends = (model.ln_f(recording.stream[-1, :, -1]) @ row).tolist()
     if ends[0] == ends[1] or list(clean) == list(corrupt):  # which rounding may hide
         raise ValueError(
             "the difference of the two logits is the same after both prompts, so no patch can "
@@ -108,7 +110,8 @@ def patch(
     grids = list(_grids(model, recording))
     found: dict[str, Any] = {}
     for done, grid in enumerate(grids):
-        restored = (_patched(model, both[1], grid, target, instead) - ends[1]) / (ends[0] - ends[1])
+        given = recording.stream[grid.layer, 1]  # of the corrupted prompt
+        restored = (_patched(model, given, grid, row) - ends[1]) / (ends[0] - ends[1])
         found.setdefault(grid.name, []).append(restored)
         yield (done + 1) / len(grids)
     clean_end, corrupt_end = ends
@@ -123,18 +126,23 @@ def _grids(model: GPT, recording: Recording) -> Iterator[_Grid]:
     places = torch.eye(T, dtype=torch.bool, device=device).unsqueeze(-1)  # (T, T, 1)
     heads = torch.eye(H, dtype=torch.bool, device=device).repeat_interleave(C // H, dim=1)
     for layer, block in enumerate(blocks(model)):
-        yield _Grid("stream", block, recording.stream[layer, 0], places, at_input=True)
-        yield _Grid("attn", block.attn, recording.attn[layer, 0], places)
-        yield _Grid("mlp", block.mlp, recording.mlp[layer, 0], places)
+        yield _Grid("stream", layer, block, recording.stream[layer, 0], places, at_input=True)
+        yield _Grid("attn", layer, block.attn, recording.attn[layer, 0], places)
+        yield _Grid("mlp", layer, block.mlp, recording.mlp[layer, 0], places)
         c_proj, values = block.attn.c_proj, recording.heads[layer, 0]
-        yield _Grid("heads", c_proj, values, heads.unsqueeze(1), at_input=True)
-    yield _Grid("stream", model.ln_f, recording.stream[-1, 0], places, at_input=True)
+        yield _Grid("heads", layer, c_proj, values, heads.unsqueeze(1), at_input=True)
+    yield _Grid(
+        "stream", len(recording.attn), model.ln_f, recording.stream[-1, 0], places, at_input=True
+    )
 
 
 @torch.no_grad()
-def _patched(model: GPT, corrupt: Tensor, grid: _Grid, target: int, instead: int) -> np.ndarray:
-    """Return the difference of logits after each patch.  (T,) -> (patches,)"""
-    rows = max(1, BATCH_TOKENS // len(corrupt))
+def _patched(model: GPT, given: Tensor, grid: _Grid, row: Tensor) -> np.ndarray:
+    """Return the difference of logits after each patch.  (T, C), (C,) -> (patches,)
+
+    `given` is the stream before the patched layer: what is computed before it stays the same.
+    """
+    rows = max(1, BATCH_TOKENS // len(given))
     found = []
     for masks in grid.masks.split(rows):  # (R, T, C)
 
@@ -146,13 +154,6 @@ def _patched(model: GPT, corrupt: Tensor, grid: _Grid, target: int, instead: int
                 hook(grid.module, input=lambda module, inputs: (replaced(inputs[0]), *inputs[1:]))
             else:
                 hook(grid.module, output=lambda module, inputs, output: replaced(output))
-            found.append(differences(model, corrupt.expand(len(masks), -1), target, instead))
+            features = rest_of_pass(model, given.expand(len(masks), -1, -1), grid.layer)
+        found.append(features[:, -1] @ row)
     return torch.cat(found).cpu().numpy()
-
-
-@torch.no_grad()
-def differences(model: GPT, tokens: Tensor, target: int, instead: int) -> Tensor:
-    """Return the target's logit at the last place less the other's.  (R, T) -> (R,)"""
-    last = model.features(tokens)[:, -1]  # (R, C)
-    row = model.lm_head.weight[target] - model.lm_head.weight[instead]  # (C,)
-    return last @ row

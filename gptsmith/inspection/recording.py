@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.gpt import GPT, attention
+from ..model.modern import rotation_at
 from ..model.quantized import packed_bits
 
 
@@ -78,6 +79,17 @@ def record(model: GPT, tokens: Tensor) -> Recording:
 def blocks(model: GPT) -> list[Any]:
     """Return the blocks of a model, which are GPT-2's or the modern ones."""
     return list(model.h)
+
+
+def rest_of_pass(model: GPT, x: Tensor, layer: int) -> Tensor:
+    """Return the features for a residual stream before a layer.  (B, T, C) -> (B, T, C)"""
+    more: tuple[Tensor, ...] = ()
+    if model.config.modern:
+        positions = torch.arange(x.shape[1], device=x.device)
+        more = (rotation_at(positions, model.config.head_size).to(x.dtype),)
+    for block in blocks(model)[layer:]:
+        x = block(x, *more)
+    return model.ln_f(x)
 
 
 @contextmanager
