@@ -37,7 +37,8 @@ class ExampleSettings:
     data: str | None = setting(
         None,
         "examples: a .jsonl, .json (a list), .csv, .tsv or .parquet file, a folder with one folder "
-        "for each label, or small-tasks, sorting or comedy-or-tragedy, which are built in; or text",
+        "for each label, or what is built in: small-tasks, sorting, copying, comedy-or-tragedy; or "
+        "text",
         metavar="DATA",
     )
 

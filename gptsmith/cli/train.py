@@ -159,13 +159,14 @@ def conclude(trained: Any, display: Display) -> None:
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
     quoted = shlex.quote(str(folder))
-    compare: dict[str, str] = {}
+    inside, compare = f"gptsmith inspect {quoted} --prompt TEXT", {}
     match trained.settings.finetune.example_kind:
         case "classify":
             use = {"label": f"gptsmith classify {quoted} --text 'some text'"}
+            inside = f"gptsmith describe {quoted}"
         case "chat" | "preference" if trained.settings.finetune.template == "fixed-length":
-            length = trained.settings.report.sample_tokens
-            ask = f"--prompt PROMPT --max-tokens {length} --temperature 0"
+            length = trained.settings.report.sample_tokens or 1
+            ask = f"--prompt TEXT --max-tokens {length} --temperature 0"
             use = {"ask": f"gptsmith sample {quoted} {ask}"}
         case "chat" | "preference":
             use = {"talk": f"gptsmith chat {quoted}"}
@@ -176,7 +177,7 @@ def conclude(trained: Any, display: Display) -> None:
         "Try",
         {
             **use,
-            "look inside": f"gptsmith describe {quoted}",
+            "look inside": inside,
             "longer": longer,
             **compare,
         },

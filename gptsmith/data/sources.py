@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from ..config.fields import suggestion
 from ..machine.files import CHUNK_BYTES
+from .copying import copying
 from .shakespeare import comedy_or_tragedy, plays
 from .small_tasks import small_tasks
 from .sorting import sorting
@@ -27,6 +28,7 @@ BUILT_IN = {"shakespeare": plays}
 BUILT_IN_ROWS = {
     "small-tasks": small_tasks,
     "sorting": sorting,
+    "copying": copying,
     "comedy-or-tragedy": comedy_or_tragedy,
 }
 STANDARD_INPUT = "-"

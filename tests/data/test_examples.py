@@ -21,6 +21,7 @@ from gptsmith.data.examples import (
 )
 from gptsmith.data.shakespeare import comedy_or_tragedy, plays
 from gptsmith.data.small_tasks import PAIRS, TASKS, plural, small_tasks
+from gptsmith.data.copying import copying
 from gptsmith.data.sorting import sorting
 from gptsmith.data.sources import find_sources
 
@@ -256,6 +257,14 @@ def test_small_tasks_are_right_and_what_is_held_out_is_new() -> None:
     assert [plural(word) for word in ("box", "city", "day", "dog", "church")] == [
         *("boxes", "cities", "days", "dogs", "churches")
     ]
+
+
+def test_copying_is_always_the_same_and_not_to_be_guessed() -> None:
+    rows = [*copying()]
+    assert rows == [*copying()]
+    assert all(row["prompt"] == row["completion"] for row in rows)
+    assert {len(row["prompt"]) for row in rows} == {*range(4, 17)}
+    assert len({row["prompt"] for row in rows}) > 0.99 * len(rows) > 19_000
 
 
 def test_sorting_has_every_input_once_and_its_letters_sorted() -> None:
