@@ -11,6 +11,7 @@ import pytest
 
 from gptsmith.config.finetune import FinetuneSettings
 from gptsmith.config.settings import PrepareSettings
+from gptsmith.data.copying import copying
 from gptsmith.data.examples import (
     Conversation,
     Example,
@@ -21,7 +22,6 @@ from gptsmith.data.examples import (
 )
 from gptsmith.data.shakespeare import comedy_or_tragedy, plays
 from gptsmith.data.small_tasks import PAIRS, TASKS, plural, small_tasks
-from gptsmith.data.copying import copying
 from gptsmith.data.sorting import sorting
 from gptsmith.data.sources import find_sources
 
