@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
+from tests.forking import Forking, forking
 
 # A loaded machine takes its time for an example, and for making one up.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -89,6 +90,13 @@ def single_thread() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     with single_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def in_processes() -> Iterator[Forking]:
+    """Runs `gptsmith` in several processes that train together."""
+    with forking() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
 from gptsmith.training.loop import Trainer
 from tests.conftest import until
+from tests.forking import Forking
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 TINY = (
@@ -368,27 +369,33 @@ def test_published_shards_need_a_tokenizer_and_are_checked(
     assert records(Path("run"))[-1]["validation_tokens"] == 89
 
 
-def train_in(processes: int, *words: str) -> None:
-    """`gptsmith train` in several processes."""
+def torchrun(processes: int, *words: str) -> None:
+    """`gptsmith` in several processes, as it is used."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, str(processes), "-m", "gptsmith", "train", *words],
+        [*command, str(processes), "-m", "gptsmith", *words],
         capture_output=True,
         text=True,
         timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_processes_learn_what_one_does(processes: int, dropout: str) -> None:
+@pytest.mark.parametrize(
+    ("processes", "dropout", "by_torchrun"),
+    [(2, "0", False), (2, "0.1", True), (4, "0", False), (4, "0.1", False)],
+)
+def test_processes_learn_what_one_does(
+    processes: int, dropout: str, by_torchrun: bool, in_processes: Forking
+) -> None:
     """Rows that do not divide evenly, and a micro-batch that does not divide them either."""
     words = ["--batch-tokens", "40", "--micro-batch", "2", "--dropout", dropout]
     one = train(*words)
-    train_in(processes, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    start = torchrun if by_torchrun else in_processes
+    start(processes, "train", "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
     assert_same_learning(one, Path("many"))
     assert events(Path("many"))[0]["processes"] == processes
 
@@ -396,14 +403,16 @@ def test_processes_learn_what_one_does(processes: int, dropout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4)])
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_a_run_goes_on_in_another_number_of_processes(first: int, then: int, dropout: str) -> None:
+def test_a_run_goes_on_in_another_number_of_processes(
+    first: int, then: int, dropout: str, in_processes: Forking
+) -> None:
     words = ["--batch-tokens", "40", "--dropout", dropout, "--save-every", "3", "--keep", "9"]
     one = train(*words)
-    train_in(first, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    in_processes(first, "train", "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
     for path in checkpoints(Path("many")):  # as if killed after step 3
         if path.name > "step-00000003":
             shutil.rmtree(path)
-    train_in(then, "--resume", "many")
+    in_processes(then, "train", "--resume", "many")
     assert_same_learning(one, Path("many"))
     resumed = events(Path("many"))[-1]
     assert (resumed["event"], resumed["step"], resumed["processes"]) == ("resumed", 3, then)
