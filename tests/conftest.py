@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
+from gptsmith.machine import environment
 from tests.forking import Forking, forking
 
 # A loaded machine takes its time for an example, and for making one up.
@@ -74,6 +75,15 @@ def no_flush() -> Iterator[None]:
     """What tests write need not outlive the machine, and a busy disk takes its time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_core() -> Iterator[None]:
+    """Commands run in one thread where they choose: toy tensors gain nothing from more, and would
+    wait for cores that other tests use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "cores", lambda: 1)
         yield
 
 
