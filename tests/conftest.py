@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, settings
 from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
 from gptsmith.machine import environment
-from tests.forking import Forking, forking
+from tests.forking import forking
+from tests.versions import Ask, asking
 
 # A loaded machine takes its time for an example, and for making one up.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,10 +103,36 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+TRAINS = "gptsmith.cli.train gptsmith.cli.finetune gptsmith.finetuning.finetune matplotlib.figure"
+COMMAND = "import sys; from gptsmith.cli.main import main; sys.exit(main(sys.argv[1:]))"
+Together = Callable[..., None]
+
+
 @pytest.fixture(scope="session")
-def in_processes() -> Iterator[Forking]:
-    """Runs `gptsmith` in several processes that train together."""
-    with forking() as run:
+def in_processes() -> Iterator[Together]:
+    """Runs `gptsmith` in several processes in the current folder, which find each other by the
+    environment variables that torchrun sets; all must succeed."""
+    with forking(*TRAINS.split(), **{**os.environ, "OMP_NUM_THREADS": "1"}) as fork:
+
+        def run(processes: int, *words: str) -> None:
+            with socket.socket() as held:  # so that nobody else is given the port
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                held.bind(("127.0.0.1", 0))
+                shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+                ranks = [
+                    shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(n)) for n in range(processes)
+                ]
+                for done in fork(COMMAND, *words, folder=Path(), environments=ranks):
+                    assert done.returncode == 0, done.stderr[-2000:]
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def ask() -> Iterator[Ask]:
+    """Runs code with the transformers of today, "5", or with the older one, "4.57"."""
+    with asking() as run:
         yield run
 
 

@@ -16,9 +16,8 @@ from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import ExampleBatches
 from gptsmith.finetuning import report
 from gptsmith.finetuning.preference import PreferenceTask
-from tests.conftest import until
+from tests.conftest import Together, until
 from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
-from tests.forking import Forking
 from tests.training.test_run import records, torchrun
 
 __all__ = ["here"]  # each test in a folder with a small model and data for each task
@@ -33,7 +32,7 @@ __all__ = ["here"]  # each test in a folder with a small model and data for each
     ],
 )
 def test_processes_learn_what_one_does(
-    task: str, processes: int, by_torchrun: bool, in_processes: Forking
+    task: str, processes: int, by_torchrun: bool, in_processes: Together
 ) -> None:
     """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
     words = ["--dropout", "0.2", "--micro-batch", "1", "--learning-rate", "0.001"]

@@ -22,7 +22,7 @@ from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
 from gptsmith.training.trainer import MEMORY_SHARE, micro_batch_rows, use
 from tests.conftest import TINY as TOY
-from tests.forking import Forking
+from tests.conftest import Together
 from tests.training.test_loop import make_trainer
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights
 
@@ -261,7 +261,7 @@ def test_what_is_remembered_is_not_measured_again(
 
 
 @pytest.mark.slow
-def test_two_processes_agree(in_processes: Forking) -> None:
+def test_two_processes_agree(in_processes: Together) -> None:
     """Each has its own text of the event, and rank 0's is on disk; the losses are the same."""
     words = [*AUTO, "--steps", "8", "--dropout", "0"]
     in_processes(2, "train", "text.txt", *words, "--out", "two")

@@ -24,8 +24,7 @@ from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
 from gptsmith.training.loop import Trainer
-from tests.conftest import until
-from tests.forking import Forking
+from tests.conftest import Together, until
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 TINY = (
@@ -389,7 +388,7 @@ def torchrun(processes: int, *words: str) -> None:
     [(2, "0", False), (2, "0.1", True), (4, "0", False), (4, "0.1", False)],
 )
 def test_processes_learn_what_one_does(
-    processes: int, dropout: str, by_torchrun: bool, in_processes: Forking
+    processes: int, dropout: str, by_torchrun: bool, in_processes: Together
 ) -> None:
     """Rows that do not divide evenly, and a micro-batch that does not divide them either."""
     words = ["--batch-tokens", "40", "--micro-batch", "2", "--dropout", dropout]
@@ -404,7 +403,7 @@ def test_processes_learn_what_one_does(
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4)])
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_a_run_goes_on_in_another_number_of_processes(
-    first: int, then: int, dropout: str, in_processes: Forking
+    first: int, then: int, dropout: str, in_processes: Together
 ) -> None:
     words = ["--batch-tokens", "40", "--dropout", dropout, "--save-every", "3", "--keep", "9"]
     one = train(*words)
