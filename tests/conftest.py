@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
 from gptsmith.machine import environment
-from tests.forking import forking
+from tests.forking import Forking, forking
 from tests.versions import Ask, asking
 
 # A loaded machine takes its time for an example, and for making one up.
@@ -109,24 +109,28 @@ Together = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
-def in_processes() -> Iterator[Together]:
+def trainers() -> Iterator[Forking]:
+    """Starts processes that have imported what `gptsmith train` and `gptsmith finetune` do."""
+    with forking(*TRAINS.split(), **{**os.environ, "OMP_NUM_THREADS": "1"}) as program:
+        yield program
+
+
+@pytest.fixture
+def in_processes(trainers: Forking) -> Together:
     """Runs `gptsmith` in several processes in the current folder, which find each other by the
     environment variables that torchrun sets; all must succeed."""
-    with forking(*TRAINS.split(), **{**os.environ, "OMP_NUM_THREADS": "1"}) as fork:
 
-        def run(processes: int, *words: str) -> None:
-            with socket.socket() as held:  # so that nobody else is given the port
-                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                held.bind(("127.0.0.1", 0))
-                shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
-                shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
-                ranks = [
-                    shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(n)) for n in range(processes)
-                ]
-                for done in fork(COMMAND, *words, folder=Path(), environments=ranks):
-                    assert done.returncode == 0, done.stderr[-2000:]
+    def run(processes: int, *words: str) -> None:
+        with socket.socket() as held:  # so that nobody else is given the port
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+            ranks = [shared | {"RANK": n, "LOCAL_RANK": n} for n in map(str, range(processes))]
+            for done in trainers.together(COMMAND, *words, folder=Path(), environments=ranks):
+                assert done.returncode == 0, done.stderr[-2000:]
 
-        yield run
+    return run
 
 
 @pytest.fixture(scope="session")

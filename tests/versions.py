@@ -64,7 +64,8 @@ def asking() -> Iterator[Ask]:
             environment = environment_of(version)
             if version not in forks:
                 forks[version] = stack.enter_context(forking(*SLOW, **environment))
-            (done,) = forks[version](code, *words, folder=folder, environments=[environment])
-            return printed(done)
+            where = {"folder": folder, "environment": environment}
+            with forks[version].start(code, *words, **where) as process:
+                return printed(process.done())
 
         yield run

@@ -1,9 +1,8 @@
 """Fine-tuning in several processes, and interrupted where training itself is not."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gptsmith.finetuning import report
 from gptsmith.finetuning.preference import PreferenceTask
 from tests.conftest import Together, until
 from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
+from tests.forking import Forking
 from tests.training.test_run import records, torchrun
 
 __all__ = ["here"]  # each test in a folder with a small model and data for each task
@@ -128,11 +128,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "finetune"])
-def test_terminated_in_the_reference_the_run_goes_on_to_the_same_end(verb: str) -> None:
+def test_terminated_in_the_reference_the_run_goes_on_to_the_same_end(
+    verb: str, trainers: Forking
+) -> None:
     words = ["finetune", "base", "--data", "preference.jsonl", "--out", "run", *TOY]
-    with subprocess.Popen([sys.executable, "-c", TERMINATED, *words]) as process:
+    where: Any = {"folder": Path(), "environment": os.environ}
+    with trainers.start(TERMINATED, *words, **where) as process:
         until(lambda: Path("reached").exists() or process.poll() is not None)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
     assert main([verb, "--resume", "run"]) == 0
     assert same_weights(tuned("preference", "whole"), Path("run"))

@@ -25,6 +25,7 @@ from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
 from gptsmith.training.loop import Trainer
 from tests.conftest import Together, until
+from tests.forking import Forking
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 TINY = (
@@ -191,17 +192,19 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_asked_to_stop_it_saves_and_goes_on_to_the_same_end(signal_number: int) -> None:
+def test_asked_to_stop_it_saves_and_goes_on_to_the_same_end(
+    signal_number: int, trainers: Forking
+) -> None:
     seldom = ("--evaluate-every", "9", "--save-every", "5")
     whole = train(*seldom, steps=20)
     words = ["train", "text.txt", *TINY, *seldom, "--steps", "20", "--out", "stopped"]
-    command = [sys.executable, "-c", HELD_UP, *words]
+    where: Any = {"folder": Path(), "environment": os.environ}
     run = Path("stopped")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with trainers.start(HELD_UP, *words, **where) as process:
         until(Path("reached").exists)
         process.send_signal(signal_number)
         Path("signalled").touch()
-        _, said = process.communicate(timeout=300)
+        said = process.done().stderr
     assert process.returncode == 128 + signal_number, said
     if signal_number != signal.SIGHUP:  # nobody reads it then
         assert "Stopping: step 7 is finished, and the run is saved." in said
