@@ -18,6 +18,9 @@ from hypothesis import HealthCheck, settings
 
 from gptsmith import GPT, GPTConfig
 from gptsmith.cli.main import main
+from gptsmith.machine import environment
+from tests.forking import Forking, forking
+from tests.versions import Ask, asking
 
 # A loaded machine takes its time for an example, and for making one up.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -76,6 +79,15 @@ def no_flush() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_core() -> Iterator[None]:
+    """Commands run in one thread where they choose: toy tensors gain nothing from more, and would
+    wait for cores that other tests use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "cores", lambda: 1)
+        yield
+
+
 @contextmanager
 def single_thread() -> Iterator[None]:
     """One for PyTorch: toy tensors gain nothing from more, and wait for cores that others use."""
@@ -89,6 +101,43 @@ def single_thread() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     with single_thread():
         yield
+
+
+TRAINS = "gptsmith.cli.train gptsmith.cli.finetune gptsmith.finetuning.finetune matplotlib.figure"
+COMMAND = "import sys; from gptsmith.cli.main import main; sys.exit(main(sys.argv[1:]))"
+Together = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def trainers() -> Iterator[Forking]:
+    """Starts processes that have imported what `gptsmith train` and `gptsmith finetune` do."""
+    with forking(*TRAINS.split(), **{**os.environ, "OMP_NUM_THREADS": "1"}) as program:
+        yield program
+
+
+@pytest.fixture
+def in_processes(trainers: Forking) -> Together:
+    """Runs `gptsmith` in several processes in the current folder, which find each other by the
+    environment variables that torchrun sets; all must succeed."""
+
+    def run(processes: int, *words: str) -> None:
+        with socket.socket() as held:  # so that nobody else is given the port
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+            ranks = [shared | {"RANK": n, "LOCAL_RANK": n} for n in map(str, range(processes))]
+            for done in trainers.together(COMMAND, *words, folder=Path(), environments=ranks):
+                assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ask() -> Iterator[Ask]:
+    """Runs code with the transformers of today, "5", or with the older one, "4.57"."""
+    with asking() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

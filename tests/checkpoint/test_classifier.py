@@ -16,7 +16,8 @@ from gptsmith.tokenizers import Tokenizer, Usage, byte_tokenizer, gpt2_tokenizer
 
 from ..conftest import TINY
 from ..model.test_classifier import CONFIG, LABELS, judge, scrambled
-from .test_saved import ask, difference
+from ..versions import Ask
+from .test_saved import difference
 
 TEXTS = ["To be, or not to be", "that is", "the question: whether 'tis nobler"]
 SMALL = ClassifierConfig.of(
@@ -78,7 +79,7 @@ def test_a_folder_comes_back(saved: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5", "4.57"])
-def test_transformers_labels_as_we_do(version: str, saved: Path) -> None:
+def test_transformers_labels_as_we_do(version: str, saved: Path, ask: Ask) -> None:
     (line,) = ask(version, saved, USED, str(saved), *TEXTS)
     found = json.loads(line)
     assert found["version"].startswith(version)
@@ -103,7 +104,7 @@ def test_transformers_labels_as_we_do(version: str, saved: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5", "4.57"])
-def test_folders_of_transformers_are_read(version: str, tmp_path: Path) -> None:
+def test_folders_of_transformers_are_read(version: str, tmp_path: Path, ask: Ask) -> None:
     ask(version, tmp_path, MADE)
     labels = {"two": ("LABEL_0", "LABEL_1"), "named": ("ham", "spam", "egg")}
     for name, wanted in labels.items():

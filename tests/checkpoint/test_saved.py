@@ -1,12 +1,11 @@
 """A model is one folder: Hugging Face reads it, we read Hugging Face's, and damage is found."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from gptsmith.machine.files import DamagedError, written_whole
 from gptsmith.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer, gpt2_tokenizer, learn_bpe
 from tests.advice import cured, refusal
 from tests.conftest import TINY, scrambled
+from tests.versions import Ask
 
 TEXT = "To be, or not to be: that is the question.\n\nHAMLET:\nWhether 'tis nobler — naïve 🙂\n"
 KINDS: dict[str, Callable[[], Tokenizer]] = {
@@ -223,7 +223,9 @@ def test_a_tokenizer_that_does_something_else_is_refused(saved: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5", "4.57"])
-def test_saved_again_by_transformers_it_is_still_ours(version: str, tmp_path: Path) -> None:
+def test_saved_again_by_transformers_it_is_still_ours(
+    version: str, tmp_path: Path, ask: Ask
+) -> None:
     """With the template that is added; the weights keep their bytes, so they match the manifest."""
     for kind, make in KINDS.items():
         tokenizer = make()
@@ -345,7 +347,6 @@ def test_a_missing_model_suggests(tmp_path: Path) -> None:
 
 # -- transformers, as people type it, in the version of today and in the older one
 
-OLDER = Path(sys.prefix) / "transformers-4.57"  # `make test` puts it there
 SOME = 40  # of the logits of GPT-2's vocabulary, which make half a megabyte of JSON for each token
 USED = (
     f"SOME = {SOME}"
@@ -384,41 +385,9 @@ for folder in sys.argv[1:]:
 """
 
 
-# Progress, and what transformers says of every GPT2LMHeadModel that it trains.
-NOISE = ("Loading weights", "Writing model shards", "Device set to use", "`loss_type=None`")
-
-
-def ask(
-    version: str,
-    folder: Path,
-    code: str,
-    *words: str,
-    beside: Sequence[Path] = (),
-    expected: Sequence[str] = (),
-) -> list[str]:
-    """Run code with a version of transformers, and packages beside it. It may complain of what is
-    `expected` alone. The lines that it printed."""
-    assert OLDER.is_dir(), "transformers 4.57 is missing: `make test` installs it"
-    places = [*beside, *([] if version == "5" else [OLDER])]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, places))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line and not any(n in line for n in NOISE)]
-    assert [line for line in said if not any(words in line for words in expected)] == []
-    return done.stdout.splitlines()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["5", "4.57"])
-def test_the_shortest_idioms_do_what_we_do(version: str, tmp_path: Path) -> None:
+def test_the_shortest_idioms_do_what_we_do(version: str, tmp_path: Path, ask: Ask) -> None:
     """`m(**t(text))`, `m.generate(**t(text))`, batches padded right and left, and the pipeline."""
     short = "To be"
     saved = {}

@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def started(folder: Path, *flags: str) -> Iterator[tuple[Any, str]]:
     """The command in a process of its own, once it is ready, and the line that says so."""
-    words = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--port", "0", *flags]
+    words = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--port", "0"]
+    words += ["--threads", "1", *flags]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
             lines = iter(process.stderr.readline, "")

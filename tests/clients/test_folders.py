@@ -11,8 +11,9 @@ import torch
 import gptsmith
 from gptsmith import GPT, GPTConfig, Tokenizer
 from gptsmith.convert import export_model
-from tests.checkpoint.test_saved import KINDS, ROOMY, SOME, TEXT, ask, difference, written
+from tests.checkpoint.test_saved import KINDS, ROOMY, SOME, TEXT, difference, written
 from tests.conftest import scrambled
+from tests.versions import ask
 
 pytestmark = pytest.mark.clients
 CLIENTS = Path(sys.prefix) / "clients" / "folders"  # `make clients` installs folders.txt there

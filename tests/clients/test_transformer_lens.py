@@ -11,8 +11,9 @@ import torch
 import gptsmith
 from gptsmith import GPTConfig
 from gptsmith.inspection import pattern_scores, record
-from tests.checkpoint.test_saved import KINDS, ask
+from tests.checkpoint.test_saved import KINDS
 from tests.conftest import TINY, scrambled
+from tests.versions import ask
 
 pytestmark = pytest.mark.clients
 CLIENTS = Path(sys.prefix) / "clients" / "transformer-lens"  # `make clients` installs it there

@@ -11,8 +11,9 @@ import torch
 import gptsmith
 from gptsmith import GPTConfig
 from gptsmith.model.preference import answer_logprobs, preference
-from tests.checkpoint.test_saved import KINDS, ask
+from tests.checkpoint.test_saved import KINDS
 from tests.conftest import TINY, scrambled
+from tests.versions import ask
 
 pytestmark = pytest.mark.clients
 CLIENTS = Path(sys.prefix) / "clients" / "trl"  # `make clients` installs trl.txt there

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,37 +15,32 @@ from gptsmith.data.encoded import Examples
 from gptsmith.data.example_batches import ExampleBatches
 from gptsmith.finetuning import report
 from gptsmith.finetuning.preference import PreferenceTask
-from tests.conftest import until
+from tests.conftest import Together, until
 from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
-from tests.training.test_run import records
+from tests.forking import Forking
+from tests.training.test_run import records, torchrun
 
 __all__ = ["here"]  # each test in a folder with a small model and data for each task
 
 
-def finetune_in(processes: int, *words: str) -> None:
-    """`gptsmith finetune` in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    done = subprocess.run(
-        [*command, str(processes), "-m", "gptsmith", "finetune", *words],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("task", ["chat", "classify", "preference", "text"])
-def test_processes_learn_what_one_does(task: str, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("task", "processes", "by_torchrun"),
+    [
+        *((task, 2, task == "chat") for task in ("chat", "classify", "preference", "text")),
+        *((task, 4, False) for task in ("chat", "classify", "preference", "text")),
+    ],
+)
+def test_processes_learn_what_one_does(
+    task: str, processes: int, by_torchrun: bool, in_processes: Together
+) -> None:
     """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
     words = ["--dropout", "0.2", "--micro-batch", "1", "--learning-rate", "0.001"]
     one = tuned(task, "one", *words, *(["--batch-tokens", "1200"] if task == "text" else []))
     data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
     toy = [*TOY_TEXT, "--batch-tokens", "1200"] if task == "text" else TOY
-    finetune_in(processes, "base", *data, "--out", "many", *toy, *words)
+    start = torchrun if by_torchrun else in_processes
+    start(processes, "finetune", "base", *data, "--out", "many", *toy, *words)
     for mine, theirs in zip(records(one), records(Path("many")), strict=True):
         for name in ("loss", "validation_loss", "validation_accuracy", "reward_margin", "tokens"):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-6), name
@@ -135,11 +128,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "finetune"])
-def test_terminated_in_the_reference_the_run_goes_on_to_the_same_end(verb: str) -> None:
+def test_terminated_in_the_reference_the_run_goes_on_to_the_same_end(
+    verb: str, trainers: Forking
+) -> None:
     words = ["finetune", "base", "--data", "preference.jsonl", "--out", "run", *TOY]
-    with subprocess.Popen([sys.executable, "-c", TERMINATED, *words]) as process:
+    where: Any = {"folder": Path(), "environment": os.environ}
+    with trainers.start(TERMINATED, *words, **where) as process:
         until(lambda: Path("reached").exists() or process.poll() is not None)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
     assert main([verb, "--resume", "run"]) == 0
     assert same_weights(tuned("preference", "whole"), Path("run"))

@@ -74,6 +74,8 @@ def no_account(user):
     raise KeyError(f"getpwuid(): uid not found: {user}")
 pwd.getpwuid = no_account
 from gptsmith.cli.main import main
+from gptsmith.machine import native
+native.FLAGS = ["-O0", *native.FLAGS[1:]]
 sizes = "--n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --threads 1 --dtype float32"
 steps = "--batch-tokens 48 --warmup-steps 1 --steps 2 --tokenizer byte --out run"
 assert main(f"train text.txt {sizes} {steps}".split()) == 0

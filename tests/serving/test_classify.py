@@ -33,7 +33,7 @@ from gptsmith.tokenizers import byte_tokenizer
 from tests.cli.test_serve import started
 from tests.conftest import TINY, single_thread
 from tests.model.test_classifier import scrambled
-from tests.serving.test_page import PICTURES, browser  # noqa: F401 (a fixture)
+from tests.serving.test_page import PICTURES
 from tests.serving.test_schemathesis import NAMES, REASONS
 
 TOKENIZER = byte_tokenizer()
@@ -309,7 +309,7 @@ def test_a_key_is_asked_for() -> None:
 @pytest.mark.parametrize("key", [None, "secret"])
 def test_the_page_shows_labels_while_one_types(
     key: str | None,
-    browser: Any,  # noqa: F811
+    browser: Any,
 ) -> None:
     with serving(served_toy(), api_key=key) as address:
         page, said = browser.new_page(viewport={"width": 800, "height": 560}), list[str]()

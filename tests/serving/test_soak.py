@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]
     config = GPTConfig(**(TINY | {"vocab_size": 257, "context_length": 256}))
     save(scrambled(config), byte_tokenizer(), folder)
     words = [sys.executable, "-m", "gptsmith", "serve", str(folder), "--port", "0"]
-    words += ["--no-log-requests", "--slots", "16"]
+    words += ["--no-log-requests", "--slots", "16", "--threads", "1"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
             found = re.search(r"http://\S+", process.stderr.readline())

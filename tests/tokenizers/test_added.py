@@ -25,7 +25,7 @@ from gptsmith.tokenizers import (
     learn_bpe,
     load_tokenizer,
 )
-from tests.checkpoint.test_saved import ask
+from tests.versions import Ask
 
 BASES = {
     "gpt2": gpt2_tokenizer(),
@@ -175,7 +175,7 @@ SPACES: list[tuple[dict[str, object], bool | None, bool]] = [
 
 
 @pytest.mark.slow
-def test_a_space_is_put_before_a_text_where_transformers_does(tmp_path: Path) -> None:
+def test_a_space_is_put_before_a_text_where_transformers_does(tmp_path: Path, ask: Ask) -> None:
     """And what we save says so to both of its versions."""
     base, text, folders = BASES["learned"], "the cat and\nthe word", []
     for number, (usage, spaced, adds) in enumerate(SPACES):

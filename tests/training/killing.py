@@ -1,11 +1,13 @@
 """Trains a tiny run many times, killed each time at another instant, and tells what became of it.
 
-Run by test_kill.py as a program, with the number of attempts, a seed and, for fine-tuning, a task:
-it imports PyTorch once and forks a child for every attempt. A child dies by SIGKILL at the n-th of
-the moments that matter: before, after and in the middle of whatever touches the disk, and between
-steps. Prints a JSON object per attempt.
+Run by test_kill.py as a program, with the number of attempts, a seed and tasks, "text" or those of
+fine-tuning: it imports everything once and forks a child for every attempt. A child dies by SIGKILL
+at the n-th of the moments that matter: before, after and in the middle of whatever touches the
+disk, and between steps. Prints a JSON object per attempt, and one before for each task.
 """
 
+import gc
+import importlib
 import json
 import os
 import random
@@ -38,6 +40,10 @@ ROWS: dict[str, Callable[[int], dict[str, str]]] = {
     "classify": lambda n: {"text": f"number {n}", "label": ("even", "odd")[n % 2]},
     "preference": lambda n: {"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "no"},
 }
+
+
+# Imported once here, rather than by every child.
+COMMANDS = "gptsmith.cli.finetune gptsmith.finetuning.finetune gptsmith.cli.train"
 
 
 class Moments:
@@ -135,9 +141,9 @@ def checkpoint_sum(folder: Path, name: str) -> str:
     return manifest["files"][name]["sha256"]
 
 
-def command_line(task: str | None) -> list[str]:
+def command_line(task: str) -> list[str]:
     """The line of a fresh run, whose model and data are written first."""
-    if task is None:
+    if task == "text":
         Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
         return ["train", "text.txt", *OPTIONS.split(), *COMMON.split()]
     config = gptsmith.GPTConfig(
@@ -152,10 +158,20 @@ def command_line(task: str | None) -> list[str]:
 
 def main() -> None:
     attempts, seed = int(sys.argv[1]), int(sys.argv[2])
-    fresh = command_line(sys.argv[3] if sys.argv[3:] else None)
+    for module in COMMANDS.split():
+        importlib.import_module(module)
+    gc.freeze()  # a child's collections would copy all that is shared
+    for task in sys.argv[3:]:
+        Path(task).mkdir()
+        os.chdir(task)
+        kill_and_resume(task, attempts, random.Random(seed))
+        os.chdir("..")
+
+
+def kill_and_resume(task: str, attempts: int, chosen: random.Random) -> None:
+    fresh = command_line(task)
     total = train([*fresh, "--out", "whole"], None)
     print(json.dumps({"moments": total, **outcome(Path("whole"))}))
-    chosen = random.Random(seed)
     deadly = sorted(chosen.sample(range(1, total + 1), attempts))
     for number, moment in enumerate(deadly):
         run = Path(f"killed-{number}")

@@ -1,9 +1,6 @@
 """What is automatic in a run is measured, recorded, and never measured again."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
 from gptsmith.training.trainer import MEMORY_SHARE, micro_batch_rows, use
 from tests.conftest import TINY as TOY
+from tests.conftest import Together
 from tests.training.test_loop import make_trainer
 from tests.training.test_run import TEXT, TINY, events, here, records, same_weights
 
@@ -263,19 +261,10 @@ def test_what_is_remembered_is_not_measured_again(
 
 
 @pytest.mark.slow
-def test_two_processes_agree() -> None:
+def test_two_processes_agree(in_processes: Together) -> None:
     """Each has its own text of the event, and rank 0's is on disk; the losses are the same."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "gptsmith", "train"]
     words = [*AUTO, "--steps", "8", "--dropout", "0"]
-    done = subprocess.run(
-        [*command, "text.txt", *words, "--out", "two"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_processes(2, "train", "text.txt", *words, "--out", "two")
     machine = read_toml(Path("two/config.toml")).machine
     named = ["--dtype", machine.dtype, "--attention", machine.attention]
     one = train("text.txt", *AUTO, "--dropout", "0", *named)

@@ -24,7 +24,8 @@ from gptsmith.cli.main import main
 from gptsmith.config.recipe import read_toml
 from gptsmith.data.shards import Dataset
 from gptsmith.training.loop import Trainer
-from tests.conftest import until
+from tests.conftest import Together, until
+from tests.forking import Forking
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60))
 TINY = (
@@ -191,17 +192,19 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_asked_to_stop_it_saves_and_goes_on_to_the_same_end(signal_number: int) -> None:
+def test_asked_to_stop_it_saves_and_goes_on_to_the_same_end(
+    signal_number: int, trainers: Forking
+) -> None:
     seldom = ("--evaluate-every", "9", "--save-every", "5")
     whole = train(*seldom, steps=20)
     words = ["train", "text.txt", *TINY, *seldom, "--steps", "20", "--out", "stopped"]
-    command = [sys.executable, "-c", HELD_UP, *words]
+    where: Any = {"folder": Path(), "environment": os.environ}
     run = Path("stopped")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with trainers.start(HELD_UP, *words, **where) as process:
         until(Path("reached").exists)
         process.send_signal(signal_number)
         Path("signalled").touch()
-        _, said = process.communicate(timeout=300)
+        said = process.done().stderr
     assert process.returncode == 128 + signal_number, said
     if signal_number != signal.SIGHUP:  # nobody reads it then
         assert "Stopping: step 7 is finished, and the run is saved." in said
@@ -368,27 +371,33 @@ def test_published_shards_need_a_tokenizer_and_are_checked(
     assert records(Path("run"))[-1]["validation_tokens"] == 89
 
 
-def train_in(processes: int, *words: str) -> None:
-    """`gptsmith train` in several processes."""
+def torchrun(processes: int, *words: str) -> None:
+    """`gptsmith` in several processes, as it is used."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*command, str(processes), "-m", "gptsmith", "train", *words],
+        [*command, str(processes), "-m", "gptsmith", *words],
         capture_output=True,
         text=True,
         timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_processes_learn_what_one_does(processes: int, dropout: str) -> None:
+@pytest.mark.parametrize(
+    ("processes", "dropout", "by_torchrun"),
+    [(2, "0", False), (2, "0.1", True), (4, "0", False), (4, "0.1", False)],
+)
+def test_processes_learn_what_one_does(
+    processes: int, dropout: str, by_torchrun: bool, in_processes: Together
+) -> None:
     """Rows that do not divide evenly, and a micro-batch that does not divide them either."""
     words = ["--batch-tokens", "40", "--micro-batch", "2", "--dropout", dropout]
     one = train(*words)
-    train_in(processes, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    start = torchrun if by_torchrun else in_processes
+    start(processes, "train", "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
     assert_same_learning(one, Path("many"))
     assert events(Path("many"))[0]["processes"] == processes
 
@@ -396,14 +405,16 @@ def test_processes_learn_what_one_does(processes: int, dropout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4)])
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
-def test_a_run_goes_on_in_another_number_of_processes(first: int, then: int, dropout: str) -> None:
+def test_a_run_goes_on_in_another_number_of_processes(
+    first: int, then: int, dropout: str, in_processes: Together
+) -> None:
     words = ["--batch-tokens", "40", "--dropout", dropout, "--save-every", "3", "--keep", "9"]
     one = train(*words)
-    train_in(first, "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
+    in_processes(first, "train", "text.txt", *TINY, "--steps", "8", "--out", "many", *words)
     for path in checkpoints(Path("many")):  # as if killed after step 3
         if path.name > "step-00000003":
             shutil.rmtree(path)
-    train_in(then, "--resume", "many")
+    in_processes(then, "train", "--resume", "many")
     assert_same_learning(one, Path("many"))
     resumed = events(Path("many"))[-1]
     assert (resumed["event"], resumed["step"], resumed["processes"]) == ("resumed", 3, then)

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptsmith.cli.main import main
 from gptsmith.training.stopping import stopping_signals
 from tests.conftest import until
+from tests.forking import Forked, Forking
 from tests.training.test_run import TINY, here, records, same_weights, train
 
 __all__ = ["here"]  # each test in a folder of its own, with a text
@@ -47,29 +49,28 @@ SELDOM = ("--evaluate-every", "5", "--save-every", "100")
 
 
 @contextmanager
-def waiting_at(place: str, *words: str, steps: int = 20) -> Iterator[subprocess.Popen[str]]:
+def waiting_at(trainers: Forking, place: str, *words: str, steps: int = 20) -> Iterator[Forked]:
     """A run of 20 steps that has come to a place, "module:owner:name:step"."""
     line = ["text.txt", *TINY, *SELDOM, "--steps", str(steps), "--out", "stopped", *words]
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING, place, *line], stderr=subprocess.PIPE, text=True
-    ) as process:
+    where: Any = {"folder": Path(), "environment": os.environ}
+    with trainers.start(WAITING, place, *line, **where) as process:
         until(lambda: Path("reached").exists() or process.poll() is not None)
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.done()
         yield process
 
 
-def interrupt(process: subprocess.Popen[str], times: int) -> None:
+def interrupt(process: Forked, times: int) -> None:
     """Press Ctrl-C, more slowly than signals are merged."""
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
 
 
-def left(process: subprocess.Popen[str]) -> str:
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    return said
+def left(process: Forked) -> str:
+    done = process.done(120)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def goes_on_to_the_same_end(steps: int = 20) -> None:
@@ -93,8 +94,10 @@ def goes_on_to_the_same_end(steps: int = 20) -> None:
     ],
 )
 @pytest.mark.slow
-def test_a_validation_is_broken_off_and_made_up_for(place: str, broken_off: list[str]) -> None:
-    with waiting_at(place) as process:
+def test_a_validation_is_broken_off_and_made_up_for(
+    place: str, broken_off: list[str], trainers: Forking
+) -> None:
+    with waiting_at(trainers, place) as process:
         interrupt(process, 1)
         Path("go-on").touch()
         said = left(process)
@@ -107,8 +110,8 @@ def test_a_validation_is_broken_off_and_made_up_for(place: str, broken_off: list
 
 
 @pytest.mark.slow
-def test_a_second_time_gives_up_the_step_and_loses_no_other() -> None:
-    with waiting_at("gptsmith.training.loop:Trainer:gradient:8") as process:
+def test_a_second_time_gives_up_the_step_and_loses_no_other(trainers: Forking) -> None:
+    with waiting_at(trainers, "gptsmith.training.loop:Trainer:gradient:8") as process:
         interrupt(process, 2)
         said = left(process)
     assert "Stopping: step 8 is finished, and the run is saved. Ctrl-C again gives" in said
@@ -119,9 +122,9 @@ def test_a_second_time_gives_up_the_step_and_loses_no_other() -> None:
 
 
 @pytest.mark.slow
-def test_a_second_time_lets_a_write_be_finished() -> None:
+def test_a_second_time_lets_a_write_be_finished(trainers: Forking) -> None:
     place = "gptsmith.checkpoint.training_state::write_safetensors:10"
-    with waiting_at(place, "--save-every", "10") as process:
+    with waiting_at(trainers, place, "--save-every", "10") as process:
         interrupt(process, 2)
         Path("go-on").touch()
         left(process)
@@ -129,9 +132,9 @@ def test_a_second_time_lets_a_write_be_finished() -> None:
 
 
 @pytest.mark.slow
-def test_a_third_time_ends_at_once_and_leaves_nothing_half_written() -> None:
+def test_a_third_time_ends_at_once_and_leaves_nothing_half_written(trainers: Forking) -> None:
     place = "gptsmith.checkpoint.training_state::write_safetensors:10"
-    with waiting_at(place, "--save-every", "10") as process:
+    with waiting_at(trainers, place, "--save-every", "10") as process:
         interrupt(process, 3)
         left(process)  # although nobody told it to go on
     assert not list(Path("stopped").rglob("*.partial"))
