@@ -165,9 +165,8 @@ def conclude(trained: Any, display: Display) -> None:
             use = {"label": f"gptsmith classify {quoted} --text 'some text'"}
             inside = f"gptsmith describe {quoted}"
         case "chat" | "preference" if trained.settings.finetune.template == "fixed-length":
-            length = trained.settings.report.sample_tokens or 1
-            ask = f"--prompt TEXT --max-tokens {length} --temperature 0"
-            use = {"ask": f"gptsmith sample {quoted} {ask}"}
+            words = f"--max-tokens {trained.settings.report.sample_tokens or 1} --temperature 0"
+            use = {"ask": f"gptsmith sample {quoted} --prompt TEXT {words}"}
         case "chat" | "preference":
             use = {"talk": f"gptsmith chat {quoted}"}
         case None:
