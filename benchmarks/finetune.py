@@ -128,7 +128,7 @@ def instructions(source: Path, folder: Path, more: list[str], results: Results) 
 
 def preferences(source: Path, model: Path, folder: Path, more: list[str], results: Results) -> None:
     """DPO on pairs of answers."""
-    words = ["--beta", 0.1, "--learning-rate", 1e-4, *more]
+    words = ["--beta", 0.1, "--learning-rate", 2e-4, *more]
     found = tuned(folder / "preferences", model, "--data", source, *words)
     results.add({"what": "preferences", **found})
     print(f"begins at {found['first']['loss']:.6f}, reward accuracy {found['accuracy']:.4f}")
