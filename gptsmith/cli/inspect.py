@@ -125,6 +125,8 @@ def inspected(
         more = patched(model, tokens, other, target, instead)
     elif target is not None or instead is not None:
         target = likeliest(model, tokens) if target is None else target
+        if target == instead:
+            raise SettingError("instead", "is the target itself: name another token")
         more = {"question": Question(target, instead)}
     if settings.over_checkpoints:
         more["training"] = through_training(options, tokens, V)
@@ -141,10 +143,12 @@ def patched(
     question = complete(model, tokens, other, target, instead)
     display = Display()
     display.open_bar("patching", 100)
-    for done in patch(model, tokens, other, question):
-        if isinstance(done, float):
-            display.move_bar(round(100 * done), "")
-    display.close_bar()
+    try:
+        for done in patch(model, tokens, other, question):
+            if isinstance(done, float):
+                display.move_bar(round(100 * done), "")
+    finally:
+        display.close_bar()
     return {"question": question, "corrupt": other, "patching": done}
 
 
@@ -159,11 +163,13 @@ def through_training(options: Namespace, tokens: list[int], vocab_size: int) -> 
     def models() -> Iterator[tuple[int, Any]]:
         display = Display()
         display.open_bar("checkpoints", len(folders))
-        for number, folder in enumerate(folders):
-            display.move_bar(number, folder.name)
-            here = Namespace(**{**vars(options), "model": str(folder)})
-            yield step_of(folder), open_model(here, str(folder))[1]
-        display.close_bar()
+        try:
+            for number, folder in enumerate(folders):
+                display.move_bar(number, folder.name)
+                here = Namespace(**{**vars(options), "model": str(folder)})
+                yield step_of(folder), open_model(here, str(folder))[1]
+        finally:
+            display.close_bar()
 
     return list(moments(models(), tokens, vocab_size=vocab_size))
 

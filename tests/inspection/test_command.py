@@ -125,6 +125,7 @@ REFUSED = {
     "--prompt=": "--prompt is empty: give a text of at least one token",
     "--prompt " + "x" * 41: "--prompt has 41 tokens: from 1 to 40, the context, are needed",
     "--prompt abc --target xy": "--target is 'xy', which is 2 tokens ('x', 'y'): name one token",
+    "--prompt abc --target x --instead x": "--instead is the target itself: name another token",
     "--prompt abc --corrupt ab": "--corrupt has 2 tokens and the prompt 3: as many are needed",
     "--prompt abc --corrupt abc --target x --instead y": "is the same after both prompts",
     "--prompt abc --corrupt abd --target x --instead x": "--instead would be the target itself",
