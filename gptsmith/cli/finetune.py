@@ -119,7 +119,7 @@ def run(options: Namespace) -> int:
     with importing():
         from ..finetuning.finetune import finetune_settings
         from ..finetuning.tasks import open_task
-        from ..training.train import continue_run, next_run_folder, train_fresh
+        from ..training.train import continue_run, train_fresh
 
     if folders.resume is not None:
         trained = continue_run(folders.resume, display, flags, opener_of(folders.resume))
@@ -128,7 +128,7 @@ def run(options: Namespace) -> int:
         if show.show_batch:
             show_first_batch(settings, display, as_json=show.json)
             return 0
-        trained = train_fresh(settings, folders.out or next_run_folder(name), display, open_task)
+        trained = train_fresh(settings, folders.out, name, display, open_task)
     if rank() == 0:
         conclude(trained, display)
     return 0 if trained.signal is None else 128 + trained.signal

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..config.fields import suggestion
-from ..machine.environment import share_cores
+from ..machine.environment import AnotherProcessFailedError, local_rank, share_cores
 from ..machine.terminal import tell
 from .flags import Parser, UsageError
 
@@ -73,9 +73,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except AnotherProcessFailedError:
+        return 2
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_about_memory(error):
             raise
+        # Processes that have not joined yet make the same mistake: one of each machine reports it.
+        if local_rank() > 0 and not hasattr(error, "__notes__"):
+            return 2
         if with_traceback:
             traceback.print_exc()
         tell(f"gptsmith: {one_line(error)}")

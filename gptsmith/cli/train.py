@@ -78,16 +78,15 @@ def run(options: Namespace) -> int:
         raise UsageError("--resume names the run: leave out the recipe, the data and --out")
 
     with importing():
-        from ..training.train import continue_run, next_run_folder, train_fresh
+        from ..training.train import continue_run, train_fresh
 
     display = Display(quiet=rank() != 0)
     if folders.resume is not None:
-        task, target = opener_of(folders.resume), folders.resume
-        trained = continue_run(target, display, flags, task, folders.stop_after)
+        task = opener_of(folders.resume)
+        trained = continue_run(folders.resume, display, flags, task, folders.stop_after)
     else:
-        target = folders.out or next_run_folder(name)
         task = opener(settings)
-        trained = train_fresh(settings, target, display, task, folders.stop_after)
+        trained = train_fresh(settings, folders.out, name, display, task, folders.stop_after)
     if rank() == 0:
         conclude(trained, display)
     return 0 if trained.signal is None else 128 + trained.signal

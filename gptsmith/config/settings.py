@@ -144,9 +144,15 @@ class MachineSettings:
         "on CUDA too, bit-identical results, and dropout that does not depend on the number of "
         "processes; slower (always so on a CPU)",
     )
+    process_timeout: int = setting(
+        600,
+        "seconds for which a process waits for the others of `torchrun` before the run ends; more "
+        "than a checkpoint takes to be saved",
+        metavar="SECONDS",
+    )
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "threads", "micro_batch")
+        at_least(self, 1, "threads", "micro_batch", "process_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from ..machine.terminal import Display
 from ..training.train import (
     continue_run,
     folder_unless_stopped,
-    next_run_folder,
     train_fresh,
 )
 from .report import summary, test_run
@@ -60,8 +59,7 @@ def finetune(
         raise ValueError("a model (or fresh) and data with examples are needed")
     else:
         settings, name = finetune_settings(str(model), {**choices, "data": str(data)})
-        folder = Path(out or next_run_folder(name))
-        run = train_fresh(settings, folder, display, open_task)
+        run = train_fresh(settings, out, name, display, open_task)
     if run.signal is None and rank() == 0:
         for line in summary(test_run(run.folder, display)):
             display.say(line)

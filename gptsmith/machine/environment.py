@@ -8,6 +8,7 @@ import gc
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +21,17 @@ from ..config.fields import SettingError
 
 MOST_THREADS = 16  # per core
 
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+
 # From glibc's malloc.h; thresholds are in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 # What `share_cores` and `use_huge_pages` set for PyTorch.
 FOR_TORCH = {"GOMP_SPINCOUNT": "2000", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+class AnotherProcessFailedError(RuntimeError):
+    """Another process of the run has failed, and says why."""
 
 
 def cores() -> int:
@@ -57,6 +64,29 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes that `torchrun` started, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch() -> str | None:
+    """A name for the `torchrun` command that started this process, or None.
+
+    It stays the same when `torchrun` starts its processes again: the --rdzv-id, or what its own
+    process is. A name that is given for another command, as when a cluster runs a job again, means
+    the same launch.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name != "none":  # its default; with --standalone, it is random
+        return name
+    launcher = psutil.Process(os.getppid())
+    return f"{launcher.pid} of {launcher.create_time()}"
+
+
+def end_with_launcher() -> None:
+    """Let this process get SIGTERM when `torchrun`, which started it, is killed, on Linux.
+
+    It would go on without it, and keep the run's lock.
+    """
+    if sys.platform == "linux" and launch() is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def peak_memory() -> int:

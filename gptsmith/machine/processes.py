@@ -1,31 +1,129 @@
-"""The processes of one run (data parallelism): joining, dividing work, and sums over all of them.
+"""The processes of one run (data parallelism): joining, dividing work, sums over all, failing.
 
-Knows nothing of models. In a single process, none of this does anything.
+What they have to agree on besides numbers goes through the store of `torchrun`, which is a small
+table of keys and values. Knows nothing of models. In a single process, none of this does anything.
 """
 
+import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from . import environment
+from .environment import AnotherProcessFailedError
 
 Item = TypeVar("Item")
+LOOK_EVERY = 0.02  # seconds, at a key of the store that is waited for
 
 
-def join_processes(device: torch.device) -> None:
-    """Join the process group, if `torchrun` started several processes."""
-    if environment.world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+class LostProcessError(ConnectionError):
+    """Another process of the run ended, or did not answer in time."""
 
 
-def leave_processes() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+# -- joining and leaving
+
+
+@contextmanager
+def joined_processes(device: torch.device, timeout: int) -> Iterator[None]:
+    """Join the process group, if `torchrun` started several processes, and leave it at the end.
+
+    A process that waits for the others for `timeout` seconds gives up. An error in any process ends
+    all of them: the first one that fails raises its own, for all, and every other
+    AnotherProcessFailedError.
+    """
+    if environment.world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    environment.end_with_launcher()
+    with noticing_loss():
+        join(device, timedelta(seconds=timeout))
+    try:
+        yield
+    except Exception as error:
+        if not fails_first():
+            raise AnotherProcessFailedError("another process of the run has failed") from error
+        error.add_note(f"(in process {dist.get_rank()} of {dist.get_world_size()}, from 0)")
+        raise
+    finally:
         dist.destroy_process_group()
+
+
+def join(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group of this start."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    start = PrefixStore(name_of_start(store, rank, world_size, timeout), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=start, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def name_of_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Return a name on which all processes of this start agree, and which no earlier start had.
+
+    `torchrun` keeps its store when it starts the processes again. Under the same keys, they would
+    find the addresses of processes that are dead. Its count of restarts is no name, because each
+    machine counts its own. So the first process makes one up, and confirms it to each process that
+    has read it: one that has read the name of an earlier start is not answered, and reads again.
+    """
+    mine = uuid4().hex
+    if rank == 0:
+        store.set("gptsmith/start", mine)
+        for other in range(1, world_size):
+            word = store.get(f"gptsmith/{mine}/{other}").decode()
+            store.set(f"gptsmith/{mine}/{word}", "")
+        return mine
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("gptsmith/start").decode()
+        store.set(f"gptsmith/{name}/{rank}", mine)
+        time.sleep(LOOK_EVERY)
+        if store.check([f"gptsmith/{name}/{mine}"]):
+            return name
+    raise lost()
+
+
+def fails_first() -> bool:
+    """Whether no other process has failed before this one, so that this one says why."""
+    mine = str(dist.get_rank())
+    try:
+        return group_store().compare_set("failed", "", mine).decode() == mine
+    except RuntimeError:  # the store is gone, with the machine that has it
+        return True
+
+
+@contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Raise LostProcessError where PyTorch cannot reach the other processes or the store."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise lost() from error
+
+
+def lost() -> LostProcessError:
+    """Return the error of a process that waits for others in vain."""
+    return LostProcessError(
+        "another process of the run ended or does not answer: torchrun starts all again, if "
+        "--max-restarts lets it; or resume the run"
+    )
+
+
+def group_store() -> Store:
+    """Return the part of the store that is of this start alone."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.get_group_store()
+
+
+# -- dividing work, and sums
 
 
 def my_share(items: Iterable[Item]) -> Iterator[Item]:
@@ -38,7 +136,8 @@ def my_share(items: Iterable[Item]) -> Iterator[Item]:
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Sum a tensor of any shape over all processes, in place; return it."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with noticing_loss():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -61,12 +160,25 @@ def from_first_process(value: Item) -> Item:
     """Return the first process's value in all of them; it must be made of JSON's types."""
     if not dist.is_initialized():
         return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    store = group_store()
+    with noticing_loss():
+        number = store.add(f"asked/{dist.get_rank()}", 1)  # how often this process has asked
+        if dist.get_rank() == 0:
+            store.set(f"answer/{number}", json.dumps(value))
+        return json.loads(store.get(f"answer/{number}"))
 
 
 def wait_for_processes() -> None:
-    """Wait until all processes have called this."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait until all processes have called this, however long one of them works before it does."""
+    if not dist.is_initialized():
+        return
+    store, world_size = group_store(), dist.get_world_size()
+    with noticing_loss():
+        arrived = store.add("arrived", 1)
+        last = -(-arrived // world_size) * world_size  # the number that the last one will get
+        if arrived == last:
+            store.set(f"all/{last}", "")
+        while not store.check([f"all/{last}"]):
+            if store.check(["failed"]):
+                raise lost()
+            time.sleep(LOOK_EVERY)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config.settings import TrainingSettings
 from ..machine.devices import autocast, seed_device
-from ..machine.environment import keep_compiled_code
+from ..machine.environment import keep_compiled_code, world_size
 from ..machine.processes import sum_over_processes
 from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
@@ -93,10 +93,31 @@ class Trainer:
 
         (R, ...) each -> (). All that is counted weighs the same, however the rows are divided into
         micro-batches and processes: each micro-batch's mean loss is weighted by its share of what
-        the global batch counts, and dropout is drawn for each row of the global batch.
+        the global batch counts, and dropout is drawn for each row of the global batch. If any
+        process runs out of memory, OutOfMemoryError in all of them.
         """
         self.forget_gradients()
         counted = sum_over_processes(self.objective.counted(*batch)).clamp(min=1)
+        total = torch.zeros(2, device=self.device)  # the loss; how many processes ran out of memory
+        try:
+            total[0] = self.gradient_of_rows(counted, *batch)
+        except torch.OutOfMemoryError:
+            if world_size() == 1:
+                raise
+            total[1] = 1
+        sum_over_processes(total)
+        if world_size() > 1 and total[1]:
+            raise torch.OutOfMemoryError
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                sum_over_processes(parameter.grad)
+        return total[0]
+
+    def gradient_of_rows(self, counted: Tensor, *batch: Tensor) -> Tensor:
+        """Accumulate the part of `gradient` that this process's rows have, and of the loss.
+
+        (), (R, ...) each -> ()
+        """
         total = torch.zeros((), device=self.device)
         parts = *batch, *self.seeds(len(batch[0]))
         for micro in zip(*(part.split(self.micro_batch) for part in parts), strict=True):
@@ -107,10 +128,7 @@ class Trainer:
             loss = loss * (self.objective.counted(*micro) / counted)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                sum_over_processes(parameter.grad)
-        return sum_over_processes(total)
+        return total
 
     def seeds(self, rows: int) -> tuple[Tensor, ...]:
         """Return dropout's seeds for the first of this process's rows.  -> (R, P), or nothing
@@ -138,7 +156,7 @@ class Trainer:
             parameter.grad = None
 
     def gradient_in_memory(self, *batch: Tensor) -> Tensor:
-        """Compute `gradient`, halving the micro-batch as often as the GPU runs out of memory."""
+        """Compute `gradient`, halving the micro-batch as often as a GPU runs out of memory."""
         while True:
             try:
                 return self.gradient(*batch)

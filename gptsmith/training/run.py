@@ -21,7 +21,7 @@ from ..generation.sampling import NotFiniteError
 from ..machine.devices import peak_flops
 from ..machine.environment import world_size
 from ..machine.files import write_text
-from ..machine.processes import any_process
+from ..machine.processes import LostProcessError, any_process
 from ..machine.terminal import Display
 from .advice import after_divergence
 from .loop import DivergedError, StepReport, Trainer, steps
@@ -74,6 +74,10 @@ def follow(run: Run) -> None:
                         break
         except StepGivenUpError:
             save_if_behind(run)
+        except LostProcessError:
+            if run.trainer.computing_gradient:  # the weights are those after the step before
+                save_if_behind(run)
+            raise
         except DivergedError as error:
             records = [] if run.recorder is None else run.recorder.records
             advice = after_divergence(run.folder, run.settings, records)

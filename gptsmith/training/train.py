@@ -16,12 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..checkpoint.finding import find_model
-from ..config.recipe import read_toml, run_settings, to_toml
+from ..config.recipe import read_toml, run_settings, to_toml, with_overrides
 from ..config.settings import RunSettings
 from ..machine.devices import find_device
-from ..machine.environment import rank
-from ..machine.files import write_text
-from ..machine.processes import join_processes, leave_processes, wait_for_processes
+from ..machine.environment import launch, rank
+from ..machine.files import write_text, written_whole
+from ..machine.processes import from_first_process, joined_processes, wait_for_processes
 from ..machine.terminal import Display
 from .advice import resume_command
 from .records import CONFIG_TOML, METRICS, write_event
@@ -30,6 +30,8 @@ from .run import Run, follow
 from .start import open_run
 from .task import OpenTask
 from .text import open_text
+
+LAUNCH = "launch.txt"  # in a run's folder: which `torchrun` has started the run, and its settings
 
 
 def train(
@@ -54,7 +56,7 @@ def train(
     display = Display(quiet=not show or rank() != 0)
     if resume is None:
         settings, name = run_settings(what, choices)
-        run = train_fresh(settings, Path(out or next_run_folder(name)), display)
+        run = train_fresh(settings, out, name, display)
     elif what is None and out is None:
         run = continue_run(Path(resume), display, choices)
     else:
@@ -71,35 +73,55 @@ def folder_unless_stopped(run: Run) -> Path:
 
 def train_fresh(
     settings: RunSettings,
-    folder: Path,
+    out: str | Path | None,
+    name: str,
     display: Display,
     open_task: OpenTask = open_text,
     stop_after: int | None = None,
 ) -> Run:
-    """Start a run in a new folder; a run that fails before its first record leaves no folder.
+    """Start a run in a new folder, `out` or runs/NAME-N; it leaves none if it fails before its
+    first record.
 
-    `stop_after` is a step after which the run is saved and left, to be resumed.
+    When `torchrun` starts its processes again, the run that they had begun goes on. `stop_after` is
+    a step after which the run is saved and left, to be resumed.
     """
-    join_processes(find_device(settings.machine.device))
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
-    if rank() == 0:
-        text = to_toml(with_lasting_paths(settings))
-        if folder.exists():
-            resumable = (folder / CONFIG_TOML).is_file()
-            resume = f", or resume it with `{resume_command(folder)}`" if resumable else ""
-            raise ValueError(f"{folder} already exists: give --out another name{resume}")
-        folder.mkdir(parents=True)
-    try:
-        if rank() == 0:
-            write_text(folder / CONFIG_TOML, text)
-        wait_for_processes()
-        return train_folder(folder, display, {}, open_task, stop_after)
-    except BaseException:
-        if rank() == 0 and not (folder / METRICS).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in new_parents:
-                parent.rmdir()
-        raise
+    machine = settings.machine
+    with joined_processes(find_device(machine.device), machine.process_timeout):
+        folder = Path(from_first_process(str(out or own_run_folder(name, settings))))
+        new_parents = [parent for parent in folder.parents if not parent.exists()]
+        if rank() == 0 and not was_begun(folder, settings):
+            make_folder(folder, settings)
+        try:
+            wait_for_processes()
+            return train_folder(folder, display, {}, open_task, stop_after)
+        except BaseException:
+            if rank() == 0 and not (folder / METRICS).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                for parent in new_parents:
+                    parent.rmdir()
+            raise
+
+
+def make_folder(folder: Path, settings: RunSettings) -> None:
+    """Make the folder of a new run, with its settings; ValueError if it exists."""
+    if folder.exists():
+        resumable = (folder / CONFIG_TOML).is_file()
+        resume = f", or resume it with `{resume_command(folder)}`" if resumable else ""
+        raise ValueError(f"{folder} already exists: give --out another name{resume}")
+    text = to_toml(with_lasting_paths(settings))
+    with written_whole(folder, manifest=False) as temporary:
+        write_text(temporary / CONFIG_TOML, text)
+        if launch() is not None:
+            write_text(temporary / LAUNCH, f"# {launch()}\n{text}")
+
+
+def was_begun(folder: Path, settings: RunSettings) -> bool:
+    """Whether this launch of `torchrun` has begun this run, before it was started again."""
+    path = folder / LAUNCH
+    if not path.is_file():
+        return False
+    text = to_toml(with_lasting_paths(settings))
+    return path.read_text(encoding="utf-8") == f"# {launch()}\n{text}"
 
 
 def continue_run(
@@ -114,8 +136,9 @@ def continue_run(
         raise FileNotFoundError(f"there is no run at {folder}")
     if not (folder / CONFIG_TOML).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_TOML}, so it is not the folder of a run")
-    join_processes(find_device(read_toml(folder / CONFIG_TOML).machine.device))
-    return train_folder(folder, display, changes, open_task, stop_after)
+    machine = with_overrides(read_toml(folder / CONFIG_TOML), changes).machine
+    with joined_processes(find_device(machine.device), machine.process_timeout):
+        return train_folder(folder, display, changes, open_task, stop_after)
 
 
 def with_lasting_paths(settings: RunSettings) -> RunSettings:
@@ -129,6 +152,12 @@ def with_lasting_paths(settings: RunSettings) -> RunSettings:
         data=with_absolute_data(settings.data),
         report=with_absolute_files(settings.report),
     )
+
+
+def own_run_folder(name: str, settings: RunSettings) -> Path:
+    """Return the `runs/NAME-N` that this launch of `torchrun` has begun, or else the next one."""
+    begun = (path for path in Path("runs").glob(f"{name}-*") if was_begun(path, settings))
+    return next(begun, None) or next_run_folder(name)
 
 
 def next_run_folder(name: str) -> Path:
@@ -159,7 +188,6 @@ def train_folder(
         finally:
             if run.recorder is not None:
                 run.recorder.close()
-            leave_processes()
 
 
 @contextmanager
