@@ -83,4 +83,4 @@ def test_a_mistake_ends_all_processes_with_one_line(
     assert len(errors) == 1, refused["said"]
     assert line in errors[0]
     assert not [said for said in refused["said"] if "Traceback" in said or "ERROR" in said]
-    assert refused["statuses"] == [2, 2]
+    assert set(refused["statuses"]) == {2}
