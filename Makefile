@@ -31,6 +31,10 @@ check: .venv/test
 soak: .venv/test
 	SOAK_SECONDS=60 $(BIN)/pytest tests/serving/test_soak.py
 
+# Forty runs in several processes whose workers are killed, rather than six.
+kills: .venv/test
+	KILLS=40 $(BIN)/pytest tests/training/test_workers.py
+
 # The C++ files on processors of other kinds, emulated.
 other-processors: .venv/test | system-other-processors
 	$(BIN)/pytest tests/processors
@@ -104,4 +108,4 @@ system-demo system-test system-other-processors:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo demo-finetune test quick check soak clients other-processors test-benchmarks clean system-demo system-test system-other-processors
+.PHONY: demo demo-finetune test quick check soak kills clients other-processors test-benchmarks clean system-demo system-test system-other-processors

@@ -105,6 +105,8 @@ def noticing_loss() -> Iterator[None]:
     """Raise LostProcessError where PyTorch cannot reach the other processes or the store."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise lost() from error
 

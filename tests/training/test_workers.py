@@ -4,10 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+
+from gptsmith.machine.processes import name_of_start
+from tests.conftest import until
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "6"))  # `make kills` has 40
@@ -84,3 +90,22 @@ def test_a_mistake_ends_all_processes_with_one_line(
     assert line in errors[0]
     assert not [said for said in refused["said"] if "Traceback" in said or "ERROR" in said]
     assert set(refused["statuses"]) == {2}
+
+
+def test_started_again_all_agree_on_a_name_that_is_new() -> None:
+    """The others find the name of the start before, as `torchrun` keeps its store."""
+    store, wait = dist.HashStore(), timedelta(seconds=60)
+    with ThreadPoolExecutor(3) as pool:
+
+        def begin(rank: int) -> Any:
+            return pool.submit(name_of_start, store, rank, 3, wait)
+
+        first = [begin(rank) for rank in (0, 1, 2)]
+        (old,) = {each.result() for each in first}
+        answers = [f"gptsmith/{old}/{rank}" for rank in (1, 2)]
+        before = [store.get(answer) for answer in answers]
+        others = [begin(rank) for rank in (1, 2)]
+        for answer, given in zip(answers, before, strict=True):
+            until(lambda answer=answer, given=given: store.get(answer) != given)
+        (new,) = {each.result() for each in [begin(0), *others]}
+    assert new != old
