@@ -78,8 +78,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_about_memory(error):
             raise
-        # Before processes join, all make the same mistake, and one of each machine reports it. Later
-        # only the first one that fails has its own error, with a note that names the process.
+        # Until they have joined, all processes make the same mistake, and one of each machine
+        # reports it; later the first one that fails does, whose error has a note of its rank.
         if local_rank() > 0 and not hasattr(error, "__notes__"):
             return 2
         if with_traceback:
