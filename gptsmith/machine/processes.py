@@ -41,10 +41,10 @@ def joined_processes(device: torch.device, timeout: int) -> Iterator[None]:
     all of them: the first one that fails raises its own, for all, and every other
     AnotherProcessFailedError.
     """
+    environment.end_with_launcher()
     if environment.world_size() == 1 or dist.is_initialized():
         yield
         return
-    environment.end_with_launcher()
     with noticing_loss():
         join(device, timedelta(seconds=timeout))
     try:

@@ -106,7 +106,7 @@ class Trainer:
                 raise
             total[1] = 1
         sum_over_processes(total)
-        if world_size() > 1 and total[1]:
+        if world_size() > 1 and total[1]:  # this waits for the GPU
             raise torch.OutOfMemoryError
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -208,7 +208,7 @@ class Trainer:
         norm = self.clip()
         if done + 1 < self.settings.steps:  # load the next batch while the GPU is still busy
             self.ready[done + 1] = self.load(done + 1)
-        numbers = torch.stack((loss, norm)).tolist()  # the step's only wait for the GPU
+        numbers = torch.stack((loss, norm)).tolist()  # a single process's only wait for the GPU
         skipped = not all(map(math.isfinite, numbers))
         if not skipped:
             for optimizer in self.optimizers:
