@@ -82,7 +82,7 @@ def open_examples(folder: Path, settings: RunSettings, display: Display) -> Exam
         ):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
-    wait_for_processes()
+    wait_for_processes(for_hours=True)
     try:
         examples = Examples.open(prepared)
     except DamagedError as error:

@@ -5,6 +5,7 @@ table of keys and values. Knows nothing of models. In a single process, none of 
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,17 +171,20 @@ def from_first_process(value: Item) -> Item:
         return json.loads(store.get(f"answer/{number}"))
 
 
-def wait_for_processes() -> None:
-    """Wait until all processes have called this, however long one of them works before it does."""
+def wait_for_processes(*, for_hours: bool = False) -> None:
+    """Wait until all processes have called this; `for_hours` is without the time-out, where one of
+    them has much to do before."""
     if not dist.is_initialized():
         return
     store, world_size = group_store(), dist.get_world_size()
+    timeout: timedelta = store.timeout  # type: ignore[attr-defined]
+    end = math.inf if for_hours else time.monotonic() + timeout.total_seconds()
     with noticing_loss():
         arrived = store.add("arrived", 1)
         last = -(-arrived // world_size) * world_size  # the number that the last one will get
         if arrived == last:
             store.set(f"all/{last}", "")
         while not store.check([f"all/{last}"]):
-            if store.check(["failed"]):
+            if store.check(["failed"]) or time.monotonic() > end:
                 raise lost()
             time.sleep(LOOK_EVERY)

@@ -218,7 +218,7 @@ def open_data(
         for progress in prepare([source], kind or "byte", prepared, options=settings.prepare):
             display.preparing(progress.bytes_done, progress.bytes_total, progress.tokens)
         display.close_bar()
-    wait_for_processes()
+    wait_for_processes(for_hours=True)
     return Dataset.open(prepared)
 
 
