@@ -81,12 +81,13 @@ def launch() -> str | None:
 
 
 def end_with_launcher() -> None:
-    """Let this process get SIGTERM when `torchrun`, which started it, is killed, on Linux.
+    """Let Linux kill this process when `torchrun`, which started it, is killed.
 
-    It would go on without it, and keep the run's lock.
+    It would go on without it, and keep the run's lock. SIGTERM would ask the processes on other
+    machines, too, to stop; so they start again.
     """
     if sys.platform == "linux" and launch() is not None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def peak_memory() -> int:

@@ -74,8 +74,8 @@ class Watch:
                 strike(self.rank, self.kill.victim)
             result = original(*args, **kwargs)
             if self.is_due(kind):
-                if halfway is not None:
-                    halfway(*args)
+                if halfway is not None and self.kill.victim in (str(self.rank), "all"):
+                    halfway(*args)  # this worker, which wrote it, dies
                 strike(self.rank, self.kill.victim)
             return result
 
