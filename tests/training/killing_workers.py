@@ -47,7 +47,7 @@ WAIT = ("--process-timeout", "2")  # seconds, for a worker that was stopped
 class Kill(NamedTuple):
     """A moment at which something is killed."""
 
-    start: int  # 0: the first one; 1: after the first kill
+    start: int  # how many kills were before
     rank: int  # of the worker that gets there
     kind: str
     number: int  # of the moments of this kind in that worker
@@ -84,6 +84,7 @@ class Watch:
 
 def strike(rank: int, victim: str) -> None:
     """Kill the victim, the worker itself last, or do what it says."""
+    Path(f"struck.{uuid4().hex}").touch()
     if victim == "memory":
         raise torch.OutOfMemoryError
     if victim == "mistake":
@@ -101,7 +102,7 @@ def strike(rank: int, victim: str) -> None:
 
 def work(words: list[str], kills: list[Kill]) -> None:
     """What a worker does: `gptsmith` with these words."""
-    rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, start = int(os.environ["RANK"]), len(list(Path().glob("struck.*")))
     Path(f"pid.{rank}").write_text(str(os.getpid()))
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -157,6 +158,8 @@ def launch(
     statuses = [os.waitstatus_to_exitcode(os.waitpid(agent, 0)[1]) for agent in agents]
     for path in Path().glob("pid.*"):
         until(partial(has_ended, int(path.read_text())), 60)
+        path.unlink()
+    for path in Path().glob("struck.*"):
         path.unlink()
     return statuses
 
