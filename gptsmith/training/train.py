@@ -21,7 +21,12 @@ from ..config.settings import RunSettings
 from ..machine.devices import find_device
 from ..machine.environment import launch, rank
 from ..machine.files import write_text, written_whole
-from ..machine.processes import from_first_process, joined_processes, wait_for_processes
+from ..machine.processes import (
+    LostProcessError,
+    from_first_process,
+    joined_processes,
+    wait_for_processes,
+)
 from ..machine.terminal import Display
 from .advice import resume_command
 from .records import CONFIG_TOML, METRICS, write_event
@@ -85,21 +90,24 @@ def train_fresh(
     When `torchrun` starts its processes again, the run that they had begun goes on. `stop_after` is
     a step after which the run is saved and left, to be resumed.
     """
-    machine = settings.machine
-    with joined_processes(find_device(machine.device), machine.process_timeout):
-        folder = Path(from_first_process(str(out or own_run_folder(name, settings))))
-        new_parents = [parent for parent in folder.parents if not parent.exists()]
-        if rank() == 0 and not was_begun(folder, settings):
-            make_folder(folder, settings)
-        try:
+    machine, made = settings.machine, list[Path]()  # what this process made: folder, parents
+    try:
+        with joined_processes(find_device(machine.device), machine.process_timeout):
+            folder = Path(from_first_process(str(out or own_run_folder(name, settings))))
+            if rank() == 0:
+                new_parents = [parent for parent in folder.parents if not parent.exists()]
+                if not was_begun(folder, settings):
+                    make_folder(folder, settings)
+                made = [folder, *new_parents]
             wait_for_processes()
             return train_folder(folder, display, {}, open_task, stop_after)
-        except BaseException:
-            if rank() == 0 and not (folder / METRICS).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                for parent in new_parents:
-                    parent.rmdir()
-            raise
+    except BaseException as error:  # all processes have left, so that none misses a file
+        lost = LostProcessError in (type(error), type(error.__cause__))  # all may start again
+        if made and not lost and not (made[0] / METRICS).exists():
+            shutil.rmtree(made[0], ignore_errors=True)
+            for parent in made[1:]:
+                parent.rmdir()
+        raise
 
 
 def make_folder(folder: Path, settings: RunSettings) -> None:
