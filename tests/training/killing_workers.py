@@ -261,7 +261,7 @@ def refusals(fresh: list[str]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     number, seed = int(sys.argv[1]), int(sys.argv[2])
-    fresh = command_line(None)
+    fresh = command_line("text")
     assert run_command([*fresh, "--out", "one"]) == 0
     counts: dict[int, list[dict[str, int]]] = {}
     for processes in (2, 3):
