@@ -6,9 +6,10 @@ table of keys and values. Knows nothing of models. In a single process, none of 
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -40,7 +41,7 @@ def joined_processes(device: torch.device, timeout: int) -> Iterator[None]:
 
     A process that waits for the others for `timeout` seconds gives up. An error in any process ends
     all of them: the first one that fails raises its own, for all, and every other
-    AnotherProcessFailedError.
+    AnotherProcessFailedError. Neither is ended by SIGTERM while it says so and clears up.
     """
     environment.end_with_launcher()
     if environment.world_size() == 1 or dist.is_initialized():
@@ -51,6 +52,8 @@ def joined_processes(device: torch.device, timeout: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        with suppress(ValueError):  # in the main thread alone; torchrun ends all when one has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not fails_first():
             raise AnotherProcessFailedError("another process of the run has failed") from error
         error.add_note(f"(in process {dist.get_rank()} of {dist.get_world_size()}, from 0)")
