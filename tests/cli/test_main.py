@@ -1198,7 +1198,8 @@ def test_everything_that_is_advised_after_training_works(
     lines = capsys.readouterr().err.partition("Try\n")[2].splitlines()
     assert len(lines) == 4
     for line in lines:
-        words = shlex.split(line.partition("gptsmith ")[2].replace("OTHER", "run"))
+        line = line.replace("OTHER", "run").replace("TEXT", "dogs")
+        words = shlex.split(line.partition("gptsmith ")[2])
         does(*words, *(["--max-tokens", "2"] if words[0] == "sample" else []))
 
 

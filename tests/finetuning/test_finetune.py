@@ -74,7 +74,7 @@ def test_answers_of_a_fixed_length_are_judged_without_an_end(
     assert main(["train", "sorting", *words, "--out", "sorts"]) == 0
     said = capsys.readouterr().err
     assert "the answers are learned, 55% of the tokens\n" in said
-    assert "gptsmith sample sorts --prompt PROMPT" in said
+    assert "gptsmith sample sorts --prompt TEXT" in said
     test = json.loads(Path("sorts/test.json").read_text())
     answers = [json.loads(line) for line in Path("sorts/answers.jsonl").read_text().splitlines()]
     assert "ended" not in test
