@@ -60,7 +60,10 @@ class Parser(argparse.ArgumentParser):
         except SettingError as error:
             for action in self._actions:
                 if action.dest == error.name and action.option_strings and error.name in options:
-                    raise UsageError(f"{action.option_strings[0]} {error.problem}") from error
+                    named = UsageError(f"{action.option_strings[0]} {error.problem}")
+                    for note in getattr(error, "__notes__", ()):  # of several processes, which one
+                        named.add_note(note)
+                    raise named from error
             raise
 
 
