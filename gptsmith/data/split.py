@@ -70,10 +70,11 @@ def has_both_splits(sources: Sequence[Source], options: PrepareSettings, repeate
     splits: set[bool] = set()
     number = documents = 0  # of all, and of those that are not dropped
     for source in sources:
-        ends: Iterable[bool] = [True]  # a plain text is one document
+        chunks = read_documents(source, field=options.field, encoding=options.encoding)
         if source.has_rows:
-            chunks = read_documents(source, field=options.field, encoding=options.encoding)
-            ends = (chunk.ends for chunk in chunks)
+            ends: Iterable[bool] = (chunk.ends for chunk in chunks)
+        else:
+            ends = [next(chunks, None) is not None]  # one document, unless there is no text in it
         for _ in filter(None, ends):
             number += 1
             if repeated and repeated[number - 1]:
@@ -140,7 +141,8 @@ class Reader:
                     counts.dropped_documents += chunk.ends
                     number += chunk.ends
                     continue
-                held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
+                by_number = rule == "documents" and is_held_out(documents, fraction)
+                held_out = in_tail if rule == "tail" else by_number
                 digest.update(data)
                 last, separator = chunk.text or last, ""
                 if chunk.ends and not last.endswith(self.separator):
