@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..config.fields import setting
 from ..config.recipe import short_name
@@ -13,9 +13,6 @@ from ..config.settings import PrepareSettings
 from ..machine.terminal import Display, count, duration, size, tell
 from .flags import Parser, UsageError, add_flags, chosen, given
 from .opening import SOURCE_HELP
-
-if TYPE_CHECKING:
-    from ..data.prepare import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,8 @@ def run(options: Namespace) -> None:
     how = chosen(options, PartSettings)
     from ..checkpoint.finding import best_of
     from ..data.join import join
-    from ..data.parts import Part, prepare_part
+    from ..data.part_folder import Part
+    from ..data.parts import prepare_part
     from ..data.prepare import prepare
 
     if how.join:
@@ -94,8 +92,8 @@ def check_join(options: Namespace) -> None:
         raise UsageError("--join needs --out: the new folder for the dataset")
 
 
-def shown(steps: Iterator["Progress"]) -> "Progress":
-    """Show the progress of all steps; return the last."""
+def shown(steps: Iterator[Any]) -> Any:
+    """Show the progress of all steps; return the last `Progress`."""
     display = Display()
     try:
         for progress in steps:
@@ -105,7 +103,7 @@ def shown(steps: Iterator["Progress"]) -> "Progress":
     return progress
 
 
-def tell_dataset(out: Path, last: "Progress") -> None:
+def tell_dataset(out: Path, last: Any) -> None:
     """Say what there is in a dataset that is finished."""
     from ..data.shards import Dataset
 

@@ -8,23 +8,13 @@ import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..machine.files import MANIFEST, DamagedError, read_json, sha256, written_whole
+from ..machine.files import written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
-from .parts import (
-    DOCUMENT,
-    DOCUMENTS,
-    ENDS,
-    PART_FORMAT,
-    PART_INFO,
-    PART_VERSION,
-    TOKENIZER,
-    Part,
-    is_part,
-)
+from .part_folder import TOKENIZER, Part, PartFolder, open_part, verify
 from .prepare import Progress, check_disk, check_made_by, timed, with_sums, write_info
 from .repeats import repeats_of_earlier
 from .shards import Dataset, TokenStream, prepared_info
@@ -33,28 +23,6 @@ from .tokenfile import ShardWriter
 
 BLOCK = 1 << 20  # tokens that are copied at once
 DROPPED = 2  # where a section goes that is neither train (0) nor validation (1)
-
-
-class PartFolder(NamedTuple):
-    """A part on disk."""
-
-    folder: Path
-    part: Part
-    info: dict[str, Any]  # dataset-part.json
-
-    def documents(self) -> np.ndarray:
-        """Return what is known of each document: (D,) DOCUMENT."""
-        return np.fromfile(self.folder / DOCUMENTS, DOCUMENT)
-
-    def ends(self) -> np.ndarray:
-        """Return where the sections of each document end among the tokens of theirs: (D, 2)."""
-        return np.fromfile(self.folder / ENDS, "<i8").reshape(-1, 2)
-
-    def streams(self) -> list[TokenStream]:
-        """Return the tokens of both sections."""
-        return [
-            TokenStream([self.folder / name for name in names]) for names in self.info["shards"]
-        ]
 
 
 def join(folders: Sequence[Path], out: Path) -> Iterator[Progress]:
@@ -127,21 +95,6 @@ def all_parts(folders: Sequence[Path]) -> list[PartFolder]:
     return parts
 
 
-def open_part(folder: Path) -> PartFolder:
-    """Open a part; ValueError if the folder is none."""
-    if not is_part(folder):
-        raise ValueError(
-            f"{folder} is no part of a text: a folder made by `gptsmith prepare --part I/N` is "
-            "needed"
-        )
-    info = read_json(folder / PART_INFO)
-    if (info.get("format"), info.get("version")) != (PART_FORMAT, PART_VERSION):
-        raise DamagedError(f"{folder / PART_INFO} is not of this format, {PART_FORMAT} 1")
-    if lacking := {"part", "dataset", "pieces", "tokens", "shards"} - {*info}:
-        raise DamagedError(f"{folder / PART_INFO} lacks {', '.join(sorted(lacking))}")
-    return PartFolder(folder, Part.parse(info["part"]), info)
-
-
 def sums_of_sources(parts: Sequence[PartFolder]) -> list[str]:
     """Return the SHA-256 of each source; ValueError if the parts did not read the same bytes."""
     sources = parts[0].info["dataset"]["sources"]
@@ -155,15 +108,6 @@ def sums_of_sources(parts: Sequence[PartFolder]) -> list[str]:
                 f"{source['path']} was changed between the making of its parts: make them again"
             )
     return [first.get("whole", first["sha256"]) for first, *_ in pieces]
-
-
-def verify(each: PartFolder) -> None:
-    """Raise DamagedError if a file of a part is missing, or is not as it was written."""
-    for name, expected in read_json(each.folder / MANIFEST)["files"].items():
-        path = each.folder / name
-        if not path.is_file() or sha256(path) != expected["sha256"]:
-            state = "was changed since it was written" if path.is_file() else "is missing"
-            raise DamagedError(f"{path} {state}: remove {each.folder}, and make --part {each.part}")
 
 
 # -- writing

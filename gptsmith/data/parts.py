@@ -5,7 +5,6 @@ documents of the parts before it: that is decided when `join.py` makes a dataset
 """
 
 import hashlib
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -14,14 +13,26 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..config.fields import SettingError
 from ..config.settings import PrepareSettings
 from ..machine.environment import checked_threads
-from ..machine.files import CHUNK_BYTES, MANIFEST, read_json, write_json, written_whole
+from ..machine.files import CHUNK_BYTES, write_json, written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
 from .decoding import checked_encoding
 from .documents import read_documents
 from .encode import encode_all
+from .part_folder import (
+    DOCUMENT,
+    DOCUMENTS,
+    ENDS,
+    PART_FORMAT,
+    PART_INFO,
+    PART_VERSION,
+    SECTIONS,
+    TOKENIZER,
+    Part,
+    is_part,
+    open_part,
+)
 from .prepare import (
     Progress,
     check_disk,
@@ -32,41 +43,10 @@ from .prepare import (
     sources_with_text,
     timed,
 )
-from .repeats import DIGEST_BYTES, new_digest
+from .repeats import new_digest
 from .sources import Source
 from .split import Passage, Reader, is_held_out, split_rule
 from .tokenfile import ShardWriter
-
-PART_INFO, PART_FORMAT, PART_VERSION = "dataset-part.json", "gptsmith-dataset-part", 1
-DOCUMENTS, ENDS, TOKENIZER = "documents.bin", "ends.bin", "tokenizer"
-# A document has two sections: all of it and nothing, or what is before its tail and its tail.
-SECTIONS = ("tokens", "tail")
-DOCUMENT = np.dtype(
-    [
-        ("bytes", "<i8", 2),  # of text, with what separates documents
-        ("there", "?", 2),  # whether there is such a section, which may be empty
-        ("separator", "u1"),  # bytes at the end that are no text of the document
-        ("digest", "u1", DIGEST_BYTES),
-    ]
-)
-
-
-class Part(NamedTuple):
-    """Which part of how many, counted from 1."""
-
-    number: int
-    of: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-    @classmethod
-    def parse(cls, word: str) -> "Part":
-        """Return the part that a word such as 3/16 means; SettingError if it means none."""
-        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", word)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise SettingError("part", f"is {word}: I/N with I from 1 to N is needed, as in 3/16")
-        return cls(int(match[1]), int(match[2]))
 
 
 class Piece(NamedTuple):
@@ -189,17 +169,12 @@ def first_repeats(sources: Sequence[Source], options: PrepareSettings) -> bytes:
     return bytes(repeated)
 
 
-def is_part(folder: Path) -> bool:
-    """Return whether a folder was made by `prepare_part`."""
-    return (folder / PART_INFO).is_file() and (folder / MANIFEST).is_file()
-
-
 def check_same_part(out: Path, asked: dict[str, Any], sums: Sequence[str]) -> int:
     """Return the tokens of the part in `out`; ValueError unless the same arguments made it."""
-    there = read_json(out / PART_INFO)
-    differing = [key for key in ("format", "version", "part") if there.get(key) != asked[key]]
-    dataset = there.get("dataset") or {}
-    differing += [key for key, value in asked["dataset"].items() if dataset.get(key) != value]
+    there = open_part(out).info
+    differing = ["part"] if there["part"] != asked["part"] else []
+    dataset = asked["dataset"]
+    differing += [key for key in dataset if there["dataset"].get(key) != dataset[key]]
     if not differing and [piece["sha256"] for piece in there["pieces"]] != sums:
         differing = ["sources"]
     if differing:
@@ -223,6 +198,7 @@ def write_tokens(
     options = reader.options
     workers = checked_threads("workers", options.workers)
     sizes = tokenizer.vocab_size, options.shard_tokens
+    info["documents"] = 0
     with (
         ShardWriter(folder, SECTIONS[0], *sizes) as first,
         ShardWriter(folder, SECTIONS[1], *sizes) as tail,
@@ -239,6 +215,7 @@ def write_tokens(
     ):
         for ids in encoded:
             ends.write(np.add(ids.ends, [first.tokens, tail.tokens]).astype("<i8").tobytes())
+            info["documents"] += len(ids.ends)
             first.write(ids.train)
             tail.write(ids.validation)
             yield first.tokens + tail.tokens
