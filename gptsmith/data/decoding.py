@@ -53,11 +53,13 @@ def decoded_text(
 ) -> Iterator[tuple[str, int]]:
     """Yield text of a source, a megabyte at a time, with the number of bytes decoded so far."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    mark = "\ufeff" if encoding == "utf-8" else ""  # a byte order mark at the start is not text
+    # A byte order mark at the start of a file is not text.
+    mark = "\ufeff" if encoding == "utf-8" and source.at_start else ""
     position, starts = 0, True  # bytes read; whether there was no character yet
     with source.open() as file:
-        check_beginning(source, encoding, file.read(HEAD))
-        file.seek(0)
+        if source.at_start:
+            check_beginning(source, encoding, file.read(HEAD))
+            file.seek(0)
         while True:
             pending = len(decoder.getstate()[0])  # bytes of an incomplete character
             wanted = CHUNK_BYTES

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..config.fields import suggestion
 from .decoding import checked_encoding, decoded_text
-from .rows import Row, opened_parquet, read_rows
+from .rows import Row, opened_parquet, read_rows, row_groups
 from .sources import Source
 
 
@@ -74,7 +74,8 @@ def text_bytes(source: Source, *, field: str = "text") -> int:
     if source.kind != "parquet":
         return source.size
     with opened_parquet(source) as table:
-        groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+        numbers = row_groups(source, table.metadata)
+        groups = [table.metadata.row_group(number) for number in numbers]
     columns = [group.column(place) for group in groups for place in range(group.num_columns)]
     size = sum(each.total_uncompressed_size for each in columns if each.path_in_schema == field)
     return max(source.size, size)

@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,12 @@ LONGEST = 1 << 21  # characters without a safe place to cut, after which text is
 SAFE = re.compile("[^\\s\x1c-\x1f\x85\u180e\u200b\ufeff](?=[ \n])")
 
 
-Ids = tuple[np.ndarray, np.ndarray]  # of the train and the validation text: (N,), (M,)
+class Ids(NamedTuple):
+    """The ids of some text, of which D documents end."""
+
+    train: np.ndarray  # (N,)
+    validation: np.ndarray  # (M,)
+    ends: np.ndarray  # for each document that ends, how many of both come up to there: (D, 2)
 
 
 def encode_all(
@@ -109,11 +115,17 @@ def encode(job: list[Passage], tokenizer: Tokenizer, unknown: Unknown) -> Ids:
     end = [] if tokenizer.document_end is None else [tokenizer.document_end]
     none = np.empty(0, np.uint16)
     train, validation = parts = [none], [none]
+    counts, ends = [0, 0], []
     for stretch, found in zip(job, ids_of(job, tokenizer, unknown), strict=True):
         parts[stretch.held_out].append(found)
+        counts[stretch.held_out] += len(found)
         if stretch.ends:
             parts[stretch.held_out].append(np.array(end, found.dtype))
-    return np.concatenate(train), np.concatenate(validation)
+            counts[stretch.held_out] += len(end)
+            ends.append(tuple(counts))
+    return Ids(
+        np.concatenate(train), np.concatenate(validation), np.array(ends, np.int64).reshape(-1, 2)
+    )
 
 
 def ids_of(job: list[Passage], tokenizer: Tokenizer, unknown: Unknown) -> Iterator[np.ndarray]:

@@ -39,7 +39,7 @@ from .shards import (
     prepared_info,
 )
 from .sources import Source, find_sources
-from .split import Reader, has_documents, split_rule
+from .split import Counts, Reader, has_documents, split_rule
 from .tokenfile import ShardWriter
 
 REPORT_SECONDS = 0.1  # between two reports of progress
@@ -88,11 +88,7 @@ def preparing(
     """Do the work of `prepare`; yield bytes read, all bytes and tokens after every step."""
     if out.exists() and not (out.is_dir() and (prepared_info(out) or not any(out.iterdir()))):
         raise ValueError(f"{out} already exists: choose another --out, or remove it first")
-    sources = [source for source in find_sources(names) if source.size]
-    if not sources:
-        raise ValueError(f"there is no text in {', '.join(names)}: it is empty")
-    if options.field != "text" and not any(source.has_rows for source in sources):
-        warnings.warn("--field has no effect: no source has rows", stacklevel=2)
+    sources = sources_with_text(names, options)
     size = sum(source.size for source in sources)
     done, total = 0, size * (1 + (tokenizer == "char") + options.deduplicate)
     repeated = b""
@@ -100,21 +96,23 @@ def preparing(
         comparing = Reader(sources, replace(options, validation_fraction=0.0))
         for _ in comparing.passages():
             yield comparing.read, total, 0
-        repeated, done = repeats_of_earlier(comparing.digests[False]), size
+        repeated, done = repeats_of_earlier(comparing.counts.digests[False]), size
     if tokenizer == "char":
         characters: set[str] = set()
-        learning = Reader(sources, options, "\n", repeated)
-        for passage in learning.passages():
-            characters.update(passage.text)
-            yield done + learning.read, total, 0
+        for read in learning(sources, options, characters):
+            yield done + read, total, 0
         tokenizer, done = char_tokenizer(characters), done + size
     elif isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer)
     reader = Reader(sources, options, separator_for(tokenizer, sources), repeated)
-    if out.exists() and (there := made_before(out, reader, tokenizer)):
+    if info := prepared_info(out):
+        sums = [source.sha256() for source in sources]
+        rule = split_rule(sources, options, repeated)
+        check_made_by(out, info, described(sources, options, rule, tokenizer), sums)
+        there = Dataset.open(out)
         yield total, total, len(there.train) + len(there.validation or ())
         return
-    check_disk(out, sources, tokenizer, options.field)
+    check_disk(out, most_bytes(sources, tokenizer, options.field))
     tokens = 0
     with written_whole(out, manifest=False) as folder:
         for tokens in write_dataset(folder, reader, tokenizer):
@@ -125,13 +123,33 @@ def preparing(
 # -- before writing
 
 
-def described(reader: Reader, sums: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the part of dataset.json that the arguments determine.
+def sources_with_text(names: Sequence[str], options: PrepareSettings) -> list[Source]:
+    """Return the sources that are not empty; ValueError if there is none."""
+    sources = [source for source in find_sources(names) if source.size]
+    if not sources:
+        raise ValueError(f"there is no text in {', '.join(names)}: it is empty")
+    if options.field != "text" and not any(source.has_rows for source in sources):
+        warnings.warn("--field has no effect: no source has rows", stacklevel=2)
+    return sources
 
-    `sums` are the SHA-256 of the sources.
+
+def learning(
+    sources: Sequence[Source], options: PrepareSettings, characters: set[str]
+) -> Iterator[int]:
+    """Add the characters of all documents to a set; yield the bytes read so far."""
+    reader = Reader(sources, options, "\n" if has_documents(sources) else "", rule="none")
+    for passage in reader.passages():
+        characters.update(passage.text)
+        yield reader.read
+
+
+def described(
+    sources: Sequence[Source], options: PrepareSettings, rule: tuple[str, str], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return the part of dataset.json that the arguments determine, but for the sources' SHA-256.
+
+    `rule` is that of `split_rule`.
     """
-    sources, options = reader.sources, reader.options
-    rule, sentence = split_rule(sources, options, reader.repeated)
     settings = {name: value for name, value in asdict(options).items() if name != "workers"}
     return {
         "format": DATASET_FORMAT,
@@ -141,39 +159,44 @@ def described(reader: Reader, sums: Sequence[str], tokenizer: Tokenizer) -> dict
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
         },
-        "split": {"rule": rule, "fraction": options.validation_fraction, "text": sentence},
-        "sources": [
-            {"path": source.name, "bytes": source.size, "sha256": each}
-            for source, each in zip(sources, sums, strict=True)
-        ],
+        "split": {"rule": rule[0], "fraction": options.validation_fraction, "text": rule[1]},
+        "sources": [{"path": source.name, "bytes": source.size} for source in sources],
         "settings": settings,
     }
 
 
-def made_before(out: Path, reader: Reader, tokenizer: Tokenizer) -> Dataset | None:
-    """Return the dataset in `out` if the same arguments made it; ValueError if others did."""
-    info = prepared_info(out)
-    if not info:
-        return None
-    asked = described(reader, [source.sha256() for source in reader.sources], tokenizer)
+def with_sums(info: dict[str, Any], sums: Sequence[str]) -> dict[str, Any]:
+    """Return what `described` gave with the SHA-256 of each source."""
+    pairs = zip(info["sources"], sums, strict=True)
+    return info | {"sources": [source | {"sha256": each} for source, each in pairs]}
+
+
+def check_made_by(
+    out: Path, info: dict[str, Any], asked: dict[str, Any], sums: Sequence[str]
+) -> None:
+    """Raise ValueError if the dataset.json of `out` is not what these arguments would make."""
     # What an older version did not know of had its default.
     there = info | {"settings": asdict(PrepareSettings()) | (info.get("settings") or {})}
     there["settings"].pop("workers")
+    asked = with_sums(asked, sums)
     differing = [key for key, value in asked.items() if there.get(key) != value]
     if differing:
         raise ValueError(
             f"{out} was prepared with other {' and '.join(differing)}: "
             "choose another --out, or remove it first"
         )
-    return Dataset.open(out)
 
 
-def check_disk(out: Path, sources: Sequence[Source], tokenizer: Tokenizer, field: str) -> None:
-    """Raise OSError if the shards might not fit on the disk."""
+def most_bytes(sources: Sequence[Source], tokenizer: Tokenizer, field: str) -> int:
+    """Return how many bytes the tokens of some sources take at most."""
     size = sum(text_bytes(source, field=field) for source in sources)
     most = size * np.dtype(tokenizer.dtype).itemsize  # a token for every byte
-    if tokenizer.kind == "bpe":
-        most //= 2  # fewer than one for every two bytes, in any text worth learning from
+    # Of a BPE, fewer than one for every two bytes, in any text worth learning from.
+    return most // 2 if tokenizer.kind == "bpe" else most
+
+
+def check_disk(out: Path, most: int) -> None:
+    """Raise OSError if so many bytes do not fit on the disk of `out`."""
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     if most > free:
@@ -197,35 +220,52 @@ def write_dataset(folder: Path, reader: Reader, tokenizer: Tokenizer) -> Iterato
         ShardWriter(folder, "validation", *sizes) as validation,
         closing(encoded),
     ):
-        for train_ids, validation_ids in encoded:
+        for train_ids, validation_ids, _ in encoded:
             train.write(train_ids)
             validation.write(validation_ids)
             yield train.tokens + validation.tokens
     reader.bad_rows.warn()
-    names = ", ".join(source.name for source in reader.sources[:3])
+    tokenizer.save(folder)
+    rule = split_rule(reader.sources, options, reader.repeated)
+    info = with_sums(described(reader.sources, options, rule, tokenizer), reader.sums)
+    write_info(folder, info, reader.counts, train, validation, tokenizer)
+
+
+def write_info(
+    folder: Path,
+    info: dict[str, Any],
+    counts: Counts,
+    train: ShardWriter,
+    validation: ShardWriter,
+    tokenizer: Tokenizer,
+) -> None:
+    """Write dataset.json for shards that are finished; `info` is what the arguments determine.
+
+    ValueError if a split that was asked for is empty.
+    """
+    names = ", ".join(source["path"] for source in info["sources"][:3])
+    fraction = info["settings"]["validation_fraction"]
     if not train.tokens:
         raise ValueError(f"{names} has too little text to train on: use more")
-    if options.validation_fraction and not validation.tokens:
+    if fraction and not validation.tokens:
         raise ValueError(
-            f"{names} has too little text to hold out {options.validation_fraction:.4g} of it: "
+            f"{names} has too little text to hold out {fraction:.4g} of it: "
             "use a larger --validation-fraction, or 0"
         )
-    info = described(reader, reader.sums, tokenizer)
     for writer, size, documents in zip(
-        (train, validation), reader.bytes, reader.documents, strict=True
+        (train, validation), counts.bytes, counts.documents, strict=True
     ):
         split = {"tokens": writer.tokens, "bytes": size, "documents": documents}
         info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
-    if options.deduplicate:
-        info["dropped"] = {"documents": sum(reader.repeated), "bytes": reader.dropped_bytes}
+    if info["settings"]["deduplicate"]:
+        info["dropped"] = {"documents": counts.dropped_documents, "bytes": counts.dropped_bytes}
     if validation.tokens:
-        info["overlap"] = overlap_of(reader, train, validation, tokenizer)
-    tokenizer.save(folder)
+        info["overlap"] = overlap_of(counts, train, validation, tokenizer)
     write_json(folder / INFO, info)
 
 
 def overlap_of(
-    reader: Reader, train: ShardWriter, validation: ShardWriter, tokenizer: Tokenizer
+    counts: Counts, train: ShardWriter, validation: ShardWriter, tokenizer: Tokenizer
 ) -> dict[str, int]:
     """Return how much of the validation text is in the training text too; warn of much."""
     learned, held_out = (
@@ -234,11 +274,11 @@ def overlap_of(
     )
     sought, found = stretches_in_training(learned, held_out, tokenizer.document_end)
     overlap = {
-        "documents": documents_in_training(*reader.digests),
+        "documents": documents_in_training(*counts.digests),
         "stretches": sought,
         "repeated_stretches": found,
     }
-    for warning in warnings_of(overlap, reader.documents[True]):
+    for warning in warnings_of(overlap, counts.documents[True]):
         warnings.warn(warning, stacklevel=2)
     return overlap
 

@@ -174,12 +174,28 @@ def parquet_rows(
     with opened_parquet(source) as table:
         if columns and not {*columns} <= {*table.schema_arrow.names}:
             columns = None  # who asked for them can name what there is instead
-        number, total = 0, table.metadata.num_rows
-        for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
+        groups = row_groups(source, table.metadata)
+        number, total = 0, sum(table.metadata.row_group(group).num_rows for group in groups)
+        for batch in table.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
             for fields in batch.to_pylist():
                 number += 1
                 read = source.size * number // total
                 yield Row(f"{source.name}, row {number}", fields, read)
+
+
+def row_groups(source: Source, metadata: Any) -> list[int]:
+    """Return the numbers of the row groups of a source: all, or those that begin in its part.
+
+    A group is taken to begin at the share of the file's bytes that is the share of its rows.
+    """
+    if source.part is None or source.path is None:
+        return list(range(metadata.num_row_groups))
+    size, before, found = source.path.stat().st_size, 0, []
+    for number in range(metadata.num_row_groups):
+        if source.part[0] <= size * before // metadata.num_rows < source.part[1]:
+            found.append(number)
+        before += metadata.row_group(number).num_rows
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -44,6 +44,7 @@ CODE = (
 # Files by which a folder is known as a dataset, a run, or a model: what was made from text.
 MADE = (
     {"dataset.json"},
+    {"dataset-part.json"},
     {"examples.json"},
     {"config.toml", ".lock"},  # a run that is going on, perhaps the one that reads this text
     {"config.toml", "metrics.jsonl"},
@@ -54,30 +55,91 @@ KNOWN_SUFFIXES = {f".{word}" for words in (TEXT, CODE) for word in words.split()
 
 @dataclass(frozen=True)
 class Source:
-    """One file of text, or of rows that are documents."""
+    """One file of text, or of rows that are documents; or a part of the rows of a file."""
 
     name: str  # as the user gave it
     size: int  # bytes
     kind: Literal["text", "jsonl", "parquet", "json", "csv", "tsv"] = "text"
     path: Path | None = None
     content: bytes | None = field(default=None, repr=False)  # UTF-8; for a text without a file
+    part: tuple[int, int] | None = None  # only rows that begin at these bytes: from, and up to
 
     @property
     def has_rows(self) -> bool:
         """Whether each row is a document, not the whole file."""
         return self.kind != "text"
 
+    @property
+    def at_start(self) -> bool:
+        """Whether it is a whole file, or its first part."""
+        return not self.part or self.part[0] == 0
+
+    def rows_from(self, start: int, stop: int) -> "Source":
+        """Return the rows that begin at these bytes as a source of their own."""
+        name = f"{self.name} from byte {start:,} on" if start else self.name
+        return replace(self, name=name, size=stop - start, part=(start, stop))
+
     def open(self) -> BinaryIO:
-        """Open the source for reading bytes."""
+        """Open the source for reading bytes; all parts of a file are together its bytes."""
         if self.content is not None:
-            return io.BytesIO(self.content)
-        assert self.path is not None
-        return self.path.open("rb")
+            file: BinaryIO = io.BytesIO(self.content)
+        else:
+            assert self.path is not None
+            file = self.path.open("rb")
+        if not self.part:
+            return file
+        start, stop = self.part
+        if self.kind == "jsonl":
+            start, stop = next_line(file, start), next_line(file, stop)
+        return io.BufferedReader(Section(file, start, stop))
 
     def sha256(self) -> str:
         """Return the hex SHA-256 of the bytes."""
         with self.open() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+class Section(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+        self.file, self.start, self.stop = file, start, stop
+        file.seek(start)
+
+    def readable(self) -> bool:
+        """Return True: it is for reading."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True: any byte can be read next."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte, counted from the first; return its number."""
+        origin = (self.start, self.file.tell(), self.stop)[whence]
+        return self.file.seek(origin + offset) - self.start
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as there are bytes; return their number."""
+        data = self.file.read(max(0, min(len(buffer), self.stop - self.file.tell())))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
+
+
+def next_line(file: BinaryIO, offset: int) -> int:
+    """Return where the first line begins that does not begin before byte `offset`."""
+    if offset == 0:
+        return 0
+    file.seek(offset - 1)
+    while data := file.readline(CHUNK_BYTES):
+        if data.endswith(b"\n"):
+            break
+    return file.tell()
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:

@@ -6,6 +6,7 @@ Knows nothing of tokens or shards.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..config.settings import PrepareSettings
@@ -23,6 +24,19 @@ class Passage(NamedTuple):
     ends: bool  # whether the document ends with it
     place: str  # for errors
     offset: int = 0  # characters of the document before it, once `stretches` has counted them
+    separator: int = 0  # characters at its end that were added to separate documents
+
+
+@dataclass
+class Counts:
+    """What a dataset is made of: first the train, then the validation text."""
+
+    bytes: list[int] = field(default_factory=lambda: [0, 0])
+    documents: list[int] = field(default_factory=lambda: [0, 0])
+    # Of the documents, one after another; empty where their tails are held out.
+    digests: tuple[bytearray, bytearray] = field(default_factory=lambda: (bytearray(), bytearray()))
+    dropped_documents: int = 0
+    dropped_bytes: int = 0
 
 
 def split_rule(
@@ -56,10 +70,11 @@ def has_both_splits(sources: Sequence[Source], options: PrepareSettings, repeate
     splits: set[bool] = set()
     number = documents = 0  # of all, and of those that are not dropped
     for source in sources:
-        ends: Iterable[bool] = [True]  # a plain text is one document
+        chunks = read_documents(source, field=options.field, encoding=options.encoding)
         if source.has_rows:
-            chunks = read_documents(source, field=options.field, encoding=options.encoding)
-            ends = (chunk.ends for chunk in chunks)
+            ends: Iterable[bool] = (chunk.ends for chunk in chunks)
+        else:
+            ends = [next(chunks, None) is not None]  # one document, unless there is no text in it
         for _ in filter(None, ends):
             number += 1
             if repeated and repeated[number - 1]:
@@ -90,25 +105,26 @@ class Reader:
         options: PrepareSettings,
         separator: str = "",
         repeated: bytes = b"",
+        rule: str | None = None,
     ) -> None:
         """Each of several documents ends with `separator`, where no token of its own does that.
 
         `repeated` has a byte for each document, in order: 1 if it is dropped. Empty: none is.
+        `rule` is that of `split_rule`, where the sources are a part of the text.
         """
         self.sources, self.options = sources, options
-        self.separator = separator if has_documents(sources) else ""
-        self.repeated = repeated
+        self.separator = separator
+        self.repeated, self.rule = repeated, rule
         self.read = 0  # bytes of all sources
         self.sums: list[str] = []  # SHA-256 of each source
-        self.bytes, self.documents = [0, 0], [0, 0]  # of the train and the validation text
-        self.digests = bytearray(), bytearray()  # of their documents, where these are whole
-        self.dropped_bytes = 0
+        self.counts = Counts()
         self.bad_rows = BadRows(options.bad_rows)
 
     def passages(self) -> Iterator[Passage]:
         """Yield the text of all sources, in order, a megabyte or a row at a time."""
         fraction = self.options.validation_fraction
-        rule, _ = split_rule(self.sources, self.options, self.repeated)
+        rule = self.rule or split_rule(self.sources, self.options, self.repeated)[0]
+        counts = self.counts
         number = documents = 0  # of all so far, and of those that are not dropped
         for source in self.sources:
             first, before, sha256 = number, self.read, hashlib.sha256()
@@ -121,22 +137,28 @@ class Reader:
                 self.read = before + chunk.read
                 data = chunk.text.encode()
                 if self.repeated and self.repeated[number]:
-                    self.dropped_bytes += len(data)
+                    counts.dropped_bytes += len(data)
+                    counts.dropped_documents += chunk.ends
                     number += chunk.ends
                     continue
-                held_out = in_tail if rule == "tail" else is_held_out(documents, fraction)
+                by_number = rule == "documents" and is_held_out(documents, fraction)
+                held_out = in_tail if rule == "tail" else by_number
                 digest.update(data)
-                text, last = chunk.text, chunk.text or last
+                last, separator = chunk.text or last, ""
                 if chunk.ends and not last.endswith(self.separator):
-                    text += self.separator
-                self.bytes[held_out] += len(data) + len(text) - len(chunk.text)
-                self.documents[held_out] += held_out not in splits
+                    separator = self.separator
+                counts.bytes[held_out] += len(data) + len(separator)
+                counts.documents[held_out] += held_out not in splits
                 splits.add(held_out)
-                place = f", document {number - first + 1}" if source.has_rows else ""
-                yield Passage(text, held_out, chunk.ends, source.name + place)
+                place = source.name
+                if source.has_rows:
+                    place += f", document {number - first + 1}"
+                yield Passage(
+                    chunk.text + separator, held_out, chunk.ends, place, separator=len(separator)
+                )
                 if chunk.ends:
                     if rule != "tail":
-                        self.digests[held_out].extend(digest.digest())
+                        counts.digests[held_out].extend(digest.digest())
                     number, documents = number + 1, documents + 1
                     splits, last, digest = set(), "", new_digest()
             self.read = before + source.size

@@ -61,7 +61,7 @@ def in_bulk(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     """The ids of documents as `prepare` encodes them, without the end of a document."""
     passages = [Passage(text, False, True, "here") for text in texts]
     ids = encode.encode_all(iter(passages), tokenizer, unknown="error", workers=2)
-    return [id for train, _ in ids for id in train.tolist() if id != tokenizer.end_of_text]
+    return [id for train, *_ in ids for id in train.tolist() if id != tokenizer.end_of_text]
 
 
 @pytest.mark.parametrize("kind", ["learned", "byte"])
