@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -145,6 +146,29 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
         with noticing_loss():
             dist.all_reduce(tensor)
     return tensor
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum over all processes that goes on in the background."""
+
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Wait until the tensor has the sum; on a GPU, let what follows wait."""
+        with noticing_loss():
+            self.work.wait()
+
+
+def begin_sum(tensor: Tensor) -> PendingSum:
+    """Begin to sum a tensor of any shape over all processes, in place.
+
+    All processes must begin their sums in the same order.
+    """
+    with noticing_loss():
+        work = dist.all_reduce(tensor, async_op=True)
+    assert work is not None
+    return PendingSum(work)
 
 
 def sum_of_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
