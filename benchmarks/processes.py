@@ -134,7 +134,9 @@ def measure(options: Any) -> None:
     import torch
 
     from gptsmith.machine.processes import joined_processes, wait_for_processes
+    from gptsmith.training import buckets
 
+    buckets.BUCKET_BYTES = options.bucket_bytes or buckets.BUCKET_BYTES
     torch.set_num_threads(max(1, options.cores // options.processes))
     with joined_processes(torch.device("cpu"), 300):
         trainer = trainer_of(options)
@@ -197,6 +199,7 @@ def main() -> None:
     known.add_argument("--context", type=int, default=128)
     known.add_argument("--rows", type=int, default=16, help="of the batch of all processes")
     known.add_argument("--micro-batch", type=int, default=4, help="rows")
+    known.add_argument("--bucket-bytes", type=int, default=None, help="(default: the package's)")
     known.add_argument("--rounds", type=int, default=7)
     known.add_argument("--worker", action="store_true", help="for this program itself")
     options = known.parse_args()
