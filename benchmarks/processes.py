@@ -5,7 +5,9 @@
 In each round, the gradient of one batch is computed in turn without summing it (alone), with a sum
 for each parameter after the backward pass (after), with sums in buckets during it (buckets, which
 `gptsmith train` does), and by torch.nn.parallel.DistributedDataParallel (ddp), which weighs tokens
-and micro-batches likewise. The cores are divided among the processes.
+and micro-batches likewise. Then Muon updates the weights, all of them in each process (update
+alone) or each process its share (update shared, which `gptsmith train` does). The cores are divided
+among the processes.
 """
 
 import copy
@@ -22,7 +24,7 @@ from typing import Any
 
 from results import Results, carry_out, over, parser, ratios
 
-WAYS = ("alone", "after", "buckets", "ddp")
+WAYS = ("alone", "after", "buckets", "ddp", "update alone", "update shared")
 
 
 def trainer_of(options: Any) -> Any:
@@ -57,7 +59,9 @@ def trainer_of(options: Any) -> Any:
         device="cpu", dtype="float32", fused="yes", compile="no", attention="kernel",
         micro_batch=options.micro_batch,
     )  # fmt: skip
-    training = TrainingSettings(batch_tokens=options.rows * options.context)
+    training = TrainingSettings(
+        batch_tokens=options.rows * options.context, optimizer="muon", muon_learning_rate=1e-5
+    )
     settings = RunSettings(model=config, machine=machine, training=training)
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     batches = Batches(
@@ -87,6 +91,17 @@ def alone(trainer: Any, batch: Any, counted: bool = False) -> None:
     if counted:
         sum_over_processes(loss)
     trainer.sums = sums
+
+
+def update_alone(trainer: Any, batch: Any) -> None:
+    """Update all weights in this process."""
+    from gptsmith.training import muon
+
+    kept = muon.my_share, muon.begin_shares
+    muon.my_share, muon.begin_shares = iter, lambda items: []
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    muon.my_share, muon.begin_shares = kept
 
 
 def ddp_way(trainer: Any) -> Callable[[Any], None]:
@@ -146,6 +161,10 @@ def measure(options: Any) -> None:
             ways["after"] = partial(after, trainer)
             ways["buckets"] = lambda batch: trainer.gradient(*batch)
             ways["ddp"] = ddp_way(trainer)
+            ways["update alone"] = partial(update_alone, trainer)
+        ways["update shared" if options.processes > 1 else "update alone"] = lambda batch: [
+            optimizer.step() for optimizer in trainer.optimizers
+        ]
         waits = list[float]()
         if trainer.sums is not None:
             finish = trainer.sums.finish
@@ -213,7 +232,8 @@ def main() -> None:
         results.add({**vars(options), "out": None, **row})
         seconds[row["way"]][row["round"]] = row["seconds"]
     for way, rounds in seconds.items():
-        print(f"{way}: {over(rounds.values())} s")
+        if rounds:
+            print(f"{way}: {over(rounds.values())} s")
     waited = [row["waited"] for row in rows if row["way"] == "buckets"]
     if waited:
         print(f"buckets: waits {statistics.median(waited):.4f} s after the backward pass")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..machine.processes import PendingSum, begin_sum
+from ..machine.processes import Pending, begin_sum
 
 # A bucket ends with the gradient that fills it. Fewer bytes take longer to send one by one; more
 # leave a larger last bucket, which nothing hides (benchmarks/processes.py measures both).
@@ -27,7 +27,7 @@ class GradientSums:
         self.buckets = in_buckets(parameters, BUCKET_BYTES)
         self.bucket_of = {p: n for n, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = list[int]()  # gradients of each bucket; empty unless in a last pass
-        self.begun = list[PendingSum]()  # of the first buckets
+        self.begun = list[Pending]()  # of the first buckets
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self.note)
 
