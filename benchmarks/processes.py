@@ -14,7 +14,6 @@ import copy
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -144,12 +143,25 @@ def ddp_way(trainer: Any) -> Callable[[Any], None]:
     return work
 
 
+def timed(work: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    """The same work, which adds the seconds that it takes to those spent on `name`."""
+
+    def wrapped(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*arguments)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+    return wrapped
+
+
 def measure(options: Any) -> None:
     """Measure all ways in this process; the first one prints the rows."""
     import torch
 
     from gptsmith.machine.processes import joined_processes, wait_for_processes
-    from gptsmith.training import buckets
+    from gptsmith.training import buckets, loop
 
     buckets.BUCKET_BYTES = options.bucket_bytes or buckets.BUCKET_BYTES
     torch.set_num_threads(max(1, options.cores // options.processes))
@@ -165,16 +177,10 @@ def measure(options: Any) -> None:
         ways["update shared" if options.processes > 1 else "update alone"] = lambda batch: [
             optimizer.step() for optimizer in trainer.optimizers
         ]
-        waits = list[float]()
+        waits: dict[str, float] = {}
         if trainer.sums is not None:
-            finish = trainer.sums.finish
-
-            def timed_finish() -> None:
-                started = time.perf_counter()
-                finish()
-                waits.append(time.perf_counter() - started)
-
-            trainer.sums.finish = timed_finish
+            trainer.sums.finish = timed(trainer.sums.finish, waits, "buckets")
+            loop.sum_over_processes = timed(loop.sum_over_processes, waits, "numbers")
         for round in range(-1, options.rounds):
             for way, work in ways.items():
                 wait_for_processes()
@@ -183,7 +189,7 @@ def measure(options: Any) -> None:
                 work(batch)
                 row = {"way": way, "round": round, "seconds": time.perf_counter() - started}
                 if round >= 0 and os.environ["RANK"] == "0":
-                    print(json.dumps(row | {"waited": sum(waits)}), flush=True)
+                    print(json.dumps(row | {"waited": waits}), flush=True)
 
 
 def run(words: list[str], processes: int) -> list[dict[str, Any]]:
@@ -236,7 +242,8 @@ def main() -> None:
             print(f"{way}: {over(rounds.values())} s")
     waited = [row["waited"] for row in rows if row["way"] == "buckets"]
     if waited:
-        print(f"buckets: waits {statistics.median(waited):.4f} s after the backward pass")
+        for what in waited[0]:
+            print(f"buckets: waits for {what} {over(each[what] for each in waited)} s")
         print(f"ddp / buckets: {over(ratios(seconds['ddp'], seconds['buckets']))}")
         print(f"after / buckets: {over(ratios(seconds['after'], seconds['buckets']))}")
 
