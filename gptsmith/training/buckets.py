@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..machine.processes import Pending, begin_sum
 
-# A bucket ends with the gradient that fills it. Fewer bytes take longer to send one by one; more
-# leave a larger last bucket, which nothing hides (benchmarks/processes.py measures both).
-BUCKET_BYTES = 4 << 20
+# A bucket ends with the gradient that fills it. Smaller ones take longer to send one by one; larger
+# ones leave more for the last one, which nothing hides. PyTorch's DDP has 25 MiB as well, and 4 MiB
+# were no faster (benchmarks/notes.md).
+BUCKET_BYTES = 25 << 20
 
 
 class GradientSums:

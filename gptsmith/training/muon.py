@@ -58,8 +58,8 @@ class Muon:
     def step(self) -> None:
         """Update the parameters that have a gradient.
 
-        Each process updates its share of each shape, and receives the others: with the same number
-        of bytes sent as for the gradients, the updates take less time than if each made them all.
+        Each process updates its share of each shape and receives the others, which takes less time
+        than if each made all updates (benchmarks/notes.md).
         """
         pending = list[Pending]()
         for group in self.param_groups:
