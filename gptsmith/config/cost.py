@@ -138,7 +138,9 @@ def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
     return 3 * FLOAT32 * micro_batch * config.context_length * config.head_rows
 
 
-def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32) -> int:
+def activation_bytes(
+    config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32, recompute: bool = False
+) -> int:
     """Bytes of the activations of one micro-batch of full contexts when the backward pass begins.
 
     `dtype_bytes` is 2 under bfloat16 autocast: the residual stream and the loss stay in float32,
@@ -146,7 +148,8 @@ def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = 
     stream twice, the outputs of two norms, query, key, value and attention's output (no T x T), the
     MLP before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
     attention weights three times, since the fused kernel there has no dropout. The modern block
-    adds `_rotated_bytes`. A test holds the result within 10% of what PyTorch allocates.
+    adds `_rotated_bytes`. With `recompute`, all blocks but one keep their input alone. A test holds
+    the result within 10% of what PyTorch allocates.
     """
     H, C, M, T = (sizes(config)[letter] for letter in "HCMP")
     block = FLOAT32 * (2 * C + H + 4) + dtype_bytes * (6 * C + 2 * M)
@@ -160,9 +163,13 @@ def activation_bytes(config: GPTConfig, micro_batch: int, *, dtype_bytes: int = 
         block += dtype_bytes * 2 * C + FLOAT32 * 3 * H * T + (FLOAT32 - dtype_bytes) * 3 * C
         head += FLOAT32 * C
     copies = 0 if dtype_bytes == FLOAT32 else weight_bytes(config, dtype_bytes)
+    kept, in_block, at_block = config.n_layer * block, activation, copies
+    if recompute:  # one block has its activations, and copies of its weights
+        kept, in_block = config.n_layer * FLOAT32 * C, block + activation
+        at_block = copies and block_count(config) * dtype_bytes
     # The backward pass peaks at the loss or, where the vocabulary is small, in the last MLP.
-    last = max(loss_bytes(config, micro_batch), micro_batch * T * activation)
-    return micro_batch * T * (config.n_layer * block + head) + last + copies
+    last = max(loss_bytes(config, micro_batch) + copies, micro_batch * T * in_block + at_block)
+    return micro_batch * T * (kept + head) + last
 
 
 def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
@@ -179,18 +186,26 @@ def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
 
 
 def training_memory(
-    config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32, learned: int | None = None
+    config: GPTConfig,
+    micro_batch: int,
+    *,
+    dtype_bytes: int = FLOAT32,
+    learned: int | None = None,
+    recompute: bool = False,
 ) -> int:
     """Bytes that a training step needs: weights, gradients, AdamW's state and activations.
 
     `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast; `learned`
-    parameters (default: all) have gradients and state. This estimate serves to choose a micro-batch
-    on a CPU: it adds half of the blocks' activations for heap fragmentation, and leaves out PyTorch
-    itself (about 0.3 GB). In eleven measurements of 0.05 to
-    3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and without dropout) it was 0.91 to 1.05
-    times the process's peak, so leave a fifth free.
+    parameters (default: all) have gradients and state; with `recompute`, activations are computed
+    again in the backward pass. This estimate serves to choose a micro-batch on a CPU: it adds half
+    of the blocks' activations for heap fragmentation, and leaves out PyTorch itself (about 0.3 GB).
+    In eleven measurements of 0.05 to 3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and
+    without dropout, all without recomputation) it was 0.91 to 1.05 times the process's peak, so
+    leave a fifth free.
     """
-    activations = activation_bytes(config, micro_batch, dtype_bytes=dtype_bytes)
+    activations = activation_bytes(
+        config, micro_batch, dtype_bytes=dtype_bytes, recompute=recompute
+    )
     fragmentation = int(HEAP_FRAGMENTATION * (activations - loss_bytes(config, micro_batch)))
     learning = (parameter_count(config) if learned is None else learned) * FLOAT32
     # The gradients take as much as what learns, and AdamW's state twice that.

@@ -139,6 +139,12 @@ class MachineSettings:
         "rows of a batch that are computed at once (default: the most that fit the memory or, on a "
         "CPU, the fastest of a few sizes, as measured)",
     )
+    recompute: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "compute each block's activations again in the backward pass instead of keeping them: less "
+        "memory, a third more time, the same result; auto takes it only where even the smallest "
+        "micro-batch would not fit without",
+    )
     deterministic: bool = setting(
         False,
         "on CUDA too, bit-identical results, and dropout that does not depend on the number of "

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -145,6 +146,42 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
         with noticing_loss():
             dist.all_reduce(tensor)
     return tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What processes do with a tensor together, in the background; all begin it in one order."""
+
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Wait until the tensor has the result; on a GPU, let what follows wait."""
+        with noticing_loss():
+            self.work.wait()
+
+
+def begin_sum(tensor: Tensor) -> Pending:
+    """Begin to sum a tensor of any shape over all processes, in place."""
+    with noticing_loss():
+        work = dist.all_reduce(tensor, async_op=True)
+    assert work is not None
+    return Pending(work)
+
+
+def begin_shares(items: Iterable[Sequence[Tensor]]) -> list[Pending]:
+    """Begin to give all processes the tensors, of any shapes, that each one's `my_share` holds.
+
+    They are received in place; nothing begins in a single process.
+    """
+    if not dist.is_initialized():
+        return []
+    with noticing_loss():
+        works = [
+            dist.broadcast(tensor, number % dist.get_world_size(), async_op=True)
+            for number, tensors in enumerate(items)
+            for tensor in tensors
+        ]
+    return [Pending(work) for work in works if work is not None]
 
 
 def sum_of_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:

@@ -103,7 +103,13 @@ def check_memory(settings: RunSettings, device: torch.device) -> None:
     width = number_bytes(machine.dtype)
 
     def needed(rows: int) -> int:
-        whole = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
+        whole = cost.training_memory(
+            config,
+            rows,
+            dtype_bytes=width,
+            learned=learned,
+            recompute=machine.recompute == "yes",
+        )
         return (whole - weights) * processes
 
     if needed(rows) > free and rank() == 0:

@@ -23,6 +23,7 @@ from ..machine.environment import keep_compiled_code, world_size
 from ..machine.processes import sum_over_processes
 from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
+from .buckets import GradientSums
 from .optimizers import Optimizer
 from .schedules import learning_rate
 from .task import Batches, CountedTargets, Objective
@@ -77,6 +78,7 @@ class Trainer:
         self.done = 0  # steps before the one that is computed
         # Those that learn; finding them takes 30 microseconds.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.sums = GradientSums(self.parameters) if world_size() > 1 else None
         self.computing_gradient = False  # in a step, whose weights are not changed yet
         self.ready: dict[int, tuple[Tensor, ...]] = {}  # the next step's batch, loaded ahead
 
@@ -98,20 +100,22 @@ class Trainer:
         """
         self.forget_gradients()
         counted = sum_over_processes(self.objective.counted(*batch)).clamp(min=1)
-        total = torch.zeros(2, device=self.device)  # the loss; how many processes ran out of memory
+        loss, failed = torch.zeros((), device=self.device), False
         try:
-            total[0] = self.gradient_of_rows(counted, *batch)
+            loss = self.gradient_of_rows(counted, *batch)
         except torch.OutOfMemoryError:
-            if world_size() == 1:
+            if self.sums is None:
                 raise
-            total[1] = 1
-        sum_over_processes(total)
-        if world_size() > 1 and total[1]:  # this waits for the GPU
+            failed = True
+        if self.sums is None:
+            return loss
+        if failed:  # not in the handler, where the error's traceback keeps tensors alive
+            self.forget_gradients()
+        self.sums.finish()
+        loss, failures = sum_over_processes(torch.stack((loss, loss.new_tensor(failed))))
+        if failures:  # this waits for the GPU
             raise torch.OutOfMemoryError
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                sum_over_processes(parameter.grad)
-        return total[0]
+        return loss
 
     def gradient_of_rows(self, counted: Tensor, *batch: Tensor) -> Tensor:
         """Accumulate the part of `gradient` that this process's rows have, and of the loss.
@@ -120,12 +124,15 @@ class Trainer:
         """
         total = torch.zeros((), device=self.device)
         parts = *batch, *self.seeds(len(batch[0]))
-        for micro in zip(*(part.split(self.micro_batch) for part in parts), strict=True):
+        micros = list(zip(*(part.split(self.micro_batch) for part in parts), strict=True))
+        for number, micro in enumerate(micros, start=1):
             if self.compiled == "max-autotune":  # its CUDA graphs reuse the memory of the last pass
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
                 loss = self.loss(*micro)
             loss = loss * (self.objective.counted(*micro) / counted)
+            if self.sums is not None and number == len(micros):
+                self.sums.last_pass()
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total

@@ -51,9 +51,20 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     assert machine.micro_batch is not None
     assert machine.threads is not None
     bytes_each = number_bytes(machine.dtype)
-    memory = cost.training_memory(
-        config, machine.micro_batch, dtype_bytes=bytes_each, learned=learned_in(trainer.model)
+    memory, other = (
+        cost.training_memory(
+            config,
+            machine.micro_batch,
+            dtype_bytes=bytes_each,
+            learned=learned_in(trainer.model),
+            recompute=recompute,
+        )
+        for recompute in (machine.recompute == "yes", machine.recompute != "yes")
     )
+    if machine.recompute == "yes":
+        alternative = f"activations are recomputed, without which it would be {size(other)}"
+    else:
+        alternative = f"{size(other)} with --recompute yes"
     left = training.steps - run.done
     rows = {
         "model": f"{cost.parameter_count(config):,} parameters: "
@@ -66,7 +77,8 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
         + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         **({"fastest": "; ".join(map(str, measured))} if measured else {}),
-        "memory": f"about {size(memory)} on the device, in addition to PyTorch itself",
+        "memory": f"about {size(memory)} on the device, in addition to PyTorch itself; "
+        + alternative,
         "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",
         "run": str(run.folder),
     }

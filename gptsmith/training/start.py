@@ -36,7 +36,7 @@ from .resume import check_same_data, newest_state, resumed_settings
 from .run import Run, point_to_newest
 from .task import OpenTask
 from .text import open_text
-from .trainer import learned_in, make_trainer
+from .trainer import choose_recompute, learned_in, make_trainer
 
 
 def open_run(
@@ -56,6 +56,7 @@ def open_run(
         machine = replace(machine, fused="no")
     machine = possible(machine, model.config, device)
     of_rows = replace(model.config, context_length=batches.row_tokens)
+    machine = choose_recompute(machine, of_rows, device, learned_in(model))
     *_, smallest = ways(machine, of_rows, batches.rows, device, learned_in(model)).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
     config = without_labels(model.config)

@@ -17,9 +17,11 @@ from ..machine import devices
 from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
 from ..machine.native import open_library
+from ..machine.processes import any_process
 from ..model import fused
 from ..model.attention import WAYS
 from ..model.gpt import GPT
+from ..model.recompute import recompute_blocks
 from . import update
 from .loop import Trainer
 from .optimizers import make_optimizers
@@ -66,16 +68,41 @@ def micro_batch_rows(
     own_rows = -(-rows // world_size())
     if machine.micro_batch is not None:
         return min(machine.micro_batch, own_rows)
-    chosen, room = own_rows, MEMORY_SHARE * devices.available_memory(device)
+    chosen, room = own_rows, memory_room(device)
     if device.type == "cpu":
         chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
-        room /= world_size()
     needed = partial(
-        cost.training_memory, config, dtype_bytes=number_bytes(machine.dtype), learned=learned
+        cost.training_memory,
+        config,
+        dtype_bytes=number_bytes(machine.dtype),
+        learned=learned,
+        recompute=machine.recompute == "yes",
     )
     while chosen > 1 and needed(chosen) > room:
         chosen = -(-chosen // 2)
     return chosen
+
+
+def memory_room(device: torch.device) -> float:
+    """Return the bytes of free memory that training may take in this process."""
+    processes = world_size() if device.type == "cpu" else 1  # which share the memory
+    return MEMORY_SHARE * devices.available_memory(device) / processes
+
+
+def choose_recompute(
+    machine: MachineSettings, config: GPTConfig, device: torch.device, learned: int | None = None
+) -> MachineSettings:
+    """Return the settings with `recompute` "yes" or "no"; "auto" is "yes" where one row of
+    `config.context_length` tokens, or the micro-batch that was asked for, would not fit without.
+
+    `learned` parameters learn (default: all). Fewer rows at once cost less time than recomputing.
+    """
+    if machine.recompute != "auto":
+        return machine
+    width = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype)
+    rows, room = machine.micro_batch or 1, memory_room(device)
+    needed = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
+    return replace(machine, recompute="yes" if any_process(needed > room) else "no")
 
 
 def choose_fused(
@@ -147,6 +174,7 @@ def use(trainer: Trainer, machine: MachineSettings) -> None:
     trainer.model.attend_by(WAYS[machine.attention])
     if trainer.model.config.block == "gpt2":
         fused.fuse(trainer.model, open_library(fused.SOURCE) if machine.fused == "yes" else None)
+    recompute_blocks(trainer.model, machine.recompute == "yes")
     bf16 = machine.dtype == "bf16"
     trainer.update_by(update.CompiledUpdate(bf16=bf16) if machine.fused == "yes" else None)
     trainer.dtype, trainer.micro_batch = machine.dtype, machine.micro_batch

@@ -16,6 +16,7 @@ from gptsmith import GPT, GPTConfig
 from gptsmith.config import cost
 from gptsmith.config.model import PRESETS
 from gptsmith.model.cache import KVCache
+from gptsmith.model.recompute import recompute_blocks
 from tests.conftest import TINY
 
 BOOK = PRESETS["book"]
@@ -159,6 +160,8 @@ def peak_allocation(step: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(
     ("sizes", "dtype_bytes"),
     [
+        (SMALL | {"recompute": True}, 4),
+        (SMALL | {"recompute": True, "block": "modern", "dropout": 0.1}, 2),
         (SMALL, 4),
         (SMALL | {"dropout": 0.1}, 4),
         (SMALL | {"n_inner": 200}, 4),
@@ -175,8 +178,11 @@ def peak_allocation(step: Callable[[], Any]) -> int:
 @pytest.mark.slow
 def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
     """The estimate for 7 rows against the peak of a forward and backward pass."""
+    recompute = "recompute" in sizes
+    sizes = {name: size for name, size in sizes.items() if name != "recompute"}
     config = GPTConfig(**sizes, context_length=128)
     model, tokens = GPT(config), torch.zeros(7, config.context_length, dtype=torch.long)
+    recompute_blocks(model, recompute)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype_bytes == 2):
@@ -184,7 +190,7 @@ def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_byt
         loss.backward()
 
     step()  # gradients exist from here on
-    estimate = cost.activation_bytes(config, 7, dtype_bytes=dtype_bytes)
+    estimate = cost.activation_bytes(config, 7, dtype_bytes=dtype_bytes, recompute=recompute)
     assert estimate == pytest.approx(peak_allocation(step), rel=0.1)
 
 

@@ -32,7 +32,7 @@ from torch.multiprocessing.spawn import ProcessContext
 
 from gptsmith.checkpoint import training_state
 from gptsmith.cli.main import main as run_command
-from gptsmith.training import loop, run
+from gptsmith.training import buckets, loop, run
 from gptsmith.training.train import next_run_folder
 from tests.conftest import until
 from tests.training.killing import command_line, half_file, outcome
@@ -110,6 +110,7 @@ def work(words: list[str], kills: list[Kill]) -> None:
     # Neither changes what SIGKILL leaves, and both take longer than all the rest.
     Figure.savefig = lambda self, path, **how: Path(path).write_bytes(b"a picture")
     os.fsync = lambda file: None
+    buckets.BUCKET_BYTES = 1000  # several, though the model is tiny
     mine = [kill for kill in kills if (kill.start, kill.rank) == (start, rank)]
     watch = Watch(rank, mine[0] if mine else None)
     watch.of(PASS, loop, "autocast")

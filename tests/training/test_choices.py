@@ -20,7 +20,7 @@ from gptsmith.model.fused import FusedBlock
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
-from gptsmith.training.trainer import MEMORY_SHARE, micro_batch_rows, use
+from gptsmith.training.trainer import MEMORY_SHARE, choose_recompute, micro_batch_rows, use
 from tests.conftest import TINY as TOY
 from tests.conftest import Together
 from tests.training.test_loop import make_trainer
@@ -113,6 +113,29 @@ def test_what_learns_decides_how_many_rows_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(devices, "available_memory", lambda device: free)
     assert micro_batch_rows(MachineSettings(dtype="float32"), config, 8, CPU) == 4
     assert micro_batch_rows(MachineSettings(dtype="float32"), config, 8, CPU, learned=0) == 8
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "rows", "expected"),
+    [
+        (1.1, "auto", 1, "no"),
+        (0.9, "auto", 1, "yes"),
+        (0.9, "no", 1, "no"),
+        (1.1, "auto", 2, "yes"),
+    ],
+)
+def test_activations_are_recomputed_where_else_they_would_not_fit(
+    free: float, asked: Any, rows: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`free`: times what one row takes without. Where they are recomputed, more rows fit."""
+    config = GPTConfig(n_layer=9, n_head=2, n_embd=64, context_length=1024, vocab_size=65)
+    room = free * cost.training_memory(config, 1) / MEMORY_SHARE
+    monkeypatch.setattr(devices, "available_memory", lambda device: room)
+    machine = MachineSettings(dtype="float32", recompute=asked, micro_batch=rows)
+    chosen = choose_recompute(machine, config, CPU)
+    assert chosen.recompute == expected
+    fit = micro_batch_rows(replace(chosen, micro_batch=None), config, 8, CPU)
+    assert fit == (1 if expected == "no" else 4)
 
 
 @pytest.mark.slow
@@ -296,3 +319,14 @@ def test_what_cannot_be_chosen_is_one_line(
     assert message in shown
     assert shown.count("\n") == 1
     assert not Path("run").exists()
+
+
+def test_a_run_that_recomputes_is_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """To the bit, with dropout; the plan says what it saves, and the run goes on either way."""
+    words = [*TINY, "--dropout", "0.2", "--micro-batch", "2", "--steps", "8"]
+    for name in ("no", "yes"):
+        assert main(["train", "text.txt", *words, "--recompute", name, "--out", name]) == 0
+        told = capsys.readouterr().err
+        assert ("activations are recomputed" in told) == (name == "yes")
+        assert ("with --recompute yes" in told) == (name == "no")
+    assert same_weights(Path("no"), Path("yes"))
