@@ -142,8 +142,8 @@ class MachineSettings:
     recompute: Literal["auto", "yes", "no"] = setting(
         "auto",
         "compute each block's activations again in the backward pass instead of keeping them: less "
-        "memory, up to a third more time, the same result; auto takes it only where even the smallest "
-        "micro-batch would not fit without",
+        "memory, up to a third more time, the same result; auto takes it only where not even one "
+        "row would fit without",
     )
     deterministic: bool = setting(
         False,

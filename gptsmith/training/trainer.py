@@ -92,17 +92,17 @@ def memory_room(device: torch.device) -> float:
 def choose_recompute(
     machine: MachineSettings, config: GPTConfig, device: torch.device, learned: int | None = None
 ) -> MachineSettings:
-    """Return the settings with `recompute` "yes" or "no"; "auto" is "yes" where one row of
-    `config.context_length` tokens, or the micro-batch that was asked for, would not fit without.
+    """Return the settings with `recompute` "yes" or "no"; "auto" is "yes" where not even one
+    row of `config.context_length` tokens would fit without.
 
     `learned` parameters learn (default: all). Fewer rows at once cost less time than recomputing.
     """
     if machine.recompute != "auto":
         return machine
     width = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype)
-    rows, room = machine.micro_batch or 1, memory_room(device)
-    needed = cost.training_memory(config, rows, dtype_bytes=width, learned=learned)
-    return replace(machine, recompute="yes" if any_process(needed > room) else "no")
+    needed = cost.training_memory(config, 1, dtype_bytes=width, learned=learned)
+    too_much = any_process(needed > memory_room(device))
+    return replace(machine, recompute="yes" if too_much else "no")
 
 
 def choose_fused(

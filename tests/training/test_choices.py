@@ -121,7 +121,7 @@ def test_what_learns_decides_how_many_rows_fit(monkeypatch: pytest.MonkeyPatch) 
         (1.1, "auto", 1, "no"),
         (0.9, "auto", 1, "yes"),
         (0.9, "no", 1, "no"),
-        (1.1, "auto", 2, "yes"),
+        (1.1, "auto", 2, "no"),
     ],
 )
 def test_activations_are_recomputed_where_else_they_would_not_fit(
