@@ -28,6 +28,9 @@ ONLY_FOR: dict[str, Sequence[Task]] = {
     "beta": ("preference",),
     "batch_tokens": ("text",),
     "deduplicate": ("text",),
+    # The loss of a few labels is now almost nothing and now several nats, which is no spike.
+    "on_spike": ("text", "chat", "preference"),
+    "rollback_rate": ("text", "chat", "preference"),
 }
 COLUMNS_HELP = "names of the columns of a .csv or .tsv file that has no header"
 LORA_TARGETS = "attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj"

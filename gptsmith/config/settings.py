@@ -97,10 +97,21 @@ class TrainingSettings:
     grad_clip: float | None = setting(
         1.0, "largest gradient norm; larger gradients are scaled down; none: no clipping"
     )
+    on_spike: Literal["stop", "skip", "rollback"] | None = setting(
+        None,
+        "what happens when the loss or gradient norm of a step is a spike: more than 10 robust "
+        "standard deviations above the median of the last 128 steps, after the first 64; stop: the "
+        "run is saved before the step and stops; skip: the weights are not updated; rollback: the "
+        "run returns to a checkpoint and leaves out 16 batches (default: it is only reported)",
+    )
+    rollback_rate: float = setting(
+        1.0, "what a rollback multiplies the learning rates of the steps after it by", metavar="X"
+    )
     seed: int = setting(1337, "random seed for initialization, data order and dropout")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_tokens")
+        above(self, 0, "rollback_rate")
         at_least(self, 0, "warmup_steps", "learning_rate", "min_learning_rate", "weight_decay")
         at_least(self, 0, "seed", "grad_clip", "epsilon", "muon_learning_rate")
         if self.optimizer == "muon" and not self.learning_rate > 0:

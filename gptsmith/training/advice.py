@@ -15,6 +15,7 @@ from ..config.recipe import read_toml
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
 from .records import CONFIG_TOML
+from .rollback import LEFT_OUT
 from .schedules import learning_rate
 
 
@@ -89,6 +90,15 @@ def lower_rates(training: TrainingSettings) -> dict[str, float]:
     if training.optimizer == "muon":
         rates["muon_learning_rate"] = training.muon_learning_rate / 3
     return rates
+
+
+def after_spike(folder: Path, done: int) -> str:
+    """Return what to do after a run has stopped before a spike."""
+    return (
+        f"the run is saved after step {done:,}: go on without the step's update by "
+        f"`{resume_command(folder)} --on-spike skip`, or without {LEFT_OUT} batches by "
+        "--on-spike rollback"
+    )
 
 
 def after_divergence(

@@ -8,9 +8,10 @@ Shapes:  R rows of this process's share of the batch    T tokens    V vocabulary
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,9 @@ from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
 from .buckets import GradientSums
 from .optimizers import Optimizer
+from .rollback import Rollback, batch_number, rate_factor
 from .schedules import learning_rate
+from .spikes import Recent
 from .task import Batches, CountedTargets, Objective
 from .update import CompiledUpdate
 
@@ -37,7 +40,15 @@ Compiled = Literal["no", "yes", "max-autotune"]
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient was not finite for several steps in a row."""
+    """The loss or the gradient was not finite, or a spike, for several steps in a row."""
+
+
+class SpikeError(ValueError):
+    """A step that, by `on_spike`, ends the run or takes it back; the weights are not updated."""
+
+    def __init__(self, step: int, problem: str) -> None:
+        super().__init__(f"step {step:,}: {problem}")
+        self.step = step  # its number, from 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,9 @@ class StepReport:
     tokens: int  # of the global batch
     seconds: float
     micro_batch: int  # rows per forward pass
-    skipped: bool  # the gradient was not finite, so the weights were not updated
+    skipped: bool  # the weights were not updated: no finite gradient, or a spike
+    spike: str | None  # what is unusual about the loss or the norm
+    batch: int  # its number, from 0; another than the step's after a rollback
 
 
 @dataclass
@@ -71,6 +84,8 @@ class Trainer:
     # each process draws from PyTorch's generator.
     dropout_by_row: bool = True
     objective: Objective = field(default_factory=CountedTargets)
+    recent: Recent | None = None  # what spikes are told by; None where nothing is a spike
+    rollbacks: Sequence[Rollback] = ()  # of the run so far
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
@@ -184,7 +199,8 @@ class Trainer:
 
     def load(self, step: int) -> tuple[Tensor, ...]:
         """Read a batch and start copying it to the device.  -> (R, ...) each"""
-        parts = [torch.from_numpy(array) for array in self.batches.at(step)]
+        numbered = batch_number(step, self.rollbacks)
+        parts = [torch.from_numpy(array) for array in self.batches.at(numbered)]
         if self.device.type == "cuda":  # copies from pinned memory are asynchronous
             parts = [part.pin_memory() for part in parts]
         return tuple(part.to(self.device, non_blocking=True) for part in parts)
@@ -203,10 +219,9 @@ class Trainer:
     def step(self, done: int) -> StepReport:
         """Run the step that follows `done` steps: forward, backward, clip, update."""
         started = time.perf_counter()
-        rate = learning_rate(done, self.settings)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["times"]
+        rate = learning_rate(done, self.settings) * rate_factor(done, self.rollbacks)
+        for group in chain.from_iterable(each.param_groups for each in self.optimizers):
+            group["lr"] = rate * group["times"]
         self.done, self.computing_gradient = done, True
         loss = self.gradient_in_memory(*self.batch(done))
         self.computing_gradient = False
@@ -216,20 +231,29 @@ class Trainer:
         if done + 1 < self.settings.steps:  # load the next batch while the GPU is still busy
             self.ready[done + 1] = self.load(done + 1)
         numbers = torch.stack((loss, norm)).tolist()  # a single process's only wait for the GPU
-        skipped = not all(map(math.isfinite, numbers))
+        # Of values that are summed over the processes, so that all come to the same decision.
+        skipped, spike = not all(map(math.isfinite, numbers)), None
+        if self.recent is not None and not skipped:
+            spike = self.recent.spike(*numbers)
+            skipped = spike is not None and self.settings.on_spike is not None
         if not skipped:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)  # type: ignore[arg-type]
+            if self.recent is not None:
+                self.recent.add(*numbers)
         self.scaler.update()
+        number = batch_number(done, self.rollbacks)
         return StepReport(
             step=done + 1,
             loss=numbers[0],
             grad_norm=numbers[1],
             learning_rate=rate,
-            tokens=self.batches.tokens(done),
+            tokens=self.batches.tokens(number),
             seconds=time.perf_counter() - started,
             micro_batch=self.micro_batch,
             skipped=skipped,
+            spike=spike,
+            batch=number,
         )
 
 
@@ -241,17 +265,25 @@ def step_seed(seed: int, done: int, rank: int) -> int:
 def steps(trainer: Trainer, done: int) -> Iterator[StepReport]:
     """Run the steps that follow the first `done`, yielding a report for each.
 
-    DivergedError when MOST_SKIPPED steps in a row had no finite loss or gradient.
+    DivergedError when MOST_SKIPPED steps in a row had no finite loss or gradient, or were spikes
+    that were skipped; SpikeError for a spike that is to stop the run or to take it back, and for a
+    run that diverged where spikes take it back.
     """
-    skipped_in_a_row = 0
+    skipped_in_a_row, policy = 0, trainer.settings.on_spike
     trainer.model.train()
     while done < trainer.settings.steps:
         report = trainer.step(done)
+        if report.spike is not None and policy in ("stop", "rollback"):
+            raise SpikeError(report.step, report.spike)
         done = report.step
         yield report
         skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
         if skipped_in_a_row >= MOST_SKIPPED[trainer.dtype]:
-            raise DivergedError(
-                f"step {done}: the loss or gradient was not finite for {skipped_in_a_row} steps "
-                f"in a row (learning rate {report.learning_rate:.3g})"
+            problem = (
+                f"the loss or gradient was {'not finite' if report.spike is None else 'a spike'} "
+                f"for {skipped_in_a_row} steps in a row "
+                f"(learning rate {report.learning_rate:.3g})"
             )
+            if policy == "rollback":
+                raise SpikeError(done, problem)
+            raise DivergedError(f"step {done}: {problem}")

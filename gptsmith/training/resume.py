@@ -35,8 +35,9 @@ AT_THE_START: Mapping[str, Any] = {
 
 CHANGEABLE = ("machine", "report")  # sections that may change on resume; events.jsonl records it
 # Settings that may change too. The data is compared by its contents, wherever it lies; how fresh
-# weights are drawn and how many threads encode text does not matter any more.
-WITHOUT_EFFECT = ("data", "init", "workers")
+# weights are drawn and how many threads encode text does not matter any more. What a spike leads to
+# may be decided when there is one.
+MAY_CHANGE = ("data", "init", "workers", "on_spike", "rollback_rate")
 
 
 def newest_state(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
@@ -82,7 +83,7 @@ def resumed_settings(
                 continue
             if name == "steps":
                 check_steps(folder, settings.training, before, state["step"])
-            elif section not in CHANGEABLE and name not in WITHOUT_EFFECT:
+            elif section not in CHANGEABLE and name not in MAY_CHANGE:
                 raise contradiction(folder, name, before, after, chosen=name in choices)
             differing[name] = str(after)
     return settings, differing

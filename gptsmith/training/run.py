@@ -21,13 +21,14 @@ from ..generation.sampling import NotFiniteError
 from ..machine.devices import peak_flops
 from ..machine.environment import world_size
 from ..machine.files import write_text
-from ..machine.processes import LostProcessError, any_process
+from ..machine.processes import LostProcessError, any_process, wait_for_processes
 from ..machine.terminal import Display
-from .advice import after_divergence
-from .loop import DivergedError, StepReport, Trainer, steps
+from .advice import after_divergence, after_spike
+from .loop import DivergedError, SpikeError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .questions import Questions, question_figures, question_sums
 from .records import Recorder, cut_samples, write_event, write_sample
+from .rollback import MOST_ROLLBACKS, Good, carry_out, plan_rollback, with_good
 from .stopping import StepGivenUpError, stop_signals
 from .task import Task
 
@@ -48,6 +49,7 @@ class Run:
     best_loss: float | None
     saved: int  # step of the newest checkpoint; 0 if there is none
     owed: list[str]  # what a stop broke off at this step: "validation", "sample"
+    good: Sequence[Good] = ()  # the checkpoints that a spike may take the run back to
     questions: Sequence[Questions] = ()  # whose accuracy an evaluation measures as well
     doing: str = ""  # what is done before a stop takes effect
     stop_after: int | None = None  # the last step for now; the schedule stays that of all steps
@@ -78,6 +80,12 @@ def follow(run: Run) -> None:
             if run.trainer.computing_gradient:  # the weights are those after the step before
                 save_if_behind(run)
             raise
+        except SpikeError as error:
+            run.signal = received[0] if received else None
+            if run.settings.training.on_spike == "rollback":
+                raise
+            save_if_behind(run)
+            raise DivergedError(f"{error}; {after_spike(run.folder, run.done)}") from error
         except DivergedError as error:
             records = [] if run.recorder is None else run.recorder.records
             advice = after_divergence(run.folder, run.settings, records)
@@ -103,8 +111,11 @@ def after_step(run: Run, step: StepReport, received: list[int]) -> bool:
             run.recorder.draw(always=run.done == total)
         if run.done % (report.sample_every or report.evaluate_every) == 0:
             sample(run, received)
-        # A skipped step is not saved, so that the newest checkpoint is a good one.
-        if worth_saving(run) and not step.skipped:
+    # A skipped step is not saved, so that the newest checkpoint is a good one.
+    if worth_saving(run) and not step.skipped:
+        if run.settings.training.on_spike == "rollback" and due_to_be_saved(run):
+            run.good = with_good(run.good, Good(run.done, run.best_step))
+        if run.recorder is not None:
             save_checkpoint(run)
     stopping = any_process(bool(received)) or run.done == run.stop_after
     if stopping:
@@ -131,9 +142,13 @@ def make_up(run: Run, received: list[int]) -> bool:
 
 def worth_saving(run: Run) -> bool:
     """Whether this step is the last, the best, or due to be saved."""
+    return due_to_be_saved(run) or run.done in (run.settings.training.steps, run.best_step)
+
+
+def due_to_be_saved(run: Run) -> bool:
+    """Whether a checkpoint of this step is due, however good the model is."""
     report = run.settings.report
-    due = run.done % (report.save_every or report.evaluate_every) == 0
-    return due or run.done in (run.settings.training.steps, run.best_step)
+    return run.done % (report.save_every or report.evaluate_every) == 0
 
 
 # -- recording
@@ -196,8 +211,21 @@ def unless_stopped(parts: Generator[np.ndarray, None, None], received: list[int]
 
 
 def note_changes(run: Run, step: StepReport) -> None:
-    """Report a skipped update, or a smaller micro-batch, on the terminal and in events.jsonl."""
-    if step.skipped:
+    """Report a skipped update, a spike, or a smaller micro-batch, on the terminal and in
+    events.jsonl."""
+    if step.spike is not None:
+        done = "the update was skipped" if step.skipped else "see --on-spike"
+        run.display.say(f"step {step.step:,}: {step.spike}; {done}")
+        write_event(
+            run.folder,
+            "spike",
+            step=step.step,
+            batch=step.batch,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            skipped=step.skipped,
+        )
+    elif step.skipped:
         run.display.say(f"step {step.step:,}: the gradient is not finite; the update was skipped")
         write_event(run.folder, "skipped", step=step.step, loss=str(step.loss))
     machine, after = run.settings.machine, step.micro_batch
@@ -262,6 +290,8 @@ def save_checkpoint(run: Run) -> None:
         "settings": asdict(run.settings),
         "data": run.task.identity,
         "owed": run.owed,
+        "recent": {} if trainer.recent is None else trainer.recent.state(),
+        "good": [asdict(good) for good in run.good],
     }
     tensors = state_tensors(trainer.model, trainer.optimizers)
     saving.save(trainer.model, run.task.tokenizer, target, optimizer=tensors, state=state)
@@ -277,9 +307,39 @@ def point_to_newest(run: Run) -> None:
     if best.is_dir():
         write_text(run.folder / "best", f"{best.name}\n")
     keep = run.settings.report.keep
+    needed = {best} | {
+        checkpoint_of(run, step)
+        for good in run.good
+        for step in (good.step, good.best)
+        if step is not None
+    }
     for old in [] if keep == "all" else checkpoints(run.folder)[keep:]:
-        if old.name != best.name:
+        if old not in needed:
             shutil.rmtree(old)
+
+
+def roll_back(run: Run, spike: SpikeError) -> None:
+    """Take the folder back to a checkpoint from before a spike; DivergedError if that was done
+    MOST_ROLLBACKS times in vain."""
+    trainer = run.trainer
+    rollback = plan_rollback(
+        spike.step, run.good, trainer.rollbacks, run.settings.training.rollback_rate
+    )
+    if rollback is None:
+        records = [] if run.recorder is None else run.recorder.records
+        advice = after_divergence(run.folder, run.settings, records)
+        raise DivergedError(
+            f"{spike}; {MOST_ROLLBACKS} rollbacks to the same step have not helped; {advice}"
+        )
+    numbers = rollback.batches
+    batches = f"{len(numbers)} batches ({numbers[0]:,} to {numbers[-1]:,})"
+    run.display.say(f"{spike}; back to step {rollback.to:,}, and on without {batches}")
+    if run.recorder is not None:
+        details = {"to": rollback.to, "batches": numbers, "rate": rollback.rate}
+        write_event(run.folder, "rollback", step=spike.step, reason=str(spike), **details)
+        carry_out(run.folder, rollback, trainer.rollbacks)
+    run.done = rollback.to
+    wait_for_processes()
 
 
 def checkpoint_of(run: Run, step: int) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint.training_state import load_training
 from ..config.classifier import without_labels
+from ..config.finetune import ONLY_FOR
 from ..config.recipe import to_toml
 from ..machine import devices
 from ..machine.environment import rank, world_size
@@ -33,7 +34,9 @@ from .records import (
     write_event,
 )
 from .resume import check_same_data, newest_state, resumed_settings
+from .rollback import Good, read_rollbacks
 from .run import Run, point_to_newest
+from .spikes import Recent
 from .task import OpenTask
 from .text import open_text
 from .trainer import choose_recompute, learned_in, make_trainer
@@ -63,6 +66,9 @@ def open_run(
     config = config if checkpoint is None else replace(config, init=settings.model.init)
     settings = replace(task.settings, model=config, machine=smallest)
     trainer = make_trainer(model, settings, batches, task.objective, device)
+    trainer.rollbacks = read_rollbacks(folder)
+    if (settings.finetune.task or "text") in ONLY_FOR["on_spike"]:
+        trainer.recent = Recent(state.get("recent", {}))
     if checkpoint is not None and model.config.dropout:
         before = state.get("rng", {}).get("dropout", "processes")  # as older versions drew it
         if before != trainer.dropout_from:
@@ -82,6 +88,10 @@ def open_run(
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(state["scaler"])
     machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)
+    best_step = state["best"].get("step")
+    good = [Good(**each) for each in state.get("good", ())]
+    if checkpoint is not None and not good:  # a rollback was not asked for so far
+        good = [Good(state["step"], best_step)]
     run = Run(
         folder=folder,
         settings=replace(settings, machine=machine),
@@ -91,10 +101,11 @@ def open_run(
         done=state["step"],
         tokens=state.get("tokens", state["step"] * settings.training.batch_tokens),
         seconds=state["seconds"],
-        best_step=state["best"].get("step"),
+        best_step=best_step,
         best_loss=state["best"].get("validation_loss"),
         saved=state["step"],
         owed=list(state["owed"]),
+        good=good if settings.training.on_spike == "rollback" else [],
         questions=open_questions(settings.report.evaluate_tasks, model, task.tokenizer),
     )
     show_plan(run, trial, measured)

@@ -23,15 +23,17 @@ from ..machine.environment import launch, rank
 from ..machine.files import write_text, written_whole
 from ..machine.processes import (
     LostProcessError,
+    any_process,
     from_first_process,
     joined_processes,
     wait_for_processes,
 )
 from ..machine.terminal import Display
 from .advice import resume_command
+from .loop import SpikeError
 from .records import CONFIG_TOML, METRICS, write_event
 from .resume import with_absolute_data, with_absolute_files
-from .run import Run, follow
+from .run import Run, follow, roll_back
 from .start import open_run
 from .task import OpenTask
 from .text import open_text
@@ -185,17 +187,40 @@ def train_folder(
     open_task: OpenTask,
     stop_after: int | None,
 ) -> Run:
-    """Train a run from its current step to its last, or to `stop_after`."""
+    """Train a run from its current step to its last, or to `stop_after`.
+
+    A rollback changes the run's folder, and then the run is resumed as after a stop.
+    """
     with locked(folder):
-        run = open_run(folder, display, changes, open_task)
-        run.stop_after = stop_after
-        try:
-            with failure_recorded(run):
+        while (
+            run := train_unless_taken_back(folder, display, changes, open_task, stop_after)
+        ) is None:
+            changes = {}  # they are in config.toml
+        return run
+
+
+def train_unless_taken_back(
+    folder: Path,
+    display: Display,
+    changes: Mapping[str, Any],
+    open_task: OpenTask,
+    stop_after: int | None,
+) -> Run | None:
+    """Open a run and train it; return None where a spike took its folder back to an earlier step,
+    unless the run is to stop."""
+    run = open_run(folder, display, changes, open_task)
+    run.stop_after = stop_after
+    try:
+        with failure_recorded(run):
+            try:
                 follow(run)
-            return run
-        finally:
-            if run.recorder is not None:
-                run.recorder.close()
+                return run
+            except SpikeError as spike:
+                roll_back(run, spike)
+            return run if any_process(run.signal is not None) else None
+    finally:
+        if run.recorder is not None:
+            run.recorder.close()
 
 
 @contextmanager
