@@ -99,5 +99,5 @@ def carry_out(folder: Path, rollback: Rollback, before: Sequence[Rollback]) -> N
     if not rollback.to:
         for pointer in ("best", "last"):
             (folder / pointer).unlink(missing_ok=True)
-    text = json.dumps([asdict(each) for each in [*before, rollback]], indent=1)
-    write_text(folder / ROLLBACKS, text + "\n")
+    lines = ",\n".join(json.dumps(asdict(each)) for each in [*before, rollback])
+    write_text(folder / ROLLBACKS, f"[\n{lines}\n]\n")

@@ -21,14 +21,14 @@ from ..generation.sampling import NotFiniteError
 from ..machine.devices import peak_flops
 from ..machine.environment import world_size
 from ..machine.files import write_text
-from ..machine.processes import LostProcessError, any_process, wait_for_processes
+from ..machine.processes import LostProcessError, any_process
 from ..machine.terminal import Display
 from .advice import after_divergence, after_spike
 from .loop import DivergedError, SpikeError, StepReport, Trainer, steps
 from .optimizers import state_tensors
 from .questions import Questions, question_figures, question_sums
 from .records import Recorder, cut_samples, write_event, write_sample
-from .rollback import MOST_ROLLBACKS, Good, carry_out, plan_rollback, with_good
+from .rollback import Good, with_good
 from .stopping import StepGivenUpError, stop_signals
 from .task import Task
 
@@ -316,30 +316,6 @@ def point_to_newest(run: Run) -> None:
     for old in [] if keep == "all" else checkpoints(run.folder)[keep:]:
         if old not in needed:
             shutil.rmtree(old)
-
-
-def roll_back(run: Run, spike: SpikeError) -> None:
-    """Take the folder back to a checkpoint from before a spike; DivergedError if that was done
-    MOST_ROLLBACKS times in vain."""
-    trainer = run.trainer
-    rollback = plan_rollback(
-        spike.step, run.good, trainer.rollbacks, run.settings.training.rollback_rate
-    )
-    if rollback is None:
-        records = [] if run.recorder is None else run.recorder.records
-        advice = after_divergence(run.folder, run.settings, records)
-        raise DivergedError(
-            f"{spike}; {MOST_ROLLBACKS} rollbacks to the same step have not helped; {advice}"
-        )
-    numbers = rollback.batches
-    batches = f"{len(numbers)} batches ({numbers[0]:,} to {numbers[-1]:,})"
-    run.display.say(f"{spike}; back to step {rollback.to:,}, and on without {batches}")
-    if run.recorder is not None:
-        details = {"to": rollback.to, "batches": numbers, "rate": rollback.rate}
-        write_event(run.folder, "rollback", step=spike.step, reason=str(spike), **details)
-        carry_out(run.folder, rollback, trainer.rollbacks)
-    run.done = rollback.to
-    wait_for_processes()
 
 
 def checkpoint_of(run: Run, step: int) -> Path:

@@ -29,11 +29,12 @@ from ..machine.processes import (
     wait_for_processes,
 )
 from ..machine.terminal import Display
-from .advice import resume_command
-from .loop import SpikeError
+from .advice import after_divergence, resume_command
+from .loop import DivergedError, SpikeError
 from .records import CONFIG_TOML, METRICS, write_event
 from .resume import with_absolute_data, with_absolute_files
-from .run import Run, follow, roll_back
+from .rollback import MOST_ROLLBACKS, carry_out, plan_rollback
+from .run import Run, follow
 from .start import open_run
 from .task import OpenTask
 from .text import open_text
@@ -192,14 +193,14 @@ def train_folder(
     A rollback changes the run's folder, and then the run is resumed as after a stop.
     """
     with locked(folder):
-        while (
-            run := train_unless_taken_back(folder, display, changes, open_task, stop_after)
-        ) is None:
-            changes = {}  # they are in config.toml
+        run = None
+        while run is None:
+            run = train_until_taken_back(folder, display, changes, open_task, stop_after)
+            changes = {}  # they are in config.toml by now
         return run
 
 
-def train_unless_taken_back(
+def train_until_taken_back(
     folder: Path,
     display: Display,
     changes: Mapping[str, Any],
@@ -221,6 +222,30 @@ def train_unless_taken_back(
     finally:
         if run.recorder is not None:
             run.recorder.close()
+
+
+def roll_back(run: Run, spike: SpikeError) -> None:
+    """Take the folder back to a checkpoint from before a spike; DivergedError if that was done
+    MOST_ROLLBACKS times in vain."""
+    trainer = run.trainer
+    rollback = plan_rollback(
+        spike.step, run.good, trainer.rollbacks, run.settings.training.rollback_rate
+    )
+    if rollback is None:
+        records = [] if run.recorder is None else run.recorder.records
+        advice = after_divergence(run.folder, run.settings, records)
+        raise DivergedError(
+            f"{spike}; {MOST_ROLLBACKS} rollbacks to the same step have not helped; {advice}"
+        )
+    numbers = rollback.batches
+    batches = f"{len(numbers)} batches ({numbers[0]:,} to {numbers[-1]:,})"
+    run.display.say(f"{spike}; back to step {rollback.to:,}, and on without {batches}")
+    if run.recorder is not None:
+        details = {"to": rollback.to, "batches": numbers, "rate": rollback.rate}
+        write_event(run.folder, "rollback", step=spike.step, reason=str(spike), **details)
+        carry_out(run.folder, rollback, trainer.rollbacks)
+    run.done = rollback.to
+    wait_for_processes()
 
 
 @contextmanager

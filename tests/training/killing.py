@@ -1,9 +1,10 @@
 """Trains a tiny run many times, killed each time at another instant, and tells what became of it.
 
-Run by test_kill.py as a program, with the number of attempts, a seed and tasks, "text" or those of
-fine-tuning: it imports everything once and forks a child for every attempt. A child dies by SIGKILL
-at the n-th of the moments that matter: before, after and in the middle of whatever touches the
-disk, and between steps. Prints a JSON object per attempt, and one before for each task.
+Run by test_kill.py as a program, with the number of attempts, a seed and tasks, "text", those of
+fine-tuning, or at last "rollback", which is of a text with spikes: it imports everything once and
+forks a child for every attempt. A child dies by SIGKILL at the n-th of the moments that matter:
+before, after and in the middle of whatever touches the disk, and between steps. Prints a JSON
+object per attempt, and one before for each task.
 """
 
 import gc
@@ -24,7 +25,7 @@ import gptsmith
 from gptsmith.checkpoint import adapter, training_state
 from gptsmith.cli.main import main as run_command
 from gptsmith.tokenizers import byte_tokenizer
-from gptsmith.training import loop
+from gptsmith.training import loop, rollback, spikes
 
 STEPS = 12
 OPTIONS = (
@@ -113,6 +114,18 @@ def train(words: list[str], deadly: int | None) -> int:
     return count
 
 
+def plant_spikes() -> None:
+    """Make the losses of two batches huge, and the rule short enough for a run of twelve steps."""
+    original = loop.Trainer.gradient
+
+    def gradient(self: loop.Trainer, *batch: Any) -> Any:
+        number = rollback.batch_number(self.done, self.rollbacks)
+        return original(self, *batch) + (9 if number in (6, 9) else 0)
+
+    loop.Trainer.gradient = gradient
+    spikes.LEAST, rollback.LEFT_OUT = 4, 2
+
+
 def outcome(run: Path) -> dict[str, Any]:
     """What must be the same whatever happened on the way."""
     last = run / "checkpoints" / (run / "last").read_text().strip()
@@ -131,6 +144,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "best_state": state["best"],
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "samples": (run / "samples.md").read_text(),
+        "rollbacks": rollback.read_rollbacks(run) and (run / rollback.ROLLBACKS).read_text(),
         "left": sorted(p.name for p in run.rglob("*.partial")),
         "test": json.loads(test.read_text()) if test.exists() else None,
     }
@@ -143,9 +157,10 @@ def checkpoint_sum(folder: Path, name: str) -> str:
 
 def command_line(task: str) -> list[str]:
     """The line of a fresh run, whose model and data are written first."""
-    if task == "text":
+    if task in ("text", "rollback"):
         Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
-        return ["train", "text.txt", *OPTIONS.split(), *COMMON.split()]
+        more = [] if task == "text" else ["--on-spike", "rollback", "--rollback-rate", "0.5"]
+        return ["train", "text.txt", *OPTIONS.split(), *COMMON.split(), *more]
     config = gptsmith.GPTConfig(
         vocab_size=257, context_length=24, n_layer=1, n_head=2, n_embd=8, dropout=0.2
     )
@@ -169,6 +184,8 @@ def main() -> None:
 
 
 def kill_and_resume(task: str, attempts: int, chosen: random.Random) -> None:
+    if task == "rollback":
+        plant_spikes()
     fresh = command_line(task)
     total = train([*fresh, "--out", "whole"], None)
     print(json.dumps({"moments": total, **outcome(Path("whole"))}))

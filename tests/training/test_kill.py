@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attempts", "tasks"), [(25, ["text"]), (4, ["chat", "classify", "preference"])]
+    ("attempts", "tasks"), [(25, ["text"]), (4, ["chat", "classify", "preference", "rollback"])]
 )
 def test_killed_anywhere_and_resumed_is_the_same_run(
     tmp_path: Path, attempts: int, tasks: list[str]
@@ -30,6 +30,7 @@ def test_killed_anywhere_and_resumed_is_the_same_run(
         assert whole["steps"] == list(range(1, 13))
         assert whole["checkpoint"] == "step-00000012"
         assert len(whole["checkpoints"]) <= 3
+        assert bool(whole["rollbacks"]) == (task == "rollback")
         assert whole.pop("moments") > 150
         assert len(killed) == attempts
         for attempt in killed:
