@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.describe import Description
 from ..config.fields import suggestion
+from ..config.fitting import Devices
 from ..config.lora import LoRASettings
 from ..config.model import PRESETS, GPTConfig
 from ..config.recipe import read_toml, recipes
@@ -21,23 +22,25 @@ def describe(
     title: str | None = None,
     lora: int | None = None,
     base: str | None = None,
+    devices: Devices | None = None,
 ) -> Description:
     """Describe every tensor of a model, its parameters, memory and FLOPs; `str` gives the page.
 
     `what` is a configuration, the name of a preset or recipe, a recipe's file, or any MODEL; `base`
-    is that of an adapter. `lora` adds what adapters of that rank would cost in training.
+    is that of an adapter. `lora` adds what adapters of that rank would cost in training, and
+    `devices` what training needs of each of them.
     ValueError or FileNotFoundError if it is none of these, or if the folder is damaged.
     """
     adapters = None if lora is None else LoRASettings(rank=lora, alpha=2 * lora)
     if isinstance(what, GPTConfig):
-        return Description(title or "a model", what, adapters)
+        return Description(title or "a model", what, adapters, devices)
     config, name, folder = described_config(str(what), base)
     if folder is not None and is_adapter(folder):
         held = read_adapter_config(folder)
         name += f" (LoRA of rank {held.rank} on {find_base(folder, base)})"
     elif folder is not None and (found := read_folder(folder)).bits is not None:
         name += f" (quantized to {found.bits} bits: {found.tensor_bytes:,} bytes of weights)"
-    return Description(title or name, config, adapters)
+    return Description(title or name, config, adapters, devices)
 
 
 def described_config(what: str, base: str | None = None) -> tuple[GPTConfig, str, Path | None]:

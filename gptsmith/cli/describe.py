@@ -4,9 +4,11 @@ import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Literal
 
 from ..checkpoint.described import describe
-from ..config.fields import at_least, setting
+from ..config.fields import Bytes, SettingError, at_least, setting
+from ..config.fitting import Devices
 from ..config.model import PRESETS
 from ..config.settings import BASE_HELP
 from .flags import Parser, add_flags, chosen
@@ -23,10 +25,30 @@ class DescribeSettings:
         None, "also show what learning adapters of this rank would cost", metavar="RANK"
     )
     base: str | None = setting(None, BASE_HELP, metavar="MODEL")
+    devices: int | None = setting(
+        None, "also show the memory that training needs on each of N devices", metavar="N"
+    )
+    memory: Bytes | None = setting(
+        None, "memory of each device, as 80GB, for the largest micro-batch (one device by default)"
+    )
+    dtype: Literal["float32", "bf16"] | None = setting(
+        None, "precision of matrix products on these devices (default: bf16)"
+    )
     json: bool = setting(False, "write JSON")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "lora")
+        at_least(self, 1, "lora", "devices")
+        if self.dtype is not None and self.fleet is None:
+            raise SettingError(
+                "dtype", "has no effect on its own: add --devices 8 or --memory 80GB"
+            )
+
+    @property
+    def fleet(self) -> Devices | None:
+        """The devices to train on, if they were asked about."""
+        if self.devices is None and self.memory is None:
+            return None
+        return Devices(count=self.devices or 1, memory=self.memory, dtype=self.dtype or "bf16")
 
 
 def arguments(parser: Parser) -> None:
@@ -39,7 +61,9 @@ def arguments(parser: Parser) -> None:
 def run(options: Namespace) -> None:
     """Show every component of a model: shapes, parameters, memory, FLOPs."""
     settings = chosen(options, DescribeSettings)
-    description = describe(options.what, lora=settings.lora, base=settings.base)
+    description = describe(
+        options.what, lora=settings.lora, base=settings.base, devices=settings.fleet
+    )
     values = description.to_json()
     trace = None
     if settings.trace is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import cost
+from .fitting import Devices, devices_json, devices_lines
 from .lora import LoRASettings, adapter_count, adapter_terms
 from .model import GPTConfig
 from .tables import WIDTH, columns, figures, flushed, human_bytes, human_flops, shape_text
@@ -38,12 +39,15 @@ class Description:
     title: str
     config: GPTConfig
     lora: LoRASettings | None = None  # adapters that would be trained in place of the weights
+    devices: Devices | None = None  # those that would train it together
 
     def __str__(self) -> str:
         sections = (_tensors, _sums, _forward, _memory, _flops)
         parts = [_heading(self.title, self.config), *(section(self.config) for section in sections)]
         if self.lora is not None:
             parts.append(_adapters(self.config, self.lora))
+        if self.devices is not None:
+            parts.append(devices_lines(self.config, self.devices))
         return "\n\n".join("\n".join(part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +55,8 @@ class Description:
         config, more = self.config, {}
         if self.lora is not None:
             more["lora"] = adapters_json(config, self.lora)
+        if self.devices is not None:
+            more["devices"] = devices_json(config, self.devices)
         return {
             **more,
             "title": self.title,

@@ -14,8 +14,8 @@ from statistics import median
 
 WINDOW = 128  # steps; as in OLMo 2 (2025), which skips steps by their mean and deviation
 LEAST = 64  # steps to know before the first judgment
-# Of 96 runs on this project's texts and examples, one left its course; of the others, only one, with
-# batches of 32 tokens, had values beyond 10 spreads, and five beyond 8 (benchmarks/notes.md).
+# Of 96 runs on texts and examples of this project, one left its course; of the others, only one,
+# with batches of 32 tokens, had values beyond 10 spreads, and five beyond 8 (benchmarks/notes.md).
 FAR = 10.0
 NORMAL = 1.4826  # standard deviation over median absolute deviation, of normal noise
 # Smaller spreads count as these: once a text is known by heart, any other batch would be a spike.

@@ -11,6 +11,7 @@ import torch
 
 from ..config import cost
 from ..config.fields import SettingError
+from ..config.fitting import MEMORY_SHARE
 from ..config.model import GPTConfig
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
 from ..machine import devices
@@ -28,7 +29,6 @@ from .optimizers import make_optimizers
 from .task import Batches, Objective
 
 CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
-MEMORY_SHARE = 0.8  # of the free memory; the estimate is inexact, and others need some
 
 
 def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptsmith.cli.main import main
 from gptsmith.config import cost
+from gptsmith.config.fitting import MEMORY_SHARE
 from gptsmith.config.model import MODERN, GPTConfig
 from gptsmith.config.recipe import read_toml, recipes
 from gptsmith.config.settings import MachineSettings
@@ -20,7 +21,7 @@ from gptsmith.model.fused import FusedBlock
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
-from gptsmith.training.trainer import MEMORY_SHARE, choose_recompute, micro_batch_rows, use
+from gptsmith.training.trainer import choose_recompute, micro_batch_rows, use
 from tests.conftest import TINY as TOY
 from tests.conftest import Together
 from tests.training.test_loop import make_trainer
