@@ -134,6 +134,8 @@ def add_flags(
         else:
             options["action"], options["hint"] = SettingAction, hint
             options["metavar"] = field.metadata.get("metavar") or metavar(hint)
+            if alone := field.metadata.get("alone"):
+                options["nargs"], options["const"] = "?", alone
         flag = field.metadata.get("flag") or field.name
         parser.add_argument("--" + flag.replace("_", "-"), **options)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.fields import setting
+from ..config.fields import SettingError, setting
 from ..config.recipe import short_name
 from ..config.settings import PrepareSettings
 from ..machine.terminal import Display, count, duration, size, tell
@@ -40,6 +40,17 @@ class PartSettings:
     join: bool = setting(
         False, "join parts: each SOURCE is a folder that --part made, and all must be there"
     )
+    ray: str | None = setting(
+        None,
+        "prepare the parts on a Ray cluster and join them; without ADDRESS, on the cluster that "
+        "this machine belongs to",
+        metavar="ADDRESS",
+        alone="auto",
+    )
+
+    def __post_init__(self) -> None:
+        if self.ray is not None and self.part is not None:
+            raise SettingError("part", "cannot go with --ray, which makes all parts: leave it out")
 
 
 def arguments(parser: Parser) -> None:
@@ -56,6 +67,7 @@ def run(options: Namespace) -> None:
     how = chosen(options, PartSettings)
     from ..checkpoint.finding import best_of
     from ..data.join import join
+    from ..data.on_ray import prepare_on_ray
     from ..data.part_folder import Part
     from ..data.parts import prepare_part
     from ..data.prepare import prepare
@@ -67,8 +79,11 @@ def run(options: Namespace) -> None:
         return
     name = f"{short_name(options.sources[0])}-{short_name(target.tokenizer)}"
     if how.part is None:
-        out = target.out or Path("data") / name
-        steps = prepare(options.sources, best_of(target.tokenizer), out, options=settings)
+        out, tokenizer = target.out or Path("data") / name, best_of(target.tokenizer)
+        if how.ray is None:
+            steps = prepare(options.sources, tokenizer, out, options=settings)
+        else:
+            steps = prepare_on_ray(options.sources, tokenizer, out, how.ray, settings)
         tell_dataset(out, shown(steps))
         return
     part = Part.parse(how.part)

@@ -29,14 +29,16 @@ def setting(
     *,
     flag: str | None = None,
     metavar: str | None = None,
+    alone: str | None = None,
     compare: bool = True,
 ) -> Any:
     """A dataclass field that is a flag: `help` is one sentence, with its unit.
 
     `flag` is its name on the command line, where that is not the field's; `metavar` is what stands
-    for the value in the help, where its type does not say enough.
+    for the value in the help, where its type does not say enough; `alone` is the word that a flag
+    without a word means.
     """
-    metadata = {"help": help, "flag": flag, "metavar": metavar}
+    metadata = {"help": help, "flag": flag, "metavar": metavar, "alone": alone}
     return dataclasses.field(default=default, compare=compare, metadata=metadata)
 
 
