@@ -67,6 +67,7 @@ OPTIONAL = (
     "matplotlib",
     "onnx",
     "pyarrow",
+    "ray",
     "resource",
     "torch._inductor",
     "torch.utils.tensorboard",
