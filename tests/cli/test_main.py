@@ -1216,6 +1216,7 @@ def test_every_extra_that_is_advised_exists() -> None:
         "hub": {"huggingface_hub"},
         "onnx": {"onnx", "onnxruntime"},
         "parquet": {"pyarrow"},
+        "ray": {"ray"},
         "serve": {"fastapi", "uvicorn"},
         "tensorboard": {"tensorboard"},
         "wandb": {"wandb"},
