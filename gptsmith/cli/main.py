@@ -41,7 +41,9 @@ VERBS = {
     "merge": "merge a LoRA adapter into its base model",
     "quantize": "quantize a model to 8 or 4 bits, and measure what it costs",
     "serve": "serve a model through OpenAI's API",
+    "doctor": "report what this machine has, how fast it is, and what is missing",
     "bench": "measure how fast this machine trains and generates",
+    "completion": "write a script that completes command lines in bash, zsh or fish",
 }
 
 

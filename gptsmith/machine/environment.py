@@ -225,12 +225,17 @@ def keep_fonts() -> None:
 
 def processor() -> str:
     """The processor's name and, on Linux, its instruction set extensions."""
+    return " ".join(processor_fields()) or platform.processor()
+
+
+def processor_fields() -> list[str]:
+    """The processor's name, and its instruction set extensions, by Linux; elsewhere empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        return []
     kept = dict(line.split(":", 1) for line in lines if line.startswith(("model name", "flags")))
-    return " ".join(kept.values()) or platform.processor()
+    return list(kept.values())
 
 
 def compiler() -> str | None:
