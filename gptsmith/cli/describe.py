@@ -32,7 +32,7 @@ class DescribeSettings:
         None, "memory of each device, as 80GB, for the largest micro-batch (one device by default)"
     )
     dtype: Literal["float32", "bf16"] | None = setting(
-        None, "precision of matrix products on these devices (default: bf16)"
+        None, "precision of matrix products on these devices; bf16 unless given"
     )
     json: bool = setting(False, "write JSON")
 

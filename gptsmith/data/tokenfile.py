@@ -113,10 +113,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        elif self._file is not None:
-            self._file.close()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def write(self, tokens: np.ndarray) -> None:
         """Append tokens, (N,) of any integer type."""

@@ -13,6 +13,7 @@ from gptsmith import GPTConfig, save
 from gptsmith.cli.flags import Parser, add_flags, chosen
 from gptsmith.cli.main import VERBS, find_verb, main
 from gptsmith.config.fields import REQUIRED, Bytes, SettingError, at_least, setting
+from gptsmith.config.fitting import Devices
 from gptsmith.config.recipe import run_settings
 from gptsmith.config.settings import TrainingSettings
 from gptsmith.tokenizers import byte_tokenizer
@@ -32,13 +33,15 @@ NEEDED = {
     "compare": "run",
     "sweep": "text.txt --set seed=1,2",
     "inspect": "model --prompt text",
-    "describe": "gpt2",
+    "describe": "gpt2 --devices 2",
     "import": "model out",
     "export": "model out --to nanogpt",
     "merge": "adapter out",
     "quantize": "model out --bits 8",
     "serve": "model",
     "bench": "generate gpt2",
+    "doctor": "",
+    "completion": "bash",
 }
 FLAG = re.compile(r"^  (--\S+)(?: (\S+))?(?:$|  )")
 DEFAULT = re.compile(r"\(default: (?!\S*NAME)(\S+)\)$")  # a value, not how one is found
@@ -128,7 +131,7 @@ def test_every_default_that_is_shown_is_the_one_used(verb: str, help_of: Any) ->
         return
     for kind in vars(module).values():
         settings = isinstance(kind, type) and is_dataclass(kind)
-        if settings and kind not in (GPTConfig, TrainingSettings):
+        if settings and kind not in (GPTConfig, TrainingSettings, Devices):
             assert chosen(without, kind) == chosen(with_defaults, kind)
 
 

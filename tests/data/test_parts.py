@@ -20,7 +20,7 @@ from gptsmith.data.join import join
 from gptsmith.data.part_folder import Part
 from gptsmith.data.parts import divide, prepare_part
 from gptsmith.data.prepare import prepare
-from gptsmith.data.sources import find_sources
+from gptsmith.data.sources import Source, find_sources
 from gptsmith.tokenizers import Tokenizer, gpt2_tokenizer
 from tests.data.test_prepare import files, words
 
@@ -110,6 +110,12 @@ def test_joined_parts_are_what_one_machine_makes(
         assert joined(sources, known, tmp_path / f"{of}", of, **options) == whole
 
 
+def contents(source: Source) -> bytes:
+    """All bytes of a source."""
+    with source.open() as file:
+        return file.read()
+
+
 @pytest.mark.parametrize("of", [1, 2, 7, 400])
 def test_parts_have_all_bytes_once(tmp_path: Path, of: int) -> None:
     """Texts and tables are whole; lines and row groups are where they begin."""
@@ -120,9 +126,10 @@ def test_parts_have_all_bytes_once(tmp_path: Path, of: int) -> None:
     assert [piece.source for piece in pieces] == sorted(piece.source for piece in pieces)
     for number, source in enumerate(sources):
         texts = [piece.text for piece in pieces if piece.source == number]
-        assert b"".join(text.open().read() for text in texts) == source.path.read_bytes()
+        read = [contents(text) for text in texts]
+        assert b"".join(read) == source.path.read_bytes()
         if source.kind == "jsonl":
-            lines = [data for text in texts if (data := text.open().read())]
+            lines = [data for data in read if data]
             assert all(data.endswith(b"\n") for data in lines[:-1])
             assert len(texts) > 1 or of < 7
         elif source.kind != "parquet":
