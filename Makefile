@@ -3,6 +3,8 @@
 
 export PYTHON ?= python3
 BIN := .venv/bin
+# The extras but for those that are for one kind of GPU or for an account.
+RELEASED := parquet tensorboard gguf onnx hub ray serve
 # One process per core, each with one thread: toy tensors gain nothing from more.
 IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
@@ -38,6 +40,21 @@ kills: .venv/test
 # The C++ files on processors of other kinds, emulated.
 other-processors: .venv/test | system-other-processors
 	$(BIN)/pytest tests/processors
+
+# The versions of requirements.lock with their hashes, for every system and Python, as a release and a
+# container install them.
+requirements.hashed: pyproject.toml requirements.lock | .venv/release
+	.venv/release/bin/uv pip compile -q pyproject.toml $(RELEASED:%=--extra %) -c requirements.lock \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate -o $@
+
+# Known faults of these versions, by the Python Packaging Advisory Database, which is asked.
+audit: .venv/release
+	.venv/release/bin/pip-audit --no-deps --disable-pip -r requirements.hashed
+
+# What a release consists of, as CycloneDX.
+sbom: .venv/release
+	.venv/release/bin/cyclonedx-py requirements requirements.hashed --pyproject pyproject.toml \
+		--output-reproducible -o gptsmith-sbom.json
 
 # Measuring tools, which need the machine for themselves.
 test-benchmarks: .venv/test
@@ -81,6 +98,13 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 		pytablewriter sacrebleu tabledata tabulate tcolorpy tenacity typepy xxhash yarl
 	@touch $@
 
+# What releases are made with, in an environment of its own, which needs no PyTorch.
+.venv/release: Makefile
+	rm -rf $@
+	$(PYTHON) -m venv $@
+	$@/bin/pip install -q uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
 .venv/clients/%: tests/clients/%.txt | .venv/demo
 	rm -rf $@
 	$(PYTHON) -m venv $@
@@ -109,4 +133,4 @@ system-demo system-test system-other-processors:
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo demo-finetune test quick check soak kills clients other-processors test-benchmarks clean system-demo system-test system-other-processors
+.PHONY: demo demo-finetune test quick check soak kills clients audit sbom other-processors test-benchmarks clean system-demo system-test system-other-processors

@@ -5,6 +5,7 @@ import re
 import site
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,3 +133,24 @@ def test_no_test_is_left_out_where_a_tool_is_missing() -> None:
         if skipping.search(line) and "sys.platform" not in line
     ]
     assert not broken, "\n".join(broken)
+
+
+def test_the_hashed_versions_are_those_of_the_lock() -> None:
+    """A release installs what was tested; each file has a hash, and no index is named."""
+    locked = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M))
+    locked = {usual(name): version for name, version in locked.items()}
+    text = (ROOT / "requirements.hashed").read_text()
+    entries = re.findall(r"^([^\s=]+)==(\S+)(?: ;.*)? \\\n((?:    --hash=.*\n)+)", text, re.M)
+    assert len(entries) == len(re.findall(r"^\w", text, re.M))
+    assert "://" not in text
+    for name, version, hashes in entries:
+        assert locked.get(usual(name), version) == version, name
+        assert re.fullmatch(r"(    --hash=sha256:[0-9a-f]{64}( \\)?\n)+", hashes)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {usual(re.split(r"[^\w.-]", line)[0]) for line in settings["dependencies"]}
+    assert needed <= {usual(name) for name, _, _ in entries}
+
+
+def usual(name: str) -> str:
+    """The name of a package as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
