@@ -193,10 +193,40 @@ def sum_of_numbers(numbers: Sequence[float], device: torch.device) -> list[float
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; all get the same answer."""
+    return most_of_processes(int(flag)) > 0
+
+
+def most_of_processes(number: int) -> int:
+    """Return the largest of the numbers that the processes have."""
     if not dist.is_initialized():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(sum_over_processes(torch.tensor(int(flag), device=device)))
+        return number
+    tensor = torch.tensor(number, device=device_of_numbers())
+    with noticing_loss():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+
+def number_from_first(number: int) -> int:
+    """Return the first process's number in all of them."""
+    if not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number, device=device_of_numbers())
+    with noticing_loss():
+        dist.broadcast(tensor, 0)
+        return int(tensor)
+
+
+def device_of_numbers() -> str:
+    """Return the kind of device on which the processes can exchange tensors."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def exchange(tensor: Tensor) -> Tensor:
+    """Send row k of a tensor to process k; return the rows received, by sender.  (N, ...)"""
+    received = torch.empty_like(tensor)
+    with noticing_loss():
+        dist.all_to_all_single(received, tensor)
+    return received
 
 
 def from_first_process(value: Item) -> Item:

@@ -19,8 +19,8 @@ class Placed(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights, where tokens have to be."""
-        # By the state dict, since a packed embedding has buffers in the place of `weight`.
-        return next(iter(self.wte.state_dict().values())).device
+        # A packed embedding has buffers in the place of `weight`.
+        return [*self.wte.parameters(), *self.wte.buffers()][0].device
 
     @property
     def dtype(self) -> torch.dtype:

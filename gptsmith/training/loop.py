@@ -21,9 +21,10 @@ from torch import Tensor
 from ..config.settings import TrainingSettings
 from ..machine.devices import autocast, seed_device
 from ..machine.environment import keep_compiled_code, world_size
-from ..machine.processes import sum_over_processes
+from ..machine.processes import most_of_processes, noticing_loss, sum_over_processes
 from ..model.dropout import dropout_seeds
 from ..model.gpt import GPT
+from . import sharding
 from .buckets import GradientSums
 from .optimizers import Optimizer
 from .rollback import Rollback, batch_number, rate_factor
@@ -86,6 +87,7 @@ class Trainer:
     objective: Objective = field(default_factory=CountedTargets)
     recent: Recent | None = None  # what spikes are told by; None where nothing is a spike
     rollbacks: Sequence[Rollback] = ()  # of the run so far
+    sharded: bool = False  # the model is, so that all processes must make equally many passes
 
     def __post_init__(self) -> None:
         self.compile(self.compiled)
@@ -93,7 +95,9 @@ class Trainer:
         self.done = 0  # steps before the one that is computed
         # Those that learn; finding them takes 30 microseconds.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.sums = GradientSums(self.parameters) if world_size() > 1 else None
+        self.sums: GradientSums | None = None
+        if world_size() > 1 and not self.sharded:  # else the backward pass sums
+            self.sums = GradientSums(self.parameters)
         self.computing_gradient = False  # in a step, whose weights are not changed yet
         self.ready: dict[int, tuple[Tensor, ...]] = {}  # the next step's batch, loaded ahead
 
@@ -114,6 +118,8 @@ class Trainer:
         process runs out of memory, OutOfMemoryError in all of them.
         """
         self.forget_gradients()
+        if self.sharded:
+            return self.sharded_gradient(*batch)
         counted = sum_over_processes(self.objective.counted(*batch)).clamp(min=1)
         loss, failed = torch.zeros((), device=self.device), False
         try:
@@ -132,6 +138,22 @@ class Trainer:
             raise torch.OutOfMemoryError
         return loss
 
+    def sharded_gradient(self, *batch: Tensor) -> Tensor:
+        """Compute `gradient` where each backward pass sums the gradients into the shards.
+
+        A process that runs out of memory misses a sum, so that nothing can be repeated.
+        """
+        counted = sum_over_processes(self.objective.counted(*batch)).clamp(min=1)
+        try:
+            with noticing_loss():
+                loss = self.gradient_of_rows(counted, *batch)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"the GPU's memory is too small for micro-batches of {self.micro_batch} rows: give "
+                "a smaller --micro-batch or --recompute yes (sharded, it is not halved by itself)"
+            ) from None
+        return sum_over_processes(loss)
+
     def gradient_of_rows(self, counted: Tensor, *batch: Tensor) -> Tensor:
         """Accumulate the part of `gradient` that this process's rows have, and of the loss.
 
@@ -140,12 +162,15 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         parts = *batch, *self.seeds(len(batch[0]))
         micros = list(zip(*(part.split(self.micro_batch) for part in parts), strict=True))
+        own = len(micros)
+        if self.sharded:  # a process with fewer passes repeats a row, which does not count
+            micros += [tuple(part[:1] for part in parts)] * (most_of_processes(own) - own)
         for number, micro in enumerate(micros, start=1):
             if self.compiled == "max-autotune":  # its CUDA graphs reuse the memory of the last pass
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast(self.device, self.dtype):
                 loss = self.loss(*micro)
-            loss = loss * (self.objective.counted(*micro) / counted)
+            loss = loss * (self.objective.counted(*micro) / counted if number <= own else 0.0)
             if self.sums is not None and number == len(micros):
                 self.sums.last_pass()
             self.scaler.scale(loss).backward()
@@ -213,6 +238,8 @@ class Trainer:
 
     def clip(self) -> Tensor:
         """Scale the gradients to the norm grad_clip if theirs is larger.  -> (), their norm"""
+        if self.sharded:
+            return sharding.clip(self.parameters, self.settings.grad_clip or math.inf)
         clip = torch.nn.utils.clip_grad_norm_ if self.update is None else self.update.clip
         return clip(self.parameters, self.settings.grad_clip or math.inf)
 

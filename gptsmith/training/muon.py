@@ -10,12 +10,14 @@ Shapes:  M matrices of one shape    R rows    C columns
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..machine.processes import Pending, begin_shares, my_share
+from .sharding import local, of_whole_matrices
 from .update import Choices, CompiledUpdate
 
 # Jordan's coefficients of a x + b x^3 + c x^5. Applied five times, this polynomial takes every
@@ -32,7 +34,7 @@ class Muon:
     by as much per channel.
 
     With `compiled`, C++ makes the same updates on a CPU, faster and, where it does not multiply in
-    bfloat16, exactly.
+    bfloat16, exactly. `precision` is that of the products of sharded matrices.
 
     torch.optim.Muon handles one matrix after another, which is half as fast for small ones, and it
     has no stacks.
@@ -53,13 +55,15 @@ class Muon:
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.stacks = stacks or {}
         self.compiled = compiled
+        self.precision = torch.bfloat16
 
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters that have a gradient.
 
         Each process updates its share of each shape and receives the others, which takes less time
-        than if each made all updates (benchmarks/notes.md).
+        than if each made all updates (benchmarks/notes.md). Of sharded matrices, it orthogonalizes
+        its share and updates its rows of all.
         """
         pending = list[Pending]()
         for group in self.param_groups:
@@ -68,6 +72,9 @@ class Muon:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for shape, members in self.by_shape(updated).items():
+                if members[0] is not local(members[0]):
+                    self.step_together(members, shape, group)
+                    continue
                 if mine := list(my_share(members)):
                     self.step_together(mine, shape, group)
                 # The momentum too, so that all have what a checkpoint needs, to the bit.
@@ -92,25 +99,39 @@ class Muon:
             choices = Choices(rate, momentum, group["weight_decay"], QUINTIC, ITERATIONS)
             self.compiled.muon(members, buffers, shape, choices)
             return
-        gradients = [p.grad for p in members if p.grad is not None]
+        sharded, weights = members[0] is not local(members[0]), [*map(local, members)]
+        buffers = [*map(local, buffers)]
+        gradients = [local(p.grad) for p in members if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
-        matrices = torch.cat([update.view(-1, *shape) for update in updates])  # (M, R, C)
-        directions = orthogonal(matrices).to(members[0].dtype).flatten(0, 1)  # (M R, C)
+        if sharded:
+            work = partial(directions, shape=shape, precision=self.precision)
+            steps = of_whole_matrices(updates, [*map(len, members)], work)
+        else:
+            together = directions(torch.cat(updates), shape)
+            steps = [*together.split([len(p) for p in members])]
         if group["weight_decay"]:
-            torch._foreach_mul_(members, 1 - rate * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         size = rate * math.sqrt(max(1.0, shape[0] / shape[1]))
-        torch._foreach_add_(members, directions.split([len(p) for p in members]), alpha=-size)
+        torch._foreach_add_(weights, steps, alpha=-size)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def directions(
+    stacked: Tensor, shape: tuple[int, int], precision: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Orthogonalize matrices of one shape (R, C) that lie below one another.  (M R, C) -> (M R, C)
+    """
+    return orthogonal(stacked.view(-1, *shape), precision).to(stacked.dtype).flatten(0, 1)
+
+
+def orthogonal(matrices: Tensor, precision: torch.dtype = torch.bfloat16) -> Tensor:
     """Move the singular values of matrices to about one.  (M, R, C) -> (M, R, C)
 
-    Newton-Schulz iterations in bfloat16. The singular values end between about 0.7 and 1.2, which
-    trains as well as exactly one. A zero matrix stays zero.
+    Newton-Schulz iterations, in bfloat16 unless `precision` says otherwise. The singular values end
+    between about 0.7 and 1.2, which trains as well as exactly one. A zero matrix stays zero.
     """
     tall = matrices.shape[1] > matrices.shape[2]  # transposed, so that x @ x.mT is the small one
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(precision)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):

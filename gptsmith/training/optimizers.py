@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from ..config.settings import TrainingSettings
 from ..model.gpt import GPT
 from .muon import Muon
+from .sharding import local, sharded_like
 from .update import CompiledUpdate
 
 
@@ -62,7 +63,7 @@ class AdamW:
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Update parameters of any shapes."""
+        """Update parameters of any shapes; of sharded ones, this process's rows."""
         beta1, beta2, eps = self.settings.beta1, self.settings.beta2, self.settings.epsilon
         if self.compiled is not None:
             self.compiled.adamw(
@@ -75,10 +76,10 @@ class AdamW:
             )
             return
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -151,7 +152,7 @@ def state_tensors(model: GPT, optimizers: Sequence[Optimizer]) -> dict[str, Tens
     """Return the optimizers' state as named tensors: "exp_avg.h.0.attn.c_attn.weight", ...
 
     They are the optimizers' own, not copies, which a checkpoint is written from one by one; they
-    have their parameter's shape or, as step counts, ().
+    have their parameter's shape, and are sharded like it, or, as step counts, ().
     """
     return {
         f"{key}.{name}": value.detach()
@@ -180,4 +181,6 @@ def load_state_tensors(
             )
         parameter = parameters[name]
         # Fused AdamW needs its step counts on the parameter's device, and in float32.
-        owners[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)
+        whole = tensor.shape != parameter.shape or parameter is local(parameter)
+        own = tensor.to(parameter.device, copy=True) if whole else sharded_like(tensor, parameter)
+        owners[parameter].state[parameter][key] = own

@@ -21,6 +21,7 @@ from ..machine.terminal import Display, count, duration, size
 from .choices import Measured
 from .loop import Trainer
 from .run import Run
+from .sharding import local
 from .trainer import learned_in
 
 LEAST_TRIALS, MOST_TRIALS = 2, 8
@@ -121,17 +122,15 @@ def do_without_compiler(trainer: Trainer, display: Display, error: Exception) ->
     display.say(f"torch.compile failed, so the run is not compiled: {reason}")
 
 
+@torch.no_grad()
 def dry_update(trainer: Trainer) -> None:
     """Clip the gradients and update the weights as a step does, then restore the weights."""
-    weights = trainer.parameters
-    originals = [weight.data for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.clone()
+    weights = [*map(local, trainer.parameters)]
+    originals = [weight.clone() for weight in weights]
     trainer.clip()
     for optimizer in trainer.optimizers:
         optimizer.step()
-    for weight, data in zip(weights, originals, strict=True):
-        weight.data = data
+    torch._foreach_copy_(weights, originals)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
