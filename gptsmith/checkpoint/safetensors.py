@@ -5,7 +5,8 @@ Knows nothing of models: names and contents are the caller's business.
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,11 @@ def write_shards(entries: Sequence[Entry], folder: Path, shard_bytes: int | None
     write_json(folder / WEIGHTS_INDEX, {"metadata": total, "weight_map": place})
 
 
-def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Return tensors in memory, of any shapes, as entries to write."""
+def entries_of(
+    tensors: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor] = Tensor.detach
+) -> list[Entry]:
+    """Return tensors in memory, of any shapes, as entries to write, each as `gather` returns it."""
     return [
-        Entry(name, tuple(tensor.shape), dtype_named(tensor.dtype), tensor.detach)
+        Entry(name, tuple(tensor.shape), dtype_named(tensor.dtype), partial(gather, tensor))
         for name, tensor in tensors.items()
     ]

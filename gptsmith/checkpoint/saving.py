@@ -3,7 +3,7 @@
 Knows nothing of training: an optimizer is just more tensors, its state just more JSON.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,16 @@ def save(
     *,
     optimizer: Mapping[str, Tensor] | None = None,
     state: dict[str, Any] | None = None,
+    gather: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write a model as a new Hugging Face folder, completely or not at all.
 
     Its class is GPT2LMHeadModel, GPT2ForSequenceClassification, or NanoChat's. Of a model with
     adapters, the folder has only these, as PEFT writes them. `optimizer` (tensors by name) and
-    `state` (JSON) make it a training checkpoint.
+    `state` (JSON) make it a training checkpoint. `gather` is called with each of the model's and
+    the optimizer's tensors when it is written, and returns it whole where it is only a part.
     """
-    stored = replace(stored_model(model), tokenizer=tokenizer)
+    stored = replace(stored_model(model, gather), tokenizer=tokenizer)
     check_pair(stored.config, tokenizer, "the model")
     with written_whole(Path(folder)) as temporary:
         if model.lora is not None:
@@ -49,12 +51,17 @@ def save(
             write_usage(stored, temporary)
         else:
             write(stored, temporary)
-        write_training(temporary, optimizer, state)
+        write_training(temporary, optimizer, state, gather)
 
 
-def stored_model(model: GPT) -> Stored:
-    """Return a model in memory as a stored one, without a tokenizer; packing is kept."""
-    get = model.state_dict().__getitem__
+def stored_model(model: GPT, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> Stored:
+    """Return a model in memory, of any shape, as a stored one, without a tokenizer; packing is
+    kept. `gather` returns each of its tensors."""
+    state = model.state_dict(keep_vars=True)
+
+    def get(name: str) -> Tensor:
+        return gather(state[name])
+
     stored = Stored(config=model.config, fetch=get, tokenizer=None)
     if (bits := packed_bits(model)) is None:
         return stored

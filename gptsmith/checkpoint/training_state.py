@@ -3,7 +3,7 @@
 Knows nothing of what an optimizer's tensors or the state mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,41 @@ STATE = f"{TRAINING}/state.json"
 
 
 def write_training(
-    folder: Path, optimizer: Mapping[str, Tensor] | None, state: dict[str, Any] | None
+    folder: Path,
+    optimizer: Mapping[str, Tensor] | None,
+    state: dict[str, Any] | None,
+    gather: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
-    """Write the optimizer's tensors (any shapes) and the training state, where there are any."""
+    """Write the optimizer's tensors (any shapes) and the training state, where there are any.
+
+    `gather` returns each tensor as it is written.
+    """
     if optimizer is not None:
         (folder / OPTIMIZER).parent.mkdir()
-        write_safetensors(folder / OPTIMIZER, entries_of(optimizer))
+        write_safetensors(folder / OPTIMIZER, entries_of(optimizer, gather))
     if state is not None:
         write_json(folder / STATE, state)
 
 
-def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the optimizer's tensors (any shapes) and the training state, as given to `save`."""
+class TensorsOf(Mapping[str, Tensor]):
+    """The tensors of a file, of any shapes, by name; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.known = safetensors_header(path)
+        self.fetch = fetch_from(self.known)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fetch(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+
+def load_training(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's tensors (any shapes) and the training state, as given to `save`."""
     if not (folder / STATE).is_file() or not (folder / OPTIMIZER).is_file():
         raise ValueError(f"{folder} has a model but no training state: start from it with --from")
-    state = read_json(folder / STATE)
-    tensors = safetensors_header(folder / OPTIMIZER)
-    get = fetch_from(tensors)
-    return {name: get(name) for name in tensors}, state
+    return TensorsOf(folder / OPTIMIZER), read_json(folder / STATE)

@@ -156,6 +156,11 @@ class MachineSettings:
         "memory, up to a third more time, the same result; auto takes it only where not even one "
         "row would fit without",
     )
+    shard: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "divide weights, gradients and optimizer state over the processes of `torchrun` (FSDP): "
+        "less memory, more to send; auto does it where they would not fit each device whole",
+    )
     deterministic: bool = setting(
         False,
         "on CUDA too, bit-identical results, and dropout that does not depend on the number of "

@@ -16,9 +16,9 @@ from ..config.lora import learned_count
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import Dataset
 from ..machine import devices
-from ..machine.dtypes import number_bytes
 from ..machine.environment import rank, world_size
 from ..machine.terminal import count, size
+from .memory import needed_memory
 from .schedules import learning_rate
 
 # Validation tokens below which the loss is known to a tenth of a nat at best: the loss of a token
@@ -88,9 +88,9 @@ def check_memory(settings: RunSettings, device: torch.device) -> None:
     """
     config, machine = settings.model, settings.machine
     assert machine.micro_batch is not None
-    weights, on_cpu = cost.weight_bytes(config), device.type == "cpu"
+    shards, on_cpu = world_size() if machine.shard == "yes" else 1, device.type == "cpu"
     learned = learned_count(config, settings.finetune)  # the others have neither of both
-    certain = 2 * learned * cost.FLOAT32
+    certain = 2 * learned * cost.FLOAT32 // shards
     free, swap = devices.available_memory(device), psutil.swap_memory().free if on_cpu else 0
     processes = world_size() if on_cpu else 1  # which share the memory
     if certain * processes > free + swap:
@@ -100,17 +100,10 @@ def check_memory(settings: RunSettings, device: torch.device) -> None:
             "model"
         )
     rows = machine.micro_batch if on_cpu else 1
-    width = number_bytes(machine.dtype)
+    weights = cost.weight_bytes(config) // shards
 
     def needed(rows: int) -> int:
-        whole = cost.training_memory(
-            config,
-            rows,
-            dtype_bytes=width,
-            learned=learned,
-            recompute=machine.recompute == "yes",
-        )
-        return (whole - weights) * processes
+        return (needed_memory(machine, config, rows, learned) - weights) * processes
 
     if needed(rows) > free and rank() == 0:
         fits = next((fewer for fewer in range(rows - 1, 0, -1) if needed(fewer) <= free), 0)

@@ -19,7 +19,8 @@ from ..machine.chooser import Choice, choose, once, timed
 from ..machine.environment import world_size
 from ..machine.processes import from_first_process, sum_of_numbers
 from .loop import Trainer
-from .trainer import choose_fused, learned_in, micro_batch_rows, use
+from .memory import learned_in, micro_batch_rows
+from .trainer import choose_fused, use
 
 SECONDS = 1.5  # of measuring a choice, if two passes of each candidate take no longer
 SHARE = 0.03  # of the run's tokens, that measuring may compute
@@ -83,6 +84,8 @@ def ways(
     The fused pieces have an attention of their own. `machine` must be `possible`.
     """
     dtypes: Any = devices.precisions(device) if machine.dtype == "auto" else [machine.dtype]
+    if machine.shard == "yes":  # each process would scale the gradients of its rows
+        dtypes = [dtype for dtype in dtypes if dtype != "fp16"]
     attentions: list[Any] = [machine.attention]
     if machine.attention == "auto":  # only a CPU has room for the weights that blocks keep
         attentions = ["kernel", "blocks"] if device.type == "cpu" else ["kernel"]

@@ -34,7 +34,8 @@ class Muon:
     by as much per channel.
 
     With `compiled`, C++ makes the same updates on a CPU, faster and, where it does not multiply in
-    bfloat16, exactly. `precision` is that of the products of sharded matrices.
+    bfloat16, exactly. Sharded matrices
+    are multiplied in float32 if the updates are to be `exact`.
 
     torch.optim.Muon handles one matrix after another, which is half as fast for small ones, and it
     has no stacks.
@@ -55,7 +56,7 @@ class Muon:
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.stacks = stacks or {}
         self.compiled = compiled
-        self.precision = torch.bfloat16
+        self.exact = False
 
     @torch.no_grad()
     def step(self) -> None:
@@ -105,7 +106,8 @@ class Muon:
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
         if sharded:
-            work = partial(directions, shape=shape, precision=self.precision)
+            precision = torch.float32 if self.exact else torch.bfloat16
+            work = partial(directions, shape=shape, precision=precision)
             steps = of_whole_matrices(updates, [*map(len, members)], work)
         else:
             together = directions(torch.cat(updates), shape)
@@ -119,8 +121,7 @@ class Muon:
 def directions(
     stacked: Tensor, shape: tuple[int, int], precision: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """Orthogonalize matrices of one shape (R, C) that lie below one another.  (M R, C) -> (M R, C)
-    """
+    """Orthogonalize matrices of one shape (R, C) that lie below one another.  (M R, C) -> (M R, C)"""
     return orthogonal(stacked.view(-1, *shape), precision).to(stacked.dtype).flatten(0, 1)
 
 

@@ -14,15 +14,14 @@ import torch
 from ..config import cost
 from ..machine import devices
 from ..machine.chooser import Choice, choose, timed
-from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
 from ..machine.processes import sum_of_numbers
 from ..machine.terminal import Display, count, duration, size
 from .choices import Measured
 from .loop import Trainer
+from .memory import learned_in, needed_memory
 from .run import Run
 from .sharding import local
-from .trainer import learned_in
 
 LEAST_TRIALS, MOST_TRIALS = 2, 8
 # Seconds that a run must take for torch.compile, which takes half a minute, to pay off: it saves a
@@ -51,22 +50,16 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     config, machine, training = trainer.model.config, settings.machine, settings.training
     assert machine.micro_batch is not None
     assert machine.threads is not None
-    bytes_each = number_bytes(machine.dtype)
+    own = replace(machine, shard="yes" if trainer.sharded else "no")
     memory, other = (
-        cost.training_memory(
-            config,
-            machine.micro_batch,
-            dtype_bytes=bytes_each,
-            learned=learned_in(trainer.model),
-            recompute=recompute,
-        )
-        for recompute in (machine.recompute == "yes", machine.recompute != "yes")
+        needed_memory(way, config, machine.micro_batch, learned_in(trainer.model))
+        for way in (own, replace(own, recompute="no" if own.recompute == "yes" else "yes"))
     )
     if machine.recompute == "yes":
         alternative = f"activations are recomputed, without which it would be {size(other)}"
     else:
         alternative = f"{size(other)} with --recompute yes"
-    left = training.steps - run.done
+    left, yes_or_no = training.steps - run.done, "yes" if trainer.sharded else "no"
     rows = {
         "model": f"{cost.parameter_count(config):,} parameters: "
         f"{count(config.n_layer, 'layer')}, {count(config.n_head, 'head')}, "
@@ -78,6 +71,7 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
         + ("" if machine.compile == "no" else ", compiled")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         **({"fastest": "; ".join(map(str, measured))} if measured else {}),
+        **({"sharded": f"{yes_or_no}: {run.sharding.reason}"} if world_size() > 1 else {}),
         "memory": f"about {size(memory)} on the device, in addition to PyTorch itself; "
         + alternative,
         "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",

@@ -5,13 +5,14 @@ A run is a folder. Knows nothing of how it is opened (`start.py`) or how a step 
 
 import math
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..checkpoint import saving
 from ..checkpoint.finding import checkpoints
@@ -25,10 +26,12 @@ from ..machine.processes import LostProcessError, any_process
 from ..machine.terminal import Display
 from .advice import after_divergence, after_spike
 from .loop import DivergedError, SpikeError, StepReport, Trainer, steps
+from .memory import Sharding
 from .optimizers import state_tensors
 from .questions import Questions, question_figures, question_sums
 from .records import Recorder, cut_samples, write_event, write_sample
 from .rollback import Good, with_good
+from .sharding import Gather, gather_for_first, in_step
 from .stopping import StepGivenUpError, stop_signals
 from .task import Task
 
@@ -49,6 +52,7 @@ class Run:
     best_loss: float | None
     saved: int  # step of the newest checkpoint; 0 if there is none
     owed: list[str]  # what a stop broke off at this step: "validation", "sample"
+    sharding: Sharding = Sharding(False, "")
     good: Sequence[Good] = ()  # the checkpoints that a spike may take the run back to
     questions: Sequence[Questions] = ()  # whose accuracy an evaluation measures as well
     doing: str = ""  # what is done before a stop takes effect
@@ -77,7 +81,8 @@ def follow(run: Run) -> None:
         except StepGivenUpError:
             save_if_behind(run)
         except LostProcessError:
-            if run.trainer.computing_gradient:  # the weights are those after the step before
+            # The weights are those after the step before, but other processes' shards are lost.
+            if run.trainer.computing_gradient and not run.trainer.sharded:
                 save_if_behind(run)
             raise
         except SpikeError as error:
@@ -109,14 +114,13 @@ def after_step(run: Run, step: StepReport, received: list[int]) -> bool:
         run.display.step(record, total)
         if "validation_loss" in record or run.done == total:
             run.recorder.draw(always=run.done == total)
-        if run.done % (report.sample_every or report.evaluate_every) == 0:
-            sample(run, received)
+    if run.done % (report.sample_every or report.evaluate_every) == 0:
+        sample(run, received)
     # A skipped step is not saved, so that the newest checkpoint is a good one.
     if worth_saving(run) and not step.skipped:
         if run.settings.training.on_spike == "rollback" and due_to_be_saved(run):
             run.good = with_good(run.good, Good(run.done, run.best_step))
-        if run.recorder is not None:
-            save_checkpoint(run)
+        save_checkpoint(run)
     stopping = any_process(bool(received)) or run.done == run.stop_after
     if stopping:
         save_if_behind(run)
@@ -128,14 +132,14 @@ def make_up(run: Run, received: list[int]) -> bool:
     """Do what an earlier stop broke off at this step; return whether the run is to stop again."""
     owed, run.owed = run.owed, []
     found = validate(run, received) if "validation" in owed else {}
-    if run.recorder is not None:
-        if found:
-            run.recorder.complete_last(found)
-            run.recorder.draw(always=run.done == run.settings.training.steps)
-            point_to_newest(run)
-        if "sample" in owed:
+    if run.recorder is not None and found:
+        run.recorder.complete_last(found)
+        run.recorder.draw(always=run.done == run.settings.training.steps)
+        point_to_newest(run)
+    if "sample" in owed:
+        if run.recorder is not None:
             cut_samples(run.folder, run.done - 1)  # it may have been written by now
-            sample(run, received)
+        sample(run, received)
     run.doing = f"step {run.done + 1:,} is finished"
     return any_process(bool(received))
 
@@ -185,9 +189,10 @@ def validate(run: Run, received: list[int]) -> dict[str, Any]:
         return {}
     device, found = run.trainer.device, dict[str, Any]()
     run.doing = "the validation is broken off"
-    sums = unless_stopped(run.task.sums(run.trainer), received) if run.task.held_out else None
-    asked = question_sums(run.questions, run.trainer, run.task.tokenizer)
-    answers = unless_stopped(asked, received)
+    with in_step(run.trainer.model, run.trainer.sharded):
+        sums = unless_stopped(run.task.sums(run.trainer), received) if run.task.held_out else None
+        asked = question_sums(run.questions, run.trainer, run.task.tokenizer)
+        answers = unless_stopped(asked, received)
     if any_process(bool(received)):
         run.owed.append("validation")
         return {}
@@ -237,18 +242,21 @@ def note_changes(run: Run, step: StepReport) -> None:
 
 
 def sample(run: Run, received: list[int]) -> None:
-    """Append what the task shows to samples.md, unless a signal to stop breaks it off."""
+    """Append what the task shows to samples.md, unless a signal to stop breaks it off.
+
+    The first process writes; the others take part where the model is sharded.
+    """
     text, run.doing = "", "the sample is broken off"
-    model = run.trainer.model.eval()
-    try:
-        for piece in run.task.sample(model, run.done):
-            text += piece
-            if received:
-                run.owed.append("sample")
-                break
-    except NotFiniteError as error:
-        text += f"({error})"
-    model.train()
+    with in_step(run.trainer.model, run.trainer.sharded):
+        pieces = () if run.recorder is None else run.task.sample(run.trainer.model, run.done)
+        try:
+            for piece in pieces:
+                text += piece
+                if received:
+                    run.owed.append("sample")
+                    break
+        except NotFiniteError as error:
+            text += f"({error})"
     if text and "sample" not in run.owed:
         write_sample(run.folder, run.done, text)
 
@@ -258,12 +266,27 @@ def sample(run: Run, received: list[int]) -> None:
 
 def save_if_behind(run: Run) -> None:
     """Write a checkpoint unless the newest one is of this step."""
-    if run.recorder is not None and run.saved < run.done:
+    if run.saved < run.done:
         save_checkpoint(run)
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint, point `last` and `best` to theirs, and remove older ones."""
+    """Let the first process write a checkpoint, for which all gather what is sharded."""
+    trainer = run.trainer
+    tensors = state_tensors(trainer.model, trainer.optimizers)
+    if trainer.sharded:
+        of_all = [*trainer.model.parameters(), *tensors.values()]
+        gather_for_first(of_all, lambda gather: write_checkpoint(run, tensors, gather))
+    elif run.recorder is not None:
+        write_checkpoint(run, tensors, Tensor.detach)
+    run.saved = run.done
+
+
+def write_checkpoint(run: Run, optimizer: Mapping[str, Tensor], gather: Gather) -> None:
+    """Write a checkpoint, point `last` and `best` to theirs, and remove older ones.
+
+    `optimizer` has tensors of any shapes; `gather` returns one of them, or a parameter, whole.
+    """
     assert run.recorder is not None
     run.doing = "the checkpoint is written"
     run.recorder.flush()  # so no checkpoint is ahead of the records on disk
@@ -293,8 +316,14 @@ def save_checkpoint(run: Run) -> None:
         "recent": {} if trainer.recent is None else trainer.recent.state(),
         "good": [asdict(good) for good in run.good],
     }
-    tensors = state_tensors(trainer.model, trainer.optimizers)
-    saving.save(trainer.model, run.task.tokenizer, target, optimizer=tensors, state=state)
+    saving.save(
+        trainer.model,
+        run.task.tokenizer,
+        target,
+        optimizer=optimizer,
+        state=state,
+        gather=gather,
+    )
     point_to_newest(run)
 
 

@@ -90,7 +90,8 @@ def of_whole_matrices(
             result[: R[mine]] = work(parts.flatten(0, 1)[: R[mine]])
             parts.copy_(result.view_as(parts))
         results += [
-            part[: len(rows_here)] for part, rows_here in zip(exchange(received), some, strict=False)
+            part[: len(rows_here)]
+            for part, rows_here in zip(exchange(received), some, strict=False)
         ]
     return results
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.training_state import load_training
 from ..config.classifier import without_labels
 from ..config.finetune import ONLY_FOR
@@ -21,6 +23,7 @@ from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
+from .memory import Sharding, choose_recompute, choose_sharding, learned_in
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, run_seconds, show_plan, try_out
 from .questions import open_questions
@@ -39,7 +42,7 @@ from .run import Run, point_to_newest
 from .spikes import Recent
 from .task import OpenTask
 from .text import open_text
-from .trainer import choose_recompute, learned_in, make_trainer
+from .trainer import make_trainer
 
 
 def open_run(
@@ -53,12 +56,18 @@ def open_run(
     device = devices.prepare_machine(machine)
     task = open_task(folder, settings, checkpoint, display, "data" in changes)
     check_same_data(folder, task, state, moved="data" in changes)
-    model = task.make_model(device)
+    one_device = world_size() == 1 or machine.shard == "no" or settings.finetune.task is not None
+    model = task.make_model(device if one_device else torch.device("cpu"))
     batches = task.batches(model)
     if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
         machine = replace(machine, fused="no")
-    machine = possible(machine, model.config, device)
     of_rows = replace(model.config, context_length=batches.row_tokens)
+    fresh, asked = checkpoint is None, machine.shard
+    sharding = choose_sharding(settings, of_rows, device, None if fresh else choices)
+    machine = replace(machine, shard="yes" if sharding.on else "no")
+    if sharding.on:
+        machine = replace(machine, fused="no", compile="no")
+    machine = possible(machine, model.config, device)
     machine = choose_recompute(machine, of_rows, device, learned_in(model))
     *_, smallest = ways(machine, of_rows, batches.rows, device, learned_in(model)).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
@@ -87,7 +96,9 @@ def open_run(
         load_state_tensors(model, trainer.optimizers, load_training(checkpoint)[0])
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(state["scaler"])
-    machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)
+    machine = replace(
+        machine, compile=trainer.compiled, micro_batch=trainer.micro_batch, shard=asked
+    )
     best_step = state["best"].get("step")
     good = [Good(**each) for each in state.get("good", ())]
     if checkpoint is not None and not good:  # a rollback was not asked for so far
@@ -105,6 +116,7 @@ def open_run(
         best_loss=state["best"].get("validation_loss"),
         saved=state["step"],
         owed=list(state["owed"]),
+        sharding=sharding,
         good=good if settings.training.on_spike == "rollback" else [],
         questions=open_questions(settings.report.evaluate_tasks, model, task.tokenizer),
     )
@@ -141,5 +153,10 @@ def open_records(
         }
         for each in measured
     }
-    details = {"changes": changes, "processes": world_size(), "measured": figures}
+    details = {
+        "changes": changes,
+        "processes": world_size(),
+        "sharded": run.sharding.on,
+        "measured": figures,
+    }
     write_event(folder, event, step=run.done, **details, seconds_left=round(seconds, 3))

@@ -5,30 +5,23 @@ Knows nothing of a run's folder.
 
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import torch
 
-from ..config import cost
 from ..config.fields import SettingError
-from ..config.fitting import MEMORY_SHARE
 from ..config.model import GPTConfig
 from ..config.settings import MachineSettings, RunSettings, TrainingSettings
-from ..machine import devices
-from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
 from ..machine.native import open_library
-from ..machine.processes import any_process
 from ..model import fused
 from ..model.attention import WAYS
 from ..model.gpt import GPT
 from ..model.recompute import recompute_blocks
-from . import update
+from . import sharding, update
 from .loop import Trainer
+from .muon import Muon
 from .optimizers import make_optimizers
 from .task import Batches, Objective
-
-CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are slower
 
 
 def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
@@ -47,62 +40,6 @@ def batch_rows(settings: TrainingSettings, config: GPTConfig) -> int:
             f"raise it to at least {world_size() * T}",
         )
     return rows
-
-
-def learned_in(model: GPT) -> int:
-    """Return how many parameters of a model learn."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def micro_batch_rows(
-    machine: MachineSettings,
-    config: GPTConfig,
-    rows: int,
-    device: torch.device,
-    learned: int | None = None,
-) -> int:
-    """Return the rows of a micro-batch: as set, or the most that should fit; `rows` of a batch.
-
-    The context_length of `config` is that of the rows; `learned` parameters learn (default: all).
-    """
-    own_rows = -(-rows // world_size())
-    if machine.micro_batch is not None:
-        return min(machine.micro_batch, own_rows)
-    chosen, room = own_rows, memory_room(device)
-    if device.type == "cpu":
-        chosen = min(own_rows, max(1, CPU_MICRO_BATCH // config.context_length))
-    needed = partial(
-        cost.training_memory,
-        config,
-        dtype_bytes=number_bytes(machine.dtype),
-        learned=learned,
-        recompute=machine.recompute == "yes",
-    )
-    while chosen > 1 and needed(chosen) > room:
-        chosen = -(-chosen // 2)
-    return chosen
-
-
-def memory_room(device: torch.device) -> float:
-    """Return the bytes of free memory that training may take in this process."""
-    processes = world_size() if device.type == "cpu" else 1  # which share the memory
-    return MEMORY_SHARE * devices.available_memory(device) / processes
-
-
-def choose_recompute(
-    machine: MachineSettings, config: GPTConfig, device: torch.device, learned: int | None = None
-) -> MachineSettings:
-    """Return the settings with `recompute` "yes" or "no"; "auto" is "yes" where not even one
-    row of `config.context_length` tokens would fit without.
-
-    `learned` parameters learn (default: all). Fewer rows at once cost less time than recomputing.
-    """
-    if machine.recompute != "auto":
-        return machine
-    width = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype)
-    needed = cost.training_memory(config, 1, dtype_bytes=width, learned=learned)
-    too_much = any_process(needed > memory_room(device))
-    return replace(machine, recompute="yes" if too_much else "no")
 
 
 def choose_fused(
@@ -140,13 +77,18 @@ def make_trainer(
     objective: Objective,
     device: torch.device,
 ) -> Trainer:
-    """Return what the loop trains: a model on its device, by its batches and an objective."""
+    """Return what the loop trains: a model, moved to its device or divided over the devices of all
+    processes, by its batches and an objective."""
     machine = settings.machine
     assert machine.micro_batch is not None
     if machine.dtype == "fp8":
         if model.lora is not None:
             raise SettingError("dtype", "is fp8, in which adapters cannot learn: take bf16")
         multiply_in_float8(model)
+    if machine.shard == "yes":
+        sharding.shard(model, device)
+    else:
+        model.to(device)
     trainer = Trainer(
         model=model,
         optimizers=make_optimizers(model, settings.training),
@@ -160,6 +102,7 @@ def make_trainer(
         compiled="no" if machine.compile == "auto" else machine.compile,
         # On CUDA, the attention kernel's own dropout is faster.
         dropout_by_row=device.type != "cuda" or machine.deterministic,
+        sharded=machine.shard == "yes",
     )
     use(trainer, machine)
     return trainer
@@ -172,11 +115,14 @@ def use(trainer: Trainer, machine: MachineSettings) -> None:
     """
     assert machine.micro_batch is not None
     trainer.model.attend_by(WAYS[machine.attention])
-    if trainer.model.config.block == "gpt2":
+    if trainer.model.config.block == "gpt2" and not trainer.sharded:
         fused.fuse(trainer.model, open_library(fused.SOURCE) if machine.fused == "yes" else None)
     recompute_blocks(trainer.model, machine.recompute == "yes")
     bf16 = machine.dtype == "bf16"
     trainer.update_by(update.CompiledUpdate(bf16=bf16) if machine.fused == "yes" else None)
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.exact = machine.dtype == "float32"
     trainer.dtype, trainer.micro_batch = machine.dtype, machine.micro_batch
     scaled = machine.dtype == "fp16"
     trainer.scaler = torch.amp.GradScaler(trainer.device.type, enabled=scaled)
