@@ -127,11 +127,12 @@ def choose_sharding(
         return Sharding(machine.shard == "yes", "as asked for")
     if against:
         return Sharding(False, f"it cannot go with {against}")
-    recompute = "no" if machine.recompute == "no" else "yes"
-    needed = needed_memory(replace(machine, shard="no", recompute=recompute), config, 1)
-    room = memory_room(device)
-    reason = f"whole, training needs at least {size(needed)} in each process, and {size(room)} are free for it"
-    return Sharding(any_process(needed > room), reason)
+    least = machine if machine.recompute == "no" else replace(machine, recompute="yes")
+    needed = needed_memory(replace(least, shard="no"), config, 1)
+    too_much, room = any_process(needed > memory_room(device)), size(memory_room(device))
+    which = "more than" if too_much else "of"
+    reason = f"whole, it needs at least {size(needed)} in each process, {which} the {room} for it"
+    return Sharding(too_much, reason)
 
 
 def obstacle(settings: RunSettings, device: torch.device, compile: bool, fused: bool) -> str | None:

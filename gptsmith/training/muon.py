@@ -121,7 +121,7 @@ class Muon:
 def directions(
     stacked: Tensor, shape: tuple[int, int], precision: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """Orthogonalize matrices of one shape (R, C) that lie below one another.  (M R, C) -> (M R, C)"""
+    """Orthogonalize matrices of one shape (R, C), one below the other.  (M R, C) -> (M R, C)"""
     return orthogonal(stacked.view(-1, *shape), precision).to(stacked.dtype).flatten(0, 1)
 
 

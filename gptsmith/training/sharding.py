@@ -7,7 +7,6 @@ file has everything that only sharded training needs. Knows nothing of steps or 
 Shapes:  N processes    R rows of a matrix    C columns
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -23,7 +23,7 @@ from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
-from .memory import Sharding, choose_recompute, choose_sharding, learned_in
+from .memory import choose_recompute, choose_sharding, learned_in
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, run_seconds, show_plan, try_out
 from .questions import open_questions
@@ -66,6 +66,8 @@ def open_run(
     sharding = choose_sharding(settings, of_rows, device, None if fresh else choices)
     machine = replace(machine, shard="yes" if sharding.on else "no")
     if sharding.on:
+        before = {"fused": machine.fused, "compile": machine.compile}
+        changes |= {name: "no" for name, way in before.items() if way not in ("auto", "no")}
         machine = replace(machine, fused="no", compile="no")
     machine = possible(machine, model.config, device)
     machine = choose_recompute(machine, of_rows, device, learned_in(model))
