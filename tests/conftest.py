@@ -103,7 +103,10 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-TRAINS = "gptsmith.cli.train gptsmith.cli.finetune gptsmith.finetuning.finetune matplotlib.figure"
+TRAINS = (
+    "gptsmith.cli.train gptsmith.cli.finetune gptsmith.finetuning.finetune matplotlib.figure "
+    "torch.distributed.fsdp"
+)
 COMMAND = "import sys; from gptsmith.cli.main import main; sys.exit(main(sys.argv[1:]))"
 Together = Callable[..., None]
 
@@ -117,17 +120,17 @@ def trainers() -> Iterator[Forking]:
 
 @pytest.fixture
 def in_processes(trainers: Forking) -> Together:
-    """Runs `gptsmith` in several processes in the current folder, which find each other by the
-    environment variables that torchrun sets; all must succeed."""
+    """Runs `gptsmith`, or other code, in several processes in the current folder, which find each
+    other by the environment variables that torchrun sets; all must succeed."""
 
-    def run(processes: int, *words: str) -> None:
+    def run(processes: int, *words: str, code: str = COMMAND) -> None:
         with socket.socket() as held:  # so that nobody else is given the port
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(("127.0.0.1", 0))
             shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
             ranks = [shared | {"RANK": n, "LOCAL_RANK": n} for n in map(str, range(processes))]
-            for done in trainers.together(COMMAND, *words, folder=Path(), environments=ranks):
+            for done in trainers.together(code, *words, folder=Path(), environments=ranks):
                 assert done.returncode == 0, done.stderr[-2000:]
 
     return run

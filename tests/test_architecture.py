@@ -70,6 +70,8 @@ OPTIONAL = (
     "ray",
     "resource",
     "torch._inductor",
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
     "torch.utils.tensorboard",
     "torchao",
     "transformers",

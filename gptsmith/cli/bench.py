@@ -94,7 +94,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("what", type=measurement, choices=kinds, help="what to measure")
     parser.add_argument("model", metavar="MODEL|PRESET|RECIPE", help=presets)
     add_flags(parser, BenchSettings)
-    add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic"))
+    add_flags(parser, MachineSettings, without=("dtype", "micro_batch", "deterministic", "shard"))
     for flag in MOVED:
         parser.add_argument(flag, action=Moved, nargs="?", help=argparse.SUPPRESS)
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from ..machine.environment import rank, world_size
-from ..machine.processes import any_process, exchange, number_from_first, sum_over_processes
+from ..machine.processes import (
+    any_process,
+    exchange,
+    noticing_loss,
+    number_from_first,
+    sum_over_processes,
+)
 from ..model.gpt import GPT
 
 Gather = Callable[[Tensor], Tensor]  # returns a tensor whole
@@ -115,16 +121,16 @@ def in_step(model: GPT, sharded: bool) -> Iterator[None]:
         return features(*inputs, **more)
 
     sharded_model: Any = model
-    sharded_model.unshard()  # what lies outside the blocks
-    sharded_model.features = announced
-    try:
-        yield
-    finally:
-        sharded_model.features = of_training
-    with torch.inference_mode():
+    with noticing_loss(), torch.inference_mode():
+        sharded_model.unshard()  # what lies outside the blocks
+        sharded_model.features = announced
+        try:
+            yield
+        finally:
+            sharded_model.features = of_training
         while any_process(False):
             features(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    sharded_model.reshard()
+        sharded_model.reshard()
     model.train(was_training)
 
 
@@ -148,4 +154,5 @@ def gather_for_first(tensors: Sequence[Tensor], write: Callable[[Gather], None])
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor, of any shape, whole in all processes; another as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    with noticing_loss():
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
