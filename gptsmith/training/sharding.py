@@ -53,7 +53,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor sharded as a parameter of the same shape is, whichever it is."""
+    """Return a whole tensor of any shape, sharded as a parameter of the same shape is."""
     sharded = torch.zeros_like(parameter, requires_grad=False)
     mine = local(sharded)
     mine.copy_(tensor[rank() * shard_rows(len(tensor)) :][: len(mine)])

@@ -16,6 +16,7 @@ from ..checkpoint.training_state import load_training
 from ..config.classifier import without_labels
 from ..config.finetune import ONLY_FOR
 from ..config.recipe import to_toml
+from ..config.settings import MachineSettings, RunSettings
 from ..machine import devices
 from ..machine.environment import rank, world_size
 from ..machine.files import write_text
@@ -23,7 +24,8 @@ from ..machine.processes import wait_for_processes
 from ..machine.terminal import Display
 from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
-from .memory import choose_recompute, choose_sharding, learned_in
+from .loop import Trainer
+from .memory import Sharding, choose_recompute, choose_sharding, learned_in
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, run_seconds, show_plan, try_out
 from .questions import open_questions
@@ -56,20 +58,13 @@ def open_run(
     device = devices.prepare_machine(machine)
     task = open_task(folder, settings, checkpoint, display, "data" in changes)
     check_same_data(folder, task, state, moved="data" in changes)
-    one_device = world_size() == 1 or machine.shard == "no" or settings.finetune.task is not None
-    model = task.make_model(device if one_device else torch.device("cpu"))
+    model = task.make_model(loading_device(settings, device))
     batches = task.batches(model)
     if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
         machine = replace(machine, fused="no")
     of_rows = replace(model.config, context_length=batches.row_tokens)
-    fresh, asked = checkpoint is None, machine.shard
-    sharding = choose_sharding(settings, of_rows, device, None if fresh else choices)
-    machine = replace(machine, shard="yes" if sharding.on else "no")
-    if sharding.on:
-        before = {"fused": machine.fused, "compile": machine.compile}
-        changes |= {name: "no" for name, way in before.items() if way not in ("auto", "no")}
-        machine = replace(machine, fused="no", compile="no")
-    machine = possible(machine, model.config, device)
+    sharding = choose_sharding(settings, of_rows, device, choices if checkpoint else None)
+    machine = possible(with_sharding(machine, sharding, changes), model.config, device)
     machine = choose_recompute(machine, of_rows, device, learned_in(model))
     *_, smallest = ways(machine, of_rows, batches.rows, device, learned_in(model)).values()
     # A checkpoint does not have `init`, which says how the run's weights were first drawn.
@@ -95,16 +90,10 @@ def open_run(
             measured.append(Measured("compile", trial.choice, batches.rows * batches.row_tokens))
     task.begin(trainer, display)
     if checkpoint is not None:
-        load_state_tensors(model, trainer.optimizers, load_training(checkpoint)[0])
-        if trainer.scaler.is_enabled():
-            trainer.scaler.load_state_dict(state["scaler"])
-    machine = replace(
-        machine, compile=trainer.compiled, micro_batch=trainer.micro_batch, shard=asked
-    )
-    best_step = state["best"].get("step")
-    good = [Good(**each) for each in state.get("good", ())]
-    if checkpoint is not None and not good:  # a rollback was not asked for so far
-        good = [Good(state["step"], best_step)]
+        load_progress(trainer, checkpoint, state)
+    machine = replace(machine, compile=trainer.compiled, micro_batch=trainer.micro_batch)
+    # Whether to shard depends on the number of processes, so that it is chosen at each start.
+    machine = replace(machine, shard=task.settings.machine.shard)
     run = Run(
         folder=folder,
         settings=replace(settings, machine=machine),
@@ -114,12 +103,12 @@ def open_run(
         done=state["step"],
         tokens=state.get("tokens", state["step"] * settings.training.batch_tokens),
         seconds=state["seconds"],
-        best_step=best_step,
+        best_step=state["best"].get("step"),
         best_loss=state["best"].get("validation_loss"),
         saved=state["step"],
         owed=list(state["owed"]),
         sharding=sharding,
-        good=good if settings.training.on_spike == "rollback" else [],
+        good=known_good(settings, state),
         questions=open_questions(settings.report.evaluate_tasks, model, task.tokenizer),
     )
     show_plan(run, trial, measured)
@@ -127,6 +116,43 @@ def open_run(
         open_records(run, changes, measured, run_seconds(run, trial))
     wait_for_processes()
     return run
+
+
+def loading_device(settings: RunSettings, device: torch.device) -> torch.device:
+    """Return where a model is loaded: where it may be sharded, not on a GPU, which it might fill."""
+    whole = settings.machine.shard == "no" or settings.finetune.task is not None
+    return device if whole or world_size() == 1 else torch.device("cpu")
+
+
+def load_progress(trainer: Trainer, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Load the state of the optimizers and of the gradient scaler."""
+    load_state_tensors(trainer.model, trainer.optimizers, load_training(checkpoint)[0])
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(state["scaler"])
+
+
+def with_sharding(
+    machine: MachineSettings, sharding: Sharding, changes: dict[str, str]
+) -> MachineSettings:
+    """Return the settings with `shard` decided, and without what a sharded model cannot go with.
+
+    Adds to `changes` what other processes had chosen.
+    """
+    if not sharding.on:
+        return replace(machine, shard="no")
+    before = {"fused": machine.fused, "compile": machine.compile}
+    changes |= {name: "no" for name, way in before.items() if way not in ("auto", "no")}
+    return replace(machine, shard="yes", fused="no", compile="no")
+
+
+def known_good(settings: RunSettings, state: Mapping[str, Any]) -> list[Good]:
+    """Return the checkpoints that a spike may take a run back to, if it is to do so."""
+    if settings.training.on_spike != "rollback":
+        return []
+    good = [Good(**each) for each in state.get("good", ())]
+    if state["step"] and not good:  # a rollback was not asked for so far
+        good = [Good(state["step"], state["best"].get("step"))]
+    return good
 
 
 def open_records(

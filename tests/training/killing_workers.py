@@ -24,6 +24,7 @@ from uuid import uuid4
 import psutil
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # once here, rather than by every worker
 from filelock import FileLock
 from matplotlib.figure import Figure
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -279,7 +280,14 @@ def main() -> None:
     small = [*fresh, "--out", "small"]
     statuses = launch(2, small, [Kill(0, 1, PASS, counts[2][1][PASS] - 9, "memory")])
     memory = {"statuses": statuses, "events": Path("small/events.jsonl").read_text()}
+    sharded = [*fresh, "--shard", "yes", "--out", "sharded"]
+    told = launch(2, sharded, [Kill(0, 1, "step", 9, "1"), Kill(1, 0, "save", 25, "0")])
     found = {
+        "sharded": {
+            "statuses": told,
+            "events": Path("sharded/events.jsonl").read_text(),
+            **outcome(Path("sharded")),
+        },
         "one": outcome(Path("one")),
         "whole": {processes: outcome(Path(f"whole-{processes}")) for processes in (2, 3)},
         "killed": killed,

@@ -21,7 +21,8 @@ from gptsmith.model.fused import FusedBlock
 from gptsmith.training import choices
 from gptsmith.training.choices import choose_ways, sizes, ways
 from gptsmith.training.loop import Trainer
-from gptsmith.training.trainer import choose_recompute, micro_batch_rows, use
+from gptsmith.training.memory import choose_recompute, micro_batch_rows
+from gptsmith.training.trainer import use
 from tests.conftest import TINY as TOY
 from tests.conftest import Together
 from tests.training.test_loop import make_trainer

@@ -71,6 +71,15 @@ def test_out_of_memory_in_one_process_all_begin_the_gradient_again(found: dict[s
 
 
 @pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_last_checkpoint(found: dict[str, Any]) -> None:
+    """One worker is killed in a step, the first one in a save; the shards of both are lost."""
+    assert found["sharded"]["statuses"] == [0]
+    assert_same_learning(found["one"], found["sharded"], "sharded")
+    events = [json.loads(line) for line in found["sharded"]["events"].splitlines()]
+    assert sum(event["event"] == "resumed" for event in events) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "line"),
     [
