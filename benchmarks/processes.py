@@ -8,11 +8,15 @@ for each parameter after the backward pass (after), with sums in buckets during 
 and micro-batches likewise. Then Muon updates the weights, all of them in each process (update
 alone) or each process its share (update shared, which `gptsmith train` does). The cores are divided
 among the processes.
+
+With --memory, two steps are trained whole and sharded, each way in processes of their own, and what
+each process needs at most beyond its imports is shown, with the seconds of the second step.
 """
 
 import copy
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -55,11 +59,14 @@ def trainer_of(options: Any) -> Any:
         n_embd=options.channels,
     )
     machine = MachineSettings(
-        device="cpu", dtype="float32", fused="yes", compile="no", attention="kernel",
-        micro_batch=options.micro_batch,
+        device="cpu", dtype="float32", fused="no" if options.memory else "yes", compile="no",
+        attention="kernel", micro_batch=options.micro_batch, recompute=options.recompute,
+        shard="yes" if options.memory == "sharded" else "no",
     )  # fmt: skip
     training = TrainingSettings(
-        batch_tokens=options.rows * options.context, optimizer="muon", muon_learning_rate=1e-5
+        batch_tokens=options.rows * options.context,
+        optimizer=options.optimizer,
+        muon_learning_rate=1e-5,
     )
     settings = RunSettings(model=config, machine=machine, training=training)
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -192,6 +199,45 @@ def measure(options: Any) -> None:
                     print(json.dumps(row | {"waited": waits}), flush=True)
 
 
+def measure_memory(options: Any) -> None:
+    """Train two steps in this process; the first one prints the rows of all."""
+    import psutil
+    import torch
+
+    from gptsmith.machine.processes import joined_processes, sum_of_numbers
+    from gptsmith.training import sharding
+
+    torch.set_num_threads(max(1, options.cores // options.processes))
+    with joined_processes(torch.device("cpu"), 300):
+        if options.memory == "sharded":
+            import torch.distributed.fsdp
+        before = psutil.Process().memory_info().rss
+        trainer = trainer_of(options)
+        reports = [trainer.step(step) for step in range(2)]
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        held = sum(sharding.local(p).nbytes for p in trainer.parameters)
+        rank = int(os.environ["RANK"])
+        for name, value in {"peak": peak, "weights": held}.items():
+            numbers = [0.0] * options.processes
+            numbers[rank] = value
+            row = {
+                "way": options.memory,
+                "what": name,
+                "bytes": sum_of_numbers(numbers, trainer.device),
+            }
+            if rank == 0:
+                print(json.dumps(row | {"seconds": reports[-1].seconds}), flush=True)
+
+
+def show_memory(options: Any, results: Results) -> None:
+    """Measure memory both ways, and show it."""
+    for way in ("whole", "sharded"):
+        for row in run([*sys.argv[1:], "--memory", way], options.processes):
+            results.add({**vars(options), "out": None, **row})
+            each = ", ".join(f"{number / 1e6:,.0f}" for number in row["bytes"])
+            print(f"{way}: {row['what']} {each} MB; a step takes {row['seconds']:.2f} s")
+
+
 def run(words: list[str], processes: int) -> list[dict[str, Any]]:
     """Start the processes, and return the rows of the first one."""
     with socket.socket() as free:
@@ -226,12 +272,18 @@ def main() -> None:
     known.add_argument("--micro-batch", type=int, default=4, help="rows")
     known.add_argument("--bucket-bytes", type=int, default=None, help="(default: the package's)")
     known.add_argument("--rounds", type=int, default=7)
+    known.add_argument("--memory", nargs="?", const="both", choices=("both", "whole", "sharded"))
+    known.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    known.add_argument("--recompute", choices=("yes", "no"), default="no")
     known.add_argument("--worker", action="store_true", help="for this program itself")
     options = known.parse_args()
     if options.worker:
-        measure(options)
+        (measure_memory if options.memory else measure)(options)
         return
     results = Results(options.out)
+    if options.memory:
+        show_memory(options, results)
+        return
     rows = run(sys.argv[1:], options.processes)
     seconds: dict[str, dict[int, float]] = {way: {} for way in WAYS}
     for row in rows:

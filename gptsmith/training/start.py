@@ -119,7 +119,7 @@ def open_run(
 
 
 def loading_device(settings: RunSettings, device: torch.device) -> torch.device:
-    """Return where a model is loaded: where it may be sharded, not on a GPU, which it might fill."""
+    """Return where a model is loaded: if it may be sharded, not on a GPU, which it might fill."""
     whole = settings.machine.shard == "no" or settings.finetune.task is not None
     return device if whole or world_size() == 1 else torch.device("cpu")
 
