@@ -125,9 +125,11 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Let malloc return large buffers to the system at once, on Linux with glibc.
 
-    Reading weights one after another would otherwise leave holes of half the model's size in all.
+    Reading weights one after another would otherwise leave holes of half the model's size in all,
+    and gathering the weights of sharded blocks, holes of as much as the whole model.
     """
-    set_malloc_options({M_MMAP_THRESHOLD: 2**20})
+    limits = {M_TRIM_THRESHOLD: 2**17, M_MMAP_MAX: 2**16}  # glibc's own
+    set_malloc_options({M_MMAP_THRESHOLD: 2**20, **limits})
 
 
 def set_malloc_options(options: dict[int, int]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..machine.environment import rank, world_size
+from ..machine.environment import rank, return_freed_memory, world_size
 from ..machine.processes import (
     any_process,
     exchange,
@@ -33,6 +33,8 @@ def shard(model: GPT, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    if device.type == "cpu":
+        return_freed_memory()
     mesh = init_device_mesh(device.type, (world_size(),))
     for part in (*model.h, model):
         sharded: Any = fully_shard(part, mesh=mesh)
