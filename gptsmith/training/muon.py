@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..machine.processes import Pending, begin_shares, my_share
-from .sharding import local, of_whole_matrices
+from .sharding import is_sharded, local, of_whole_matrices
 from .update import Choices, CompiledUpdate
 
 # Jordan's coefficients of a x + b x^3 + c x^5. Applied five times, this polynomial takes every
@@ -73,7 +73,7 @@ class Muon:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for shape, members in self.by_shape(updated).items():
-                if members[0] is not local(members[0]):
+                if is_sharded(members[0]):
                     self.step_together(members, shape, group)
                     continue
                 if mine := list(my_share(members)):
@@ -100,12 +100,11 @@ class Muon:
             choices = Choices(rate, momentum, group["weight_decay"], QUINTIC, ITERATIONS)
             self.compiled.muon(members, buffers, shape, choices)
             return
-        sharded, weights = members[0] is not local(members[0]), [*map(local, members)]
-        buffers = [*map(local, buffers)]
+        weights, buffers = [*map(local, members)], [*map(local, buffers)]
         gradients = [local(p.grad) for p in members if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
-        if sharded:
+        if is_sharded(members[0]):
             precision = torch.float32 if self.exact else torch.bfloat16
             work = partial(directions, shape=shape, precision=precision)
             steps = of_whole_matrices(updates, [*map(len, members)], work)

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from ..config.settings import TrainingSettings
 from ..model.gpt import GPT
 from .muon import Muon
-from .sharding import local, sharded_like
+from .sharding import is_sharded, local, sharded_like
 from .update import CompiledUpdate
 
 
@@ -181,6 +181,6 @@ def load_state_tensors(
             )
         parameter = parameters[name]
         # Fused AdamW needs its step counts on the parameter's device, and in float32.
-        whole = tensor.shape != parameter.shape or parameter is local(parameter)
-        own = tensor.to(parameter.device, copy=True) if whole else sharded_like(tensor, parameter)
+        shard = is_sharded(parameter) and tensor.shape == parameter.shape
+        own = sharded_like(tensor, parameter) if shard else tensor.to(parameter.device, copy=True)
         owners[parameter].state[parameter][key] = own

@@ -51,7 +51,12 @@ def local(tensor: Tensor) -> Tensor:
 
     They are no copy. Call it without recording gradients.
     """
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor of any shape is sharded: a DTensor, whose class is slow to import."""
+    return hasattr(tensor, "to_local")
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -157,4 +162,4 @@ def gather_for_first(tensors: Sequence[Tensor], write: Callable[[Gather], None])
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor, of any shape, whole in all processes; another as it is."""
     with noticing_loss():
-        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+        return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
