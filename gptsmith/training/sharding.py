@@ -10,7 +10,7 @@ Shapes:  N processes    R rows of a matrix    C columns
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
     """Whether a tensor of any shape is sharded: a DTensor, whose class is slow to import."""
     return hasattr(tensor, "to_local")
 
