@@ -25,6 +25,7 @@ from ..machine.processes import my_share, sum_of_numbers, sum_over_processes, wa
 from ..machine.terminal import Display
 from ..model.gpt import GPT
 from ..model.preference import PreferenceLoss, answer_logprobs, preference_loss
+from ..training.sharding import in_step
 from ..training.task import Evaluating
 from .chat import SHOWN, answered, shown
 from .task import ExampleTask, cut
@@ -128,11 +129,10 @@ class PreferenceTask(ExampleTask):
         """Return the log-probabilities of the answers in a split.  -> (N, 2)"""
         rows = self.splits[split]
         known = torch.zeros(len(rows), 2, dtype=torch.float64, device=trainer.device)
-        trainer.model.eval()
-        for numbers in my_share(self.batches_of(split)):
-            known[numbers] = self.logprobs(trainer, split, numbers)
-            display.move_bar(int(known[:, 0].count_nonzero()), "")
-        trainer.model.train()
+        with in_step(trainer.model, trainer.sharded):
+            for numbers in my_share(self.batches_of(split)):
+                known[numbers] = self.logprobs(trainer, split, numbers)
+                display.move_bar(int(known[:, 0].count_nonzero()), "")
         return sum_over_processes(known).cpu().numpy()
 
     @torch.inference_mode()

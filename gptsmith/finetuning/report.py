@@ -40,6 +40,7 @@ class Judged:
     model: GPT
     device: torch.device
     dtype: str
+    sharded: bool = False
 
 
 def test_run(run: Path, display: Display) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..config import cost
 from ..config.fields import SettingError
 from ..config.fitting import MEMORY_SHARE, Devices, Way, memory_parts
 from ..config.model import GPTConfig
-from ..config.settings import MachineSettings, RunSettings
+from ..config.settings import MachineSettings
 from ..machine import devices
 from ..machine.dtypes import number_bytes
 from ..machine.environment import world_size
@@ -27,6 +27,11 @@ CPU_MICRO_BATCH = 16_384  # tokens; larger ones exceed the CPU's caches and are 
 def learned_in(model: GPT) -> int:
     """Return how many parameters of a model learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def all_learn(model: GPT) -> bool:
+    """Whether all parameters of a model learn."""
+    return all(parameter.requires_grad for parameter in model.parameters())
 
 
 def micro_batch_rows(
@@ -99,20 +104,27 @@ class Sharding(NamedTuple):
 
 
 def choose_sharding(
-    settings: RunSettings, config: GPTConfig, device: torch.device, chosen: Container[str] | None
+    machine: MachineSettings,
+    config: GPTConfig,
+    device: torch.device,
+    chosen: Container[str] | None,
+    *,
+    frozen: bool = False,
 ) -> Sharding:
     """Return whether to shard a model: as `shard` says or, for "auto", where not even one row would
     fit each device beside the whole state, with activations recomputed if they may be.
 
     SettingError where it is "yes" and cannot be. `chosen` are the settings given for a run that is
-    resumed, as others were chosen for other processes; None for a fresh run.
+    resumed, as others were chosen for other processes; None for a fresh run. Of a `frozen` model,
+    only a part learns.
     """
-    machine = settings.machine
 
     def given(name: str) -> bool:
         return chosen is None or name in chosen
 
-    against = obstacle(settings, device, given("compile"), given("fused"))
+    against = obstacle(machine, device, given("compile"), given("fused"))
+    if frozen:
+        against = "weights that do not learn, as with --lora or --freeze"
     if machine.shard == "yes" and world_size() == 1 and given("shard"):
         raise SettingError(
             "shard", "is yes, but there is one process: start several with torchrun, or take auto"
@@ -135,12 +147,11 @@ def choose_sharding(
     return Sharding(too_much, reason)
 
 
-def obstacle(settings: RunSettings, device: torch.device, compile: bool, fused: bool) -> str | None:
+def obstacle(
+    machine: MachineSettings, device: torch.device, compile: bool, fused: bool
+) -> str | None:
     """Return what a sharded model cannot go with; `compile` and `fused` say whether these settings
     are given."""
-    machine = settings.machine
-    if settings.finetune.task is not None:
-        return "fine-tuning"
     if machine.dtype in ("fp16", "fp8"):
         return f"dtype {machine.dtype}"
     if compile and machine.compile in ("yes", "max-autotune"):

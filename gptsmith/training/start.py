@@ -25,7 +25,7 @@ from ..machine.terminal import Display
 from .checks import check_memory
 from .choices import Measured, choose_ways, possible, ways
 from .loop import Trainer
-from .memory import Sharding, choose_recompute, choose_sharding, learned_in
+from .memory import Sharding, all_learn, choose_recompute, choose_sharding, learned_in
 from .optimizers import load_state_tensors
 from .plan import compile_if_it_pays, run_seconds, show_plan, try_out
 from .questions import open_questions
@@ -63,7 +63,8 @@ def open_run(
     if checkpoint is not None and machine.fused == "auto":  # a run from before there was a choice
         machine = replace(machine, fused="no")
     of_rows = replace(model.config, context_length=batches.row_tokens)
-    sharding = choose_sharding(settings, of_rows, device, choices if checkpoint else None)
+    given, frozen = choices if checkpoint else None, not all_learn(model)
+    sharding = choose_sharding(settings.machine, of_rows, device, given, frozen=frozen)
     machine = possible(with_sharding(machine, sharding, changes), model.config, device)
     machine = choose_recompute(machine, of_rows, device, learned_in(model))
     *_, smallest = ways(machine, of_rows, batches.rows, device, learned_in(model)).values()
@@ -120,7 +121,7 @@ def open_run(
 
 def loading_device(settings: RunSettings, device: torch.device) -> torch.device:
     """Return where a model is loaded: if it may be sharded, not on a GPU, which it might fill."""
-    whole = settings.machine.shard == "no" or settings.finetune.task is not None
+    whole = settings.machine.shard == "no" or settings.finetune.lora is not None
     return device if whole or world_size() == 1 else torch.device("cpu")
 
 

@@ -86,6 +86,7 @@ class Evaluating(Protocol):
     model: GPT
     device: torch.device
     dtype: str
+    sharded: bool  # all processes must make equally many passes: `sharding.in_step` sees to it
 
 
 class Task(Protocol):

@@ -18,21 +18,22 @@ from gptsmith.finetuning.preference import PreferenceTask
 from tests.conftest import Together, until
 from tests.finetuning.test_finetune import TOY, TOY_TEXT, here, same_weights, tuned
 from tests.forking import Forking
-from tests.training.test_run import records, torchrun
+from tests.training.test_run import events, records, torchrun
 
 __all__ = ["here"]  # each test in a folder with a small model and data for each task
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "processes", "by_torchrun"),
+    ("task", "processes", "by_torchrun", "shard"),
     [
-        *((task, 2, task == "chat") for task in ("chat", "classify", "preference", "text")),
-        *((task, 4, False) for task in ("chat", "classify", "preference", "text")),
+        *((task, 2, task == "chat", "no") for task in ("chat", "classify", "preference", "text")),
+        *((task, 4, False, "no") for task in ("chat", "classify", "preference", "text")),
+        *((task, 3, False, "yes") for task in ("classify", "preference")),
     ],
 )
 def test_processes_learn_what_one_does(
-    task: str, processes: int, by_torchrun: bool, in_processes: Together
+    task: str, processes: int, by_torchrun: bool, shard: str, in_processes: Together
 ) -> None:
     """Six rows, which four processes cannot share evenly, with dropout; also what is judged."""
     words = ["--dropout", "0.2", "--micro-batch", "1", "--learning-rate", "0.001"]
@@ -40,7 +41,9 @@ def test_processes_learn_what_one_does(
     data = ["--data", "text.txt" if task == "text" else f"{task}.jsonl"]
     toy = [*TOY_TEXT, "--batch-tokens", "1200"] if task == "text" else TOY
     start = torchrun if by_torchrun else in_processes
+    words += ["--shard", shard]
     start(processes, "finetune", "base", *data, "--out", "many", *toy, *words)
+    assert events(Path("many"))[0]["sharded"] is (shard == "yes")
     for mine, theirs in zip(records(one), records(Path("many")), strict=True):
         for name in ("loss", "validation_loss", "validation_accuracy", "reward_margin", "tokens"):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-6), name
