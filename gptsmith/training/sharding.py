@@ -36,11 +36,16 @@ def shard(model: GPT, device: torch.device) -> None:
     if device.type == "cpu":
         return_freed_memory()
     mesh = init_device_mesh(device.type, (world_size(),))
-    for part in (*model.h, model):
+    parts: list[Any] = [*model.h, model]
+    for part in parts:
         sharded: Any = fully_shard(part, mesh=mesh)
         # Each process weighs its loss by its share of the counted tokens, so that sums are right.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+    # The backward pass gathers a block while it computes the one after. Left to itself, it would
+    # follow the order of all passes since the last one, in which processes differ (see `in_step`).
+    for part, before in zip(parts, [model, *model.h], strict=True):
+        part.set_modules_to_backward_prefetch([before])
     # Every pass goes through it once, whether it is for logits, a loss or the next token. What lies
     # outside the blocks stays whole until the backward pass, or until `in_step` is left.
     register_fsdp_forward_method(model, "features")

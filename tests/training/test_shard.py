@@ -97,7 +97,7 @@ def test_muon_orthogonalizes_whole_matrices(in_processes: Together) -> None:
     Path("q.jsonl").write_text(
         "".join(f'{{"prompt": "line {n}", "completion": ": the"}}\n' for n in range(5))
     )
-    words = [*MUON, "--evaluate-tasks", "q.jsonl"]
+    words = [*MUON, "--evaluate-tasks", "q.jsonl", "--sample-tokens", "0"]
     whole = alone(*words, out="whole")
     three = [*fresh(*words), "--shard", "yes", "--stop-after", "9", "--out", "three"]
     in_processes(3, "train", "text.txt", *three)
