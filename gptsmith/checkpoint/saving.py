@@ -34,15 +34,27 @@ def save(
     *,
     optimizer: Mapping[str, Tensor] | None = None,
     state: dict[str, Any] | None = None,
-    gather: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write a model as a new Hugging Face folder, completely or not at all.
 
     Its class is GPT2LMHeadModel, GPT2ForSequenceClassification, or NanoChat's. Of a model with
     adapters, the folder has only these, as PEFT writes them. `optimizer` (tensors by name) and
-    `state` (JSON) make it a training checkpoint. `gather` is called with each of the model's and
-    the optimizer's tensors when it is written, and returns it whole where it is only a part.
+    `state` (JSON) make it a training checkpoint.
     """
+    save_gathered(model, tokenizer, folder, optimizer=optimizer, state=state, gather=Tensor.detach)
+
+
+def save_gathered(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    *,
+    optimizer: Mapping[str, Tensor] | None,
+    state: dict[str, Any] | None,
+    gather: Callable[[Tensor], Tensor],
+) -> None:
+    """As `save`; `gather` is called with each of the model's and the optimizer's tensors, of any
+    shapes, when it is written, and returns it whole where it is only a part."""
     stored = replace(stored_model(model, gather), tokenizer=tokenizer)
     check_pair(stored.config, tokenizer, "the model")
     with written_whole(Path(folder)) as temporary:

@@ -316,7 +316,7 @@ def write_checkpoint(run: Run, optimizer: Mapping[str, Tensor], gather: Gather) 
         "recent": {} if trainer.recent is None else trainer.recent.state(),
         "good": [asdict(good) for good in run.good],
     }
-    saving.save(
+    saving.save_gathered(
         trainer.model,
         run.task.tokenizer,
         target,
