@@ -53,8 +53,10 @@ def save_gathered(
     state: dict[str, Any] | None,
     gather: Callable[[Tensor], Tensor],
 ) -> None:
-    """As `save`; `gather` is called with each of the model's and the optimizer's tensors, of any
-    shapes, when it is written, and returns it whole where it is only a part."""
+    """Do what `save` does with tensors that are in parts.
+
+    When a tensor is written, `gather` is called with it, and returns it whole, in any shape.
+    """
     stored = replace(stored_model(model, gather), tokenizer=tokenizer)
     check_pair(stored.config, tokenizer, "the model")
     with written_whole(Path(folder)) as temporary:
