@@ -199,7 +199,7 @@ def available_memory(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
     used = Path("/sys/fs/cgroup/memory.current")
     try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
+        return min(free, int(limit.read_text("ascii")) - int(used.read_text("ascii")))
     except (OSError, ValueError):
         return free
 

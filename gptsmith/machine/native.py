@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from . import environment
+from .files import replace
 
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
 
@@ -57,12 +58,12 @@ def compile_library(source: Path, path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
             library = Path(folder) / path.name
             command = [compiler, *FLAGS, "-o", str(library), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, errors="replace", check=False)
             if done.returncode:
                 reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
                 raise ValueError(f"{compiler} could not compile {source.name}: {reason}")
             with library.open("ab") as file:  # after the content, which the loader ignores
                 file.write(hashlib.sha256(library.read_bytes()).digest())
-            library.replace(path)
+            replace(library, path)
     except OSError as error:
         raise ValueError(f"{source.name} could not be compiled: {error}") from error
