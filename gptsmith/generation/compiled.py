@@ -246,7 +246,9 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
             problem = f"is yes, but {error}; leave it out to do without"
             raise SettingError("compile", problem) from error
         if not isinstance(error, SettingError):  # it is for other models
-            what = "cannot be loaded" if isinstance(error, OSError) else "is missing, which is slower"
+            what = (
+                "cannot be loaded" if isinstance(error, OSError) else "is missing, which is slower"
+            )
             warnings.warn(f"the compiled step {what}: {error}", stacklevel=2)
         return None
 

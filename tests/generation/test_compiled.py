@@ -313,6 +313,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.Monkey
     ctypes.CDLL(str(library))
 
 
+@pytest.mark.system("posix", "runs /bin/false")
 def test_what_has_no_compiled_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     modern = GPT(GPTConfig(**(SIZES | MODERN | {"n_head": 2})))
     assert open_decoder(modern, "auto") is None

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pwd
 import subprocess
 import sys
 import tempfile
@@ -59,7 +58,7 @@ def test_without_a_home_the_step_is_compiled_among_temporary_files(
 ) -> None:
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
     monkeypatch.setitem(vars(native), "FLAGS", ["-O0", *native.FLAGS[1:]])
     assert isinstance(open_decoder(scrambled(GPTConfig(**TINY)), "auto"), CompiledDecoder)
     (made,) = temporary.iterdir()
@@ -75,6 +74,8 @@ def no_account(user):
 pwd.getpwuid = no_account
 from gptsmith.cli.main import main
 from gptsmith.machine import native
+
+pytestmark = pytest.mark.system("posix", "is about users of POSIX")
 native.FLAGS = ["-O0", *native.FLAGS[1:]]
 sizes = "--n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --threads 1 --dtype float32"
 steps = "--batch-tokens 48 --warmup-steps 1 --steps 2 --tokenizer byte --out run"

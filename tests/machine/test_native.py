@@ -19,6 +19,7 @@ def test_a_changed_header_is_compiled(tmp_path: Path) -> None:
         assert open_library(source).answer() == answer
 
 
+@pytest.mark.system("posix", "runs a script by its first line")
 @pytest.mark.usefixtures("own_cache")
 def test_a_compiler_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as Apple's clang."""
@@ -28,7 +29,7 @@ def test_a_compiler_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     source = tmp_path / "source.cpp"
-    source.write_text("#ifndef _OPENMP\nextern \"C\" int threads() { return 1; }\n#endif\n")
+    source.write_text('#ifndef _OPENMP\nextern "C" int threads() { return 1; }\n#endif\n')
     with pytest.warns(UserWarning, match=r"has no OpenMP: source\.cpp runs in one thread"):
         assert open_library(source).threads() == 1
     source.write_text("this is no C++")

@@ -13,6 +13,8 @@ from gptsmith.machine.files import file_written_whole, write_text, written_whole
 from tests.conftest import TOY
 from tests.machine.windows import simulated_windows
 
+pytestmark = pytest.mark.system("linux", "simulates Windows")
+
 TEXT = "".join(f"Line {i}: die Füchse → {i * i} ☃.\n" for i in range(60))
 
 

@@ -7,7 +7,6 @@ cp1252 where nobody says otherwise; and it lacks what only POSIX has.
 
 import builtins
 import errno
-import fcntl
 import io
 import os
 import re
@@ -87,17 +86,18 @@ def simulated_windows() -> Iterator[None]:
 
 def patch_files(patch: pytest.MonkeyPatch) -> None:
     """Refuse what Windows refuses to do with files that are open."""
-    open_file, get_flags, unlink, rmdir = os.open, fcntl.fcntl, os.unlink, os.rmdir
+    open_file, unlink, rmdir = os.open, os.unlink, os.rmdir
 
     def os_open(path: Any, flags: int, *more: Any, **options: Any) -> int:
         check_name(path)
-        if os.path.isdir(path):
+        if os.path.isdir(path) and flags & os.O_TMPFILE != os.O_TMPFILE:  # that has no name
             raise refusal(path, 5)
         return open_file(path, flags, *more, **options)
 
     def fsync(file: Any) -> None:
         number = file if isinstance(file, int) else file.fileno()
-        if get_flags(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        facts = Path(f"/proc/self/fdinfo/{number}").read_text("ascii").split()
+        if int(facts[facts.index("flags:") + 1], 8) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, "Bad file descriptor")
 
     def moving(move: Callable[..., None], *, replaces: bool) -> Callable[..., None]:
