@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from ..config.fields import SettingError
 from ..config.settings import Dtype, MachineSettings
@@ -209,6 +210,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return environment.peak_memory()
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor of any shape where float64 is known: on the CPU in place of MPS."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def renamed_once_written(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(PermissionError):  # on Windows, if the error keeps it open
+                temporary.unlink(missing_ok=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
                 f"the disk is full: {path} was not written; free some space and try again"

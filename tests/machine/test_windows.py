@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptsmith.cli.main import main
+from gptsmith.config.recipe import short_name
 from gptsmith.machine.files import file_written_whole, write_text, written_whole
 from tests.conftest import TOY
 from tests.machine.windows import simulated_windows
@@ -73,6 +74,7 @@ def test_the_file_layer() -> None:
     assert {each.name for each in Path().iterdir()} == {"text.txt", "file", "folder", "whole"}
 
 
+@pytest.mark.slow
 @simulated_windows()
 def test_training_and_using_a_model() -> None:
     run(f"train text.txt {TOY} --steps 6 --stop-after 4 --evaluate-every 1 --keep 1 --out run")
@@ -83,6 +85,7 @@ def test_training_and_using_a_model() -> None:
     run("sample run --max-tokens 3 --seed 1 --threads 1 --prompt →☃")
     run("evaluate run --data text.txt --threads 1")
     run("plot run")
+    run("export run theirs --to nanogpt")  # which is read from a memory map before it is renamed
 
 
 @simulated_windows()
@@ -90,5 +93,14 @@ def test_a_run_that_fails_leaves_no_folder() -> None:
     """Not even one whose data was read."""
     write_text(Path("gpt2.txt"), "word " * 400)
     run("prepare gpt2.txt --out data --validation-fraction 0")
-    print(run(f"train data {TOY} --out new/run", 2), file=sys.__stderr__)
+    assert "was made with another tokenizer" in run(f"train data {TOY} --out new/run", 2)
     assert not Path("new").exists()
+
+
+@simulated_windows()
+def test_names_that_windows_cannot_have() -> None:
+    run("prepare text.txt --tokenizer char:→☃.:FLdefhiknsxü0123456789?*<>/ --unknown skip")
+    assert [each.name for each in Path("data").iterdir()] == [
+        "text-char-→☃.-FLdefhiknsxü0123456789-----"
+    ]
+    assert short_name("notes/aux.v2") == "aux-v2"
