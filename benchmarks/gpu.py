@@ -321,8 +321,10 @@ def run_command(
     `watch` is called ten times a second, and at the end, with the seconds since the start.
     """
     # Files, not pipes, which a compiler's worker that lives on would keep open.
-    files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]
-    with files[0] as out, files[1] as err:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
         started = time.perf_counter()
         process = subprocess.Popen(words, stdout=out, stderr=err, process_group=0)
         try:
