@@ -2,8 +2,11 @@
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ import pytest
 from gptsmith.cli.main import main
 from gptsmith.config.recipe import short_name
 from gptsmith.machine.files import file_written_whole, write_text, written_whole
+from gptsmith.serving.http import UvicornServer, listen, listen_at, url
+from gptsmith.training.loop import Trainer
+from gptsmith.training.run_process import RunProcess
 from tests.conftest import TOY
 from tests.machine.windows import simulated_windows
 
@@ -76,8 +82,20 @@ def test_the_file_layer() -> None:
 
 @pytest.mark.slow
 @simulated_windows()
-def test_training_and_using_a_model() -> None:
-    run(f"train text.txt {TOY} --steps 6 --stop-after 4 --evaluate-every 1 --keep 1 --out run")
+def test_training_and_using_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Ctrl-Break in the fourth step."""
+    step = Trainer.step
+
+    def interrupted(trainer: Trainer, number: int) -> Any:
+        if number == 3:
+            signal.raise_signal(signal.SIGBREAK)  # type: ignore[attr-defined]
+        return step(trainer, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        line = f"train text.txt {TOY} --steps 6 --evaluate-every 1 --keep 1 --out run"
+        said = run(line, 128 + signal.SIGBREAK)  # type: ignore[attr-defined]
+    assert "Stopped and saved after 4 of 6 steps" in said
     run("train --resume run --log-every 1")
     assert len([*Path("run/checkpoints").iterdir()]) <= 2
     for name in ("config.toml", "metrics.jsonl", "events.jsonl", "samples.md", "last"):
@@ -88,6 +106,7 @@ def test_training_and_using_a_model() -> None:
     run("export run theirs --to nanogpt")  # which is read from a memory map before it is renamed
 
 
+@pytest.mark.slow
 @simulated_windows()
 def test_a_run_that_fails_leaves_no_folder() -> None:
     """Not even one whose data was read."""
@@ -104,3 +123,27 @@ def test_names_that_windows_cannot_have() -> None:
         "text-char-→☃.-FLdefhiknsxü0123456789-----"
     ]
     assert short_name("notes/aux.v2") == "aux-v2"
+
+
+@simulated_windows()
+def test_a_server_has_neither_paths_nor_hang_ups() -> None:
+    with pytest.raises(ValueError, match="Windows has no sockets at paths; use --port"):
+        listen_at(Path("socket"))
+    with listen("127.0.0.1", 0) as bound:
+        assert url(bound).startswith("http://127.0.0.1:")
+
+    async def app(*_: Any) -> None:
+        """Not asked."""
+
+    with UvicornServer(app, drain=0).capture_signals():
+        assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
+
+
+def test_a_sweep_sends_its_runs_what_windows_can_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    process: Any = SimpleNamespace(send_signal=sent.append)
+    child = RunProcess("01", Path("01"), 1.0, 0.0, process)
+    child.send_signal(signal.SIGINT)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", 1, raising=False)
+    child.send_signal(signal.SIGINT)
+    assert sent == [signal.SIGINT, 1]
