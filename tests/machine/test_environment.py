@@ -18,6 +18,8 @@ from gptsmith.training.plan import Trial, compile_if_it_pays
 from tests.conftest import TINY, scrambled
 from tests.training.test_loop import make_trainer
 
+pytestmark = pytest.mark.system("posix", "is about users of POSIX")
+
 NOBODY = 65534
 
 
@@ -74,8 +76,6 @@ def no_account(user):
 pwd.getpwuid = no_account
 from gptsmith.cli.main import main
 from gptsmith.machine import native
-
-pytestmark = pytest.mark.system("posix", "is about users of POSIX")
 native.FLAGS = ["-O0", *native.FLAGS[1:]]
 sizes = "--n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --threads 1 --dtype float32"
 steps = "--batch-tokens 48 --warmup-steps 1 --steps 2 --tokenizer byte --out run"
