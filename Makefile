@@ -26,6 +26,8 @@ quick: .venv/test
 
 check: .venv/test
 	$(BIN)/ruff check .
+# Texts name their encoding, which on Windows is not UTF-8 by itself.
+	$(BIN)/ruff check --preview --select PLW1514 gptsmith benchmarks
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -321,7 +321,10 @@ def run_command(
     `watch` is called ten times a second, and at the end, with the seconds since the start.
     """
     # Files, not pipes, which a compiler's worker that lives on would keep open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
         started = time.perf_counter()
         process = subprocess.Popen(words, stdout=out, stderr=err, process_group=0)
         try:
@@ -527,7 +530,8 @@ def conclude(table: Table) -> None:
 def toy_text(path: Path) -> Path:
     """A small text of random words."""
     draw = random.Random(0)
-    path.write_text(" ".join(draw.choice(["to", "be", "or", "not\n"]) for _ in range(2000)))
+    words = (draw.choice(["to", "be", "or", "not\n"]) for _ in range(2000))
+    path.write_text(" ".join(words), encoding="utf-8")
     return path
 
 

@@ -410,7 +410,7 @@ def served(words: Sequence[str]) -> Iterator[tuple[str, Callable[[], int]]]:
     It is ended in every case; ValueError with its last line where it ends by itself.
     """
     # Appended to, so that our reading does not move the place where the server writes.
-    with tempfile.TemporaryFile("a+", errors="replace") as said:
+    with tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace") as said:
         child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         process = psutil.Process(child.pid)
 

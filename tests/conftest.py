@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,23 @@ TOY = (
 # Of Chromium: nothing that asks other machines.
 BROWSER_FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
 BROWSER_FLAGS += " disable-component-update disable-sync"
+
+
+# Fixtures that fork processes, or open a pseudo-terminal, which Windows cannot.
+FORKING = {"trainers", "in_processes", "ask", "scenarios", "terminal"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Elsewhere than on Linux, leave out the tests that need what the system has not, and say why:
+    those with a marker `system`, or with a fixture that forks."""
+    lacks = {"linux": sys.platform != "linux", "posix": os.name != "posix"}
+    for item in items:
+        needs = [mark.args for mark in item.iter_markers("system")]
+        if FORKING & {*getattr(item, "fixturenames", ())}:
+            needs.append(("posix", "forks processes or opens a terminal"))
+        for system, reason in needs:
+            if lacks[system]:
+                item.add_marker(pytest.mark.skip(reason=f"not on {sys.platform}: it {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.system("posix", "runs a script of the shell")
+
 ROOT = Path(__file__).parents[1]
 # What a shell and the script itself need of a system, apart from what it looks for.
 BASICS = ("sh", "basename", "dirname", "env")

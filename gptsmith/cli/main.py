@@ -149,7 +149,8 @@ def notes_to_stderr() -> Iterator[None]:
 def is_about_memory(error: RuntimeError) -> bool:
     """Whether PyTorch failed to allocate memory; on a CPU it has no class for that error."""
     said = str(error)
-    return any(word in said for word in ("t allocate memory", "size calculation overflowed"))
+    words = ("t allocate memory", "size calculation overflowed", "MPS backend out of memory")
+    return any(word in said for word in words)
 
 
 def one_line(error: BaseException) -> str:

@@ -228,7 +228,7 @@ def alone(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
     words = ["bench", "generate", model, "--json", *(word for pair in flags for word in pair)]
     command = [sys.executable, "-m", "gptsmith", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"a process ended with {done.returncode}"]
         raise ValueError(said[-1].removeprefix("gptsmith: "))

@@ -5,6 +5,7 @@ file with every choice made. Nothing in one is ever executed.
 """
 
 import math
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -23,6 +24,10 @@ from .settings import RunSettings
 LARGEST = 1 << 63
 RECIPES = Path(__file__).parents[1] / "recipes"
 OWN_DATA = "default"  # the recipe for data of one's own, where none is named
+# In names of folders, Windows allows none of these characters, and nothing like "aux.txt".
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)\.", re.IGNORECASE)
+LONGEST_NAME = 60  # characters
 NEEDED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
@@ -183,8 +188,14 @@ def starting_settings(what: str | Path | None) -> tuple[RunSettings, str]:
 
 
 def short_name(source: str) -> str:
-    """A name for a folder, from a source or a tokenizer: "my-notes" for "~/my-notes/"."""
-    return (Path(source).stem if Path(source).is_file() else Path(source).name) or "text"
+    """A name for a folder, from a source or a tokenizer: "my-notes" for "~/my-notes/".
+
+    Every system allows it: "char:ABC" is "char-ABC".
+    """
+    path, spelled_out = Path(source), source.startswith("char:")
+    name = path.stem if path.is_file() else source if spelled_out else path.name
+    name = FORBIDDEN.sub("-", name)[:LONGEST_NAME].rstrip(". ")
+    return RESERVED.sub(r"\1-", name) or "text"
 
 
 # -- TOML

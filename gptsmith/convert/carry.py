@@ -204,6 +204,8 @@ def carry(
         kept = logits(stored, tokens) if before is None else before(tokens)
         after, copy = read_back(FormatPath(temporary, target.name), stored, tokens)
         tokenizer = compare_tokenizers(stored.tokenizer, copy.tokenizer, target)
+        untold = [words for words in told(stored) if words not in told(copy)]
+        del copy  # Windows renames no file that is mapped
         difference = largest_difference(kept, after)
         exact = not lost and dtype in ("float32", stored.dtype)
         if not (difference <= rounding_of(kept) if exact else isfinite(difference)):
@@ -221,7 +223,7 @@ def carry(
         bytes=size,
         config=stored.config,
         tensors=stored.tensors,
-        lost=(*lost, *(words for words in told(stored) if words not in told(copy))),
+        lost=(*lost, *untold),
         padding=padding,
         tokenizer=tokenizer,
         difference=difference,

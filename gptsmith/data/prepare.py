@@ -327,7 +327,8 @@ def opened_tokens(
         whole = replace(options or PrepareSettings(), validation_fraction=0.0)
         for _ in prepare([str(data)], tokenizer, folder, options=whole):
             pass
-        yield Dataset.open(folder).train
+        with closing(Dataset.open(folder)) as dataset:
+            yield dataset.train
 
 
 @contextmanager
@@ -345,4 +346,5 @@ def opened_splits(
         folder = Path(temporary) / "data"
         for _ in prepare([str(data)], tokenizer, folder, options=options):
             pass
-        yield Dataset.open(folder)
+        with closing(Dataset.open(folder)) as dataset:
+            yield dataset

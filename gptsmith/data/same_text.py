@@ -79,7 +79,7 @@ def written_text(
     path = folder / "text.jsonl"
     with opened_by_maker(data, tokenizers, split, options) as (stream, maker):
         length = len(stream) if first_tokens is None else min(first_tokens, len(stream))
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
             for text in documents_in(stream, maker, length):
                 end = "\n" if ends_lines and not text.endswith("\n") else ""
                 file.write(json.dumps({"text": text + end}) + "\n")

@@ -62,6 +62,11 @@ class TokenStream:
         shard = int(np.searchsorted(self.ends, token, side="right"))
         return shard, token - int(self.ends[shard]) + self.layouts[shard].tokens
 
+    def close(self) -> None:
+        """Close the shards, as Windows removes no file that is mapped; reading opens them again."""
+        with self._lock:
+            self._maps.clear()
+
     def _mapped(self, shard: int, count: int) -> np.ndarray:
         """Return a shard's memory map. From time to time all are closed, which frees memory."""
         dtype, offset, length = self.layouts[shard]
@@ -143,6 +148,12 @@ class Dataset:
             if sha256(path) != shard["sha256"]:
                 raise DamagedError(f"{path} was changed since it was written (its SHA-256 differs)")
             read += path.stat().st_size
+
+    def close(self) -> None:
+        """Close the shards; reading opens them again."""
+        for stream in (self.train, self.validation):
+            if stream is not None:
+                stream.close()
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise ValueError if a token is outside the vocabulary; reads all of the data once."""

@@ -167,8 +167,8 @@ def sources_of(name: str) -> list[Source]:
     path = Path(os.path.expanduser(name))  # Path.expanduser needs a home
     if path.is_dir():
         return sources_in(path)
-    if path.exists():
-        return [file_source(path, name)]
+    if path.exists():  # named alike on all systems, as dataset.json keeps the name
+        return [file_source(path, name.replace(os.sep, "/"))]
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FileNotFoundError(
         f"no file, folder or built-in text '{name}'"

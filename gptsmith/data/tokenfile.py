@@ -147,10 +147,9 @@ class ShardWriter:
         header = np.zeros(HEADER_INTS, "<i4")
         magic, version = next(key for key, dtype in TOKEN_TYPES.items() if dtype == self.dtype)
         header[:3] = magic, version, self._count
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        path = Path(self._file.name)
-        self._file.close()
-        self._file = None
+        with self._file as file:  # closed also where the disk is full
+            file.seek(0)
+            file.write(header.tobytes())
+        self._file, path = None, Path(file.name)
         flush_to_disk(path)
         self.shards.append({"file": path.name, "tokens": self._count, "sha256": sha256(path)})

@@ -20,6 +20,7 @@ from ..config.fields import SettingError
 from ..config.model import GPTConfig
 from ..config.settings import PrepareSettings, Split
 from ..data.batches import Tokens
+from ..machine.devices import with_float64
 from ..machine.processes import my_share, sum_of_numbers
 from ..model.gpt import GPT
 from ..tokenizers import Tokenizer
@@ -179,7 +180,8 @@ def loss_sum(
     model: GPT, tokens: np.ndarray, targets: np.ndarray, precision: AbstractContextManager[None]
 ) -> float:
     """Return the summed loss of a batch of windows, in nats.  (R, T), (R, T) -> float"""
-    return float(token_losses(model, tokens, targets, precision).flatten().double().sum())
+    losses = with_float64(token_losses(model, tokens, targets, precision))
+    return float(losses.flatten().double().sum())
 
 
 @torch.inference_mode()

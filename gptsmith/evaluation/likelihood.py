@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..machine.devices import with_float64
 from ..model.cache import KVCache
 from ..model.gpt import GPT
 from .batching import BATCH_TOKENS, batches_by_length
@@ -182,7 +183,7 @@ def score(model: GPT, features: Tensor, places: Places, found: Found) -> None:
     step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     following = list(places.values())
     for start in range(0, len(x), step):
-        logits = model.lm_head(x[start : start + step]).float()  # (P, V)
+        logits = with_float64(model.lm_head(x[start : start + step]).float())  # (P, V)
         wanted = [
             (place, number, target)
             for place, pairs in enumerate(following[start : start + step])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.settings import RunSettings
 from ..data.encoded import Examples
-from ..machine.devices import autocast
+from ..machine.devices import autocast, with_float64
 from ..machine.processes import sum_of_numbers
 from ..model.classifier import Classifier
 from ..model.gpt import GPT
@@ -90,6 +90,7 @@ class ClassifyTask(ExampleTask):
     def batch_sums(self, trainer: Evaluating, split: str, numbers: np.ndarray) -> np.ndarray:
         """Return nats, texts, and those whose likeliest label is right.  (R,) -> (3,)"""
         scores, labels = self.scores(trainer, split, numbers)
+        scores, labels = with_float64(scores), with_float64(labels)
         nats = F.cross_entropy(scores.double(), labels, reduction="sum")
         return np.array([float(nats), len(labels), int((scores.argmax(1) == labels).sum())])
 

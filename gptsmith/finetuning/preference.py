@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.fields import SettingError
 from ..config.settings import RunSettings
 from ..data.encoded import Examples
 from ..data.example_batches import ExampleBatches
@@ -73,6 +74,12 @@ class PreferenceTask(ExampleTask):
         same = self.examples.info["counts"]["same_answers"]
         doubt = f"; {same:,} pairs of equal answers teach nothing" if same else ""
         return f"preference: the chosen answers, beta {self.settings.finetune.beta}{doubt}"
+
+    def make_model(self, device: torch.device) -> GPT:
+        """As every task does; SettingError on MPS, which has no float64 for small differences."""
+        if device.type == "mps":
+            raise SettingError("device", "is mps, where preferences cannot be learned: take cpu")
+        return super().make_model(device)
 
     # -- the reference
 

@@ -229,7 +229,8 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
     """Return a model's fast decoder: a CUDA graph on a GPU, the compiled step on a CPU.
 
     The compiled step supports only GPT-2's block, and needs g++ or clang++. Where it is not
-    possible, `compile` "yes" raises ValueError and "auto" returns None, as does "no".
+    possible, `compile` "yes" raises ValueError and "auto" returns None, as does "no"; a warning
+    names a compiler that is missing.
     """
     if compile == "no":
         return None
@@ -244,8 +245,11 @@ def open_decoder(model: GPT, compile: str = "auto") -> Decoder | None:
                 raise
             problem = f"is yes, but {error}; leave it out to do without"
             raise SettingError("compile", problem) from error
-        if isinstance(error, OSError):
-            warnings.warn(f"the compiled step cannot be loaded: {error}", stacklevel=2)
+        if not isinstance(error, SettingError):  # it is for other models
+            what = (
+                "cannot be loaded" if isinstance(error, OSError) else "is missing, which is slower"
+            )
+            warnings.warn(f"the compiled step {what}: {error}", stacklevel=2)
         return None
 
 

@@ -8,7 +8,12 @@
 
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#else  // one thread computes everything
+inline int omp_get_num_threads() { return 1; }
+inline int omp_get_thread_num() { return 0; }
+#endif
 #include <sched.h>
 
 #include <algorithm>

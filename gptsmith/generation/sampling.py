@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.settings import SamplingSettings
+from ..machine.devices import with_float64
 from .job import Scored, Writer
 
 NEVER = float("-inf")
@@ -39,7 +40,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
     (B, V) -> (B, V)
     """
-    probabilities = logits.softmax(dim=-1)
+    probabilities = with_float64(logits.softmax(dim=-1))
     # Sorting the whole vocabulary is slow, and the few likeliest tokens are mostly enough.
     likeliest = probabilities.topk(min(FEW, logits.shape[-1])).values  # (B, K)
     least, count = last_kept(likeliest, p)
@@ -119,7 +120,8 @@ def next_token(
     probabilities = logits.softmax(dim=-1)
     check_finite(probabilities[:, 0])  # one NaN makes the whole row NaN
     draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-    return drawn(probabilities, draws.to(logits.device).unsqueeze(-1))
+    tokens = drawn(probabilities, draws.to(probabilities.device).unsqueeze(-1))
+    return tokens.to(logits.device)
 
 
 def check_finite(numbers: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from ..config.fields import SettingError
 from ..config.settings import Dtype, MachineSettings
@@ -199,7 +200,7 @@ def available_memory(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
     used = Path("/sys/fs/cgroup/memory.current")
     try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
+        return min(free, int(limit.read_text("ascii")) - int(used.read_text("ascii")))
     except (OSError, ValueError):
         return free
 
@@ -209,6 +210,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return environment.peak_memory()
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor of any shape where float64 is known: on the CPU in place of MPS."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def synchronize(device: torch.device) -> None:

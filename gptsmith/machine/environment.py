@@ -97,7 +97,7 @@ def peak_memory() -> int:
         return int(info.peak_wset)
     status = Path("/proc/self/status")  # Linux; its getrusage may report the parent's peak
     if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     import resource  # Unix only
 

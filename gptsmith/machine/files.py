@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20  # read at a time
+ACCESS_DENIED, SHARING_VIOLATION = 5, 32  # of Windows's winerror.h
 HASHED_BYTES = 8 << 20  # at a time: a buffer of them is all the memory that hashing takes
 
 
@@ -58,7 +61,7 @@ def file_written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically: write a temporary file, flush it, rename it."""
     with renamed_once_written(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -74,13 +77,14 @@ def renamed_once_written(path: Path) -> Iterator[Path]:
             flush_to_disk(each)
         if path.is_dir():
             path.rmdir()
-        temporary.replace(path)
+        replace(temporary, path)
         flush_to_disk(path.parent)
     except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(PermissionError):  # on Windows, if the error keeps it open
+                temporary.unlink(missing_ok=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
                 f"the disk is full: {path} was not written; free some space and try again"
@@ -90,18 +94,60 @@ def renamed_once_written(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, in ASCII: names of files may be no valid Unicode."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii", newline="\n")
 
 
 def flush_to_disk(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk (fsync)."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, and does not need this for names
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to the disk (fsync).
+
+    Windows flushes only files that are open for writing; it cannot open folders, and does not need
+    this for names.
+    """
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -- files that other processes read
+
+WAITS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds, for a program that reads a file
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a file that is there is replaced.
+
+    Windows refuses that while another program, such as one that looks for viruses, reads either of
+    them: then it is tried again for two seconds.
+    """
+    for seconds in WAITS:
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:
+            if not is_being_read(error):
+                raise
+        time.sleep(seconds)
+    source.replace(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; on Windows, what another program reads stays there, with a warning."""
+    try:
+        shutil.rmtree(folder)
+    except PermissionError as error:
+        if not is_being_read(error):
+            raise
+        warnings.warn(f"{folder} is being read, and could not be removed whole", stacklevel=2)
+
+
+def is_being_read(error: OSError) -> bool:
+    """Whether Windows refused to touch a file because another program has it open."""
+    return getattr(error, "winerror", None) in (ACCESS_DENIED, SHARING_VIOLATION)
 
 
 # -- the manifest
@@ -111,7 +157,7 @@ def write_manifest(folder: Path) -> None:
     """Record size and SHA-256 of every file in `folder` (and below) as `manifest.json`."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob("*"), key=Path.as_posix)
         if path.is_file() and path.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"format": "gptsmith-manifest", "version": 1, "files": files})

@@ -12,8 +12,12 @@ import warnings
 from pathlib import Path
 
 from . import environment
+from .files import replace
 
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -shared -fPIC -w".split()
+
+# Of these, what a compiler may not know: Apple's clang has no OpenMP, and some no -march=native.
+OPTIONAL = ("-fopenmp", "-march=native")
 
 
 def open_library(source: Path) -> ctypes.CDLL:
@@ -56,13 +60,33 @@ def compile_library(source: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
             library = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(library), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
-                raise ValueError(f"{compiler} could not compile {source.name}: {reason}")
+            run_compiler(compiler, source, library)
             with library.open("ab") as file:  # after the content, which the loader ignores
                 file.write(hashlib.sha256(library.read_bytes()).digest())
-            library.replace(path)
+            replace(library, path)
     except OSError as error:
         raise ValueError(f"{source.name} could not be compiled: {error}") from error
+
+
+def run_compiler(compiler: str, source: Path, library: Path) -> None:
+    """Compile `source` to `library`, without flags that the compiler does not know; ValueError if
+    that fails.
+
+    Without OpenMP, the C++ runs in one thread, and a warning says so.
+    """
+    flags = FLAGS
+    for left_out in (None, *OPTIONAL):
+        flags = [flag for flag in flags if flag != left_out]
+        command = [compiler, *flags, "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, errors="replace", check=False)
+        if done.returncode == 0:
+            break
+    else:
+        reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[0]
+        raise ValueError(f"{compiler} could not compile {source.name}: {reason}")
+    if "-fopenmp" in FLAGS and "-fopenmp" not in flags:
+        warnings.warn(
+            f"{compiler} has no OpenMP: {source.name} runs in one thread; CXX names another "
+            "compiler",
+            stacklevel=2,
+        )

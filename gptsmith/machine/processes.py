@@ -67,7 +67,8 @@ def join(device: torch.device, timeout: timedelta) -> None:
     """Join the process group of this start."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     start = PrefixStore(name_of_start(store, rank, world_size, timeout), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    has_nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
+    backend = "nccl" if has_nccl else "gloo"
     dist.init_process_group(backend, store=start, rank=rank, world_size=world_size, timeout=timeout)
 
 

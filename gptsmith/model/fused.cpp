@@ -14,8 +14,6 @@
 //
 // A tensor of "stored" numbers is float32 or bfloat16, as `bits` says: what a product reads or wrote.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -32,8 +32,10 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
+        # On Windows, SO_REUSEADDR would let two servers have one port.
+        alone = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
         try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, alone, 1)
             bound.bind(address)
         except OSError:
             bound.close()
@@ -73,6 +75,8 @@ def listen_at(path: Path) -> socket.socket:
     It listens at once: another server that is given the same path can tell it from one that was
     left behind by a killed server, which it replaces.
     """
+    if not hasattr(socket, "AF_UNIX"):
+        raise ValueError(f"cannot listen at {path}: Windows has no sockets at paths; use --port")
     bound, trial = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     try:
         with trial:
@@ -92,7 +96,7 @@ def listen_at(path: Path) -> socket.socket:
 
 def url(bound: socket.socket) -> str:
     """Return the URL of a socket, or its path."""
-    if bound.family == socket.AF_UNIX:
+    if isinstance(bound.getsockname(), str):
         return f"unix:{bound.getsockname()}"
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -219,8 +223,9 @@ class UvicornServer(uvicorn.Server):
         """Treat a closed terminal as a signal to stop, unless it is ignored, as under nohup."""
         with super().capture_signals():
             main = threading.current_thread() is threading.main_thread()
-            if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                signal.signal(signal.SIGHUP, self.handle_exit)
+            hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+            if main and hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
+                signal.signal(hang_up, self.handle_exit)
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

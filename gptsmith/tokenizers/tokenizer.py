@@ -246,7 +246,8 @@ class Tokenizer:
         config = usage.tokenizer_config(self.vocab, end=end, context_length=context_length)
         if adds_prefix_space(self.spec):  # transformers 4 believes this file, 5 the other
             config["add_prefix_space"] = True
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        text = self.backend.to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
         write_json(folder / TOKENIZER, config)
         write_templates(usage.templates, folder)
         if usage.generation:  # a model's folder gets further defaults, by its context

@@ -118,4 +118,4 @@ def write_templates(templates: Mapping[str, str], folder: Path) -> None:
         safe = re.sub(r"\W", "_", name)  # it is a stranger's, so it could name another folder
         path = folder / (TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{safe}.jinja")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(source, encoding="utf-8")
+        path.write_text(source, encoding="utf-8", newline="\n")

@@ -13,6 +13,7 @@ from ..config.cost import flops_per_token
 from ..config.fields import suggestion
 from ..config.settings import RunSettings
 from ..machine.environment import keep_fonts
+from ..machine.files import replace
 
 Record = Mapping[str, Any]
 
@@ -91,7 +92,7 @@ def draw_curves(
     temporary = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,14 @@ def is_record(value: Any) -> bool:
 def write_event(folder: Path, event: str, **details: Any) -> None:
     """Append a line to events.jsonl, which has everything but the steps."""
     line = json.dumps({"event": event, "time": round(time.time(), 3), **details})
-    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+    with (folder / EVENTS).open("a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
 
 
 def write_sample(folder: Path, step: int, text: str) -> None:
     """Append a sample of generated text."""
     quoted = "\n".join(f"> {line}" for line in text.splitlines())
-    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+    with (folder / SAMPLES).open("a", encoding="utf-8", newline="\n") as file:
         file.write(f"## step {step}\n\n{quoted}\n\n")
 
 
@@ -92,7 +93,7 @@ class Recorder:
 
     def __init__(self, folder: Path, records: list[dict[str, Any]], watchers: "Watchers") -> None:
         self.folder, self.records, self.watchers = folder, records, watchers
-        self.file = (folder / METRICS).open("a", encoding="utf-8")
+        self.file = (folder / METRICS).open("a", encoding="utf-8", newline="\n")
         self.draw_after = 0.0  # by time.monotonic
 
     def add(self, record: dict[str, Any]) -> None:
@@ -112,14 +113,15 @@ class Recorder:
         self.file.close()
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         write_text(self.folder / METRICS, text)
-        self.file = (self.folder / METRICS).open("a", encoding="utf-8")
+        self.file = (self.folder / METRICS).open("a", encoding="utf-8", newline="\n")
 
     def draw(self, *, always: bool) -> None:
         """Draw the loss curves, unless that would take a large share of the run's time."""
         started = time.monotonic()
         drawable = any(record["loss"] is not None for record in self.records)
         if drawable and (always or started >= self.draw_after):
-            draw_curves({self.folder.name: self.records}, self.folder / LOSS_PLOT)
+            with suppress(PermissionError):  # on Windows, of a viewer that shows the last one
+                draw_curves({self.folder.name: self.records}, self.folder / LOSS_PLOT)
             self.draw_after = started + PLOT_INTERVAL * (time.monotonic() - started)
 
     def flush(self) -> None:

@@ -21,7 +21,7 @@ from ..config.settings import RunSettings
 from ..generation.sampling import NotFiniteError
 from ..machine.devices import peak_flops
 from ..machine.environment import world_size
-from ..machine.files import write_text
+from ..machine.files import remove_folder, write_text
 from ..machine.processes import LostProcessError, any_process
 from ..machine.terminal import Display
 from .advice import after_divergence, after_spike
@@ -344,7 +344,7 @@ def point_to_newest(run: Run) -> None:
     }
     for old in [] if keep == "all" else checkpoints(run.folder)[keep:]:
         if old not in needed:
-            shutil.rmtree(old)
+            remove_folder(old)
 
 
 def checkpoint_of(run: Run, step: int) -> Path:

@@ -35,6 +35,11 @@ class RunProcess:
             return not is_training(self.run)
         return self.process.poll() is not None
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process if it is ours; on Windows, Ctrl-Break in place of any."""
+        if self.process is not None:
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
+
     def record_failure(self, code: int) -> None:
         """Make the failure the run's last event, unless the process has done so itself."""
         if last_event(self.run, "failed").get("time", 0.0) < self.started:
@@ -49,7 +54,8 @@ def launch(words: Sequence[str], run: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # so that Ctrl-C reaches it only from us
+            start_new_session=True,  # so that Ctrl-C reaches it only from us; on Windows a group
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
 
 

@@ -1,4 +1,4 @@
-"""Stop a run when it is asked to: what Ctrl-C, SIGTERM and SIGHUP do, and when.
+"""Stop a run when it is asked to: what Ctrl-C, SIGTERM, SIGHUP and Ctrl-Break do, and when.
 
 Knows nothing of how a run is saved.
 """
@@ -27,12 +27,15 @@ def stop_signals(
 ) -> Iterator[list[int]]:
     """Collect requests to stop in a list: Ctrl-C, SIGTERM, and SIGHUP, after a terminal's end.
 
+    On Windows, Ctrl-Break does what Ctrl-C does, as it is all that another process can send.
+
     The first one says what the run is `doing` before it stops. A second Ctrl-C gives up the step,
     unless it already changes the weights or shares its gradient with other processes; a third one
     interrupts at once. The list stays empty outside the main thread, as Python delivers no signals
     to other threads.
     """
     received: list[int] = []
+    typed = (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT))
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
@@ -40,7 +43,7 @@ def stop_signals(
     def receive(number: int, frame: Any) -> None:
         if number == getattr(signal, "SIGHUP", None):
             display.console.quiet = True  # a line to a terminal that is gone would be an error
-        if received and number != signal.SIGINT:
+        if received and number not in typed:
             return
         received.append(number)
         if len(received) > 2:
@@ -68,4 +71,6 @@ def stopping_signals() -> list[int]:
     hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
     if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
         numbers.append(hang_up)
+    if hasattr(signal, "SIGBREAK"):  # only on Windows: Ctrl-Break, or a window that is closed
+        numbers.append(signal.SIGBREAK)
     return numbers

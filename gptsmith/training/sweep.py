@@ -161,13 +161,13 @@ def make_sweep(
         with written_whole(folder, manifest=False) as temporary:
             if shared is not None:
                 open_data(temporary, base, wanted_tokenizer(base, None), display, moved=False)
-            (temporary / BASE).write_text(to_toml(base), encoding="utf-8")
+            write_text(temporary / BASE, to_toml(base))
             sweep.save(temporary)
             for run, each in settings.items():
                 if shared is not None:
                     each = replace(each, data=replace(each.data, data=str(shared)))
                 (temporary / run).mkdir()
-                (temporary / run / CONFIG_TOML).write_text(to_toml(each), encoding="utf-8")
+                write_text(temporary / run / CONFIG_TOML, to_toml(each))
     except BaseException:
         for parent in new_parents:
             if parent.exists():

@@ -218,8 +218,7 @@ class Sweeping:
         for number in self.received[self.passed_on :]:
             self.passed_on += 1
             for child in going:
-                if child.process is not None:
-                    child.process.send_signal(number)
+                child.send_signal(number)
 
     def start(self, name: str, fraction: float, until: int) -> RunProcess:
         """Start a run's process, or wait for the one that trains it."""

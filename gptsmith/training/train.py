@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -107,9 +108,11 @@ def train_fresh(
     except BaseException as error:  # all processes have left, so that none misses a file
         lost = LostProcessError in (type(error), type(error.__cause__))  # all may start again
         if made and not lost and not (made[0] / METRICS).exists():
+            clear_frames(error.__traceback__)  # these hold memory maps, which Windows cannot remove
             shutil.rmtree(made[0], ignore_errors=True)
-            for parent in made[1:]:
-                parent.rmdir()
+            with suppress(OSError):
+                for parent in made[1:]:
+                    parent.rmdir()
         raise
 
 

@@ -4,7 +4,6 @@ import codecs
 import io
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -146,6 +145,8 @@ class Terminal:
     """The command in a terminal of its own, 80 columns wide."""
 
     def __init__(self, *words: str) -> None:
+        import pty
+
         self.mine, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
         self.process = subprocess.Popen(

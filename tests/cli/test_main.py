@@ -340,6 +340,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert child.wait() == 0
 
 
+@pytest.mark.system("linux", "writes to /dev/full")
 def test_a_full_disk_behind_stdout_is_said() -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
@@ -882,6 +883,7 @@ def closed(run: str, does: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         shutil.rmtree(place)
 
 
+@pytest.mark.system("posix", "takes permissions away")
 @pytest.mark.parametrize(
     "words",
     [
@@ -908,6 +910,7 @@ def test_a_folder_without_write_permission(
     assert sorted(path for path in closed.rglob("*")) == before
 
 
+@pytest.mark.system("linux", "names a place in /proc")
 @pytest.mark.parametrize("out", ["text.txt/new", "/proc/new"])
 def test_a_folder_where_none_can_be(out: str, refused: Callable[..., str]) -> None:
     for words in (

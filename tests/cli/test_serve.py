@@ -125,6 +125,7 @@ def over(path: Path) -> httpx2.Client:
     return httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), base_url="http://x")
 
 
+@pytest.mark.system("posix", "listens at a path")
 @pytest.mark.slow
 def test_a_unix_socket_is_for_its_owner_and_goes_with_the_server(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 107 bytes
@@ -155,6 +156,7 @@ def test_a_unix_socket_is_for_its_owner_and_goes_with_the_server(folder: Path) -
             assert '- "GET /health" 200' in process.stderr.read()
 
 
+@pytest.mark.system("posix", "listens at a path")
 def test_a_file_that_is_no_socket_is_left_alone(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_file_that_is_no_socket_is_left_alone(
     assert path.read_text() == "mine"
 
 
+@pytest.mark.system("posix", "listens at a path")
 def test_a_socket_of_a_server_that_could_not_begin_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     assert main(["serve", str(tmp_path / "none"), "--unix-socket", str(path)]) == 2
@@ -339,6 +342,7 @@ def test_what_is_advised_for_a_server_works(
                 check_answers(client, key)
 
 
+@pytest.mark.system("posix", "listens at a path")
 def test_another_path_than_that_of_a_running_server(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -476,6 +476,7 @@ for to in sys.argv[1:]:
 """
 
 
+@pytest.mark.system("posix", "limits the size of files")
 @pytest.mark.slow
 def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path: Path) -> None:
     for source in ("erf", "tanh"):
@@ -516,6 +517,7 @@ for left in range(1, 100):
 """
 
 
+@pytest.mark.system("linux", "cuts files by their names in /proc")
 @pytest.mark.slow
 def test_killed_halfway_it_leaves_no_model(model: GPT, tmp_path: Path) -> None:
     gptsmith.save(model, None, tmp_path / "model")

@@ -636,6 +636,7 @@ def test_other_files_are_refused_in_one_line(how: Any, message: str, tmp_path: P
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.system("posix", "runs a script by its first line")
 def test_parts_are_joined_as_advised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

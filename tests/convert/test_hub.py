@@ -1,16 +1,13 @@
 """Published weights: from the cache, or by the real client from a server on this machine."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -260,7 +257,12 @@ def test_nothing_is_told_about_the_user(server: Hub, tmp_path: Path) -> None:
         assert re.fullmatch(r"unknown/None; hf_hub/[\d.]+; python/[\d.]+", agent), agent
 
 
+@pytest.mark.system("posix", "opens a pseudo-terminal")
 def test_progress_is_shown_on_a_terminal(server: Hub, tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import termios
+
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
     process = subprocess.Popen(

@@ -137,6 +137,7 @@ def test_parts_have_all_bytes_once(tmp_path: Path, of: int) -> None:
     assert len([piece for part in divide(sources, of, "latin-1") for piece in part]) <= 5 + of
 
 
+@pytest.mark.system("posix", "is killed by a signal")
 def test_a_part_that_was_killed_is_made_again_alone(tmp_path: Path) -> None:
     """kill -9 while it writes leaves no folder of that name."""
     path, out = tmp_path / "rows.jsonl", tmp_path / "2-of-2"

@@ -407,6 +407,7 @@ def test_places_that_cannot_be_written(tmp_path):
     made(path, "byte", tmp_path / "empty")
 
 
+@pytest.mark.system("posix", "takes permissions away")
 def test_folder_without_write_permission(tmp_path):
     """In a process of its own that is nobody, where the tests run as root."""
     (tmp_path / "a.txt").write_text("some words")
@@ -509,6 +510,7 @@ def test_an_abandoned_or_interrupted_preparation_leaves_nothing(tmp_path, monkey
     assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.system("posix", "is killed by a signal")
 @pytest.mark.slow
 def test_killed_at_any_instant_and_run_again(tmp_path):
     """kill -9 leaves no folder of that name, and a rerun makes the same bytes."""

@@ -67,6 +67,7 @@ def test_folder_is_read_in_order_and_others_are_counted(tmp_path):
     assert [source.kind for source in found] == ["text"] * 5 + ["jsonl"]
 
 
+@pytest.mark.system("posix", "makes links")
 def test_links_that_lead_back_end(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_text("x")
@@ -108,6 +109,7 @@ def test_standard_input_has_a_size_and_leaves_nothing(monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.system("posix", "makes a named pipe")
 def test_pipe_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = subprocess.Popen(["sh", "-c", f"printf words > {tmp_path / 'pipe'}"])

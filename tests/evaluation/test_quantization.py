@@ -394,6 +394,7 @@ def test_what_cannot_be_quantized_is_one_line(
     assert not list(model.parent.glob(".*.partial"))
 
 
+@pytest.mark.system("posix", "is killed by a signal")
 @pytest.mark.slow
 def test_killed_in_mid_write_it_leaves_no_model(model: Path) -> None:
     """It is killed as the tensors are being written, then run again."""

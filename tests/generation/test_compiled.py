@@ -313,6 +313,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, monkeypatch: pytest.Monkey
     ctypes.CDLL(str(library))
 
 
+@pytest.mark.system("posix", "runs /bin/false")
 def test_what_has_no_compiled_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     modern = GPT(GPTConfig(**(SIZES | MODERN | {"n_head": 2})))
     assert open_decoder(modern, "auto") is None
@@ -322,11 +323,13 @@ def test_what_has_no_compiled_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert open_decoder(model, "no") is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(environment, "compiler", lambda: None)
-    assert open_decoder(model, "auto") is None
+    with pytest.warns(UserWarning, match=r"the compiled step is missing.*there is no g\+\+"):
+        assert open_decoder(model, "auto") is None
     with pytest.raises(ValueError, match=r"there is no g\+\+ or clang\+\+; install one"):
         open_decoder(model, "yes")
     monkeypatch.setattr(environment, "compiler", lambda: "/bin/false")
-    assert open_decoder(model, "auto") is None
+    with pytest.warns(UserWarning, match=r"is missing, which is slower: /bin/false could not"):
+        assert open_decoder(model, "auto") is None
     with pytest.raises(ValueError, match=r"/bin/false could not compile step\.cpp: exit 1; leave"):
         open_decoder(model, "yes")
     (tmp_path / "file").write_text("")

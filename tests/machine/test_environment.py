@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pwd
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from gptsmith.machine.terminal import Display
 from gptsmith.training.plan import Trial, compile_if_it_pays
 from tests.conftest import TINY, scrambled
 from tests.training.test_loop import make_trainer
+
+pytestmark = pytest.mark.system("posix", "is about users of POSIX")
 
 NOBODY = 65534
 
@@ -59,7 +60,7 @@ def test_without_a_home_the_step_is_compiled_among_temporary_files(
 ) -> None:
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
     monkeypatch.setitem(vars(native), "FLAGS", ["-O0", *native.FLAGS[1:]])
     assert isinstance(open_decoder(scrambled(GPTConfig(**TINY)), "auto"), CompiledDecoder)
     (made,) = temporary.iterdir()

@@ -24,7 +24,7 @@ from gptsmith.tokenizers import byte_tokenizer
 from tests.conftest import TINY, scrambled, until
 from tests.serving.running import refuses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.system("posix", "sends signals")]
 
 CONTEXT = 20_000  # tokens: many seconds of writing
 BODY = {"model": "toy", "prompt": "a", "logit_bias": {"256": -100}, "stream": True}

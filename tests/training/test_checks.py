@@ -199,6 +199,7 @@ def test_what_is_advised_for_models_and_runs_works(
     followed(line, message, cures, capsys)
 
 
+@pytest.mark.system("posix", "runs /bin/false")
 def test_without_a_compiler(
     toys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

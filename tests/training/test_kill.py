@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.system("posix", "forks processes")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attempts", "tasks"), [(25, ["text"]), (4, ["chat", "classify", "preference", "rollback"])]

@@ -190,6 +190,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.system("posix", "sends signals")
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_goes_on_to_the_same_end(

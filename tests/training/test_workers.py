@@ -15,6 +15,8 @@ import torch.distributed as dist
 from gptsmith.machine.processes import name_of_start
 from tests.conftest import until
 
+pytestmark = pytest.mark.system("posix", "kills and stops processes by signals")
+
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "6"))  # `make kills` has 40
 
