@@ -36,7 +36,9 @@ def main() -> int:
 def differences(path: Path, built: Iterable[str], wanted: Iterable[str]) -> list[str]:
     """Return a line for each file that is only in one of the two."""
     lacks = [f"{path} lacks {name}" for name in sorted({*wanted} - {*built})]
-    return lacks + [f"{path} has {name}, which git has not" for name in sorted({*built} - {*wanted})]
+    return lacks + [
+        f"{path} has {name}, which git has not" for name in sorted({*built} - {*wanted})
+    ]
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from gptsmith.cli.main import main
 from gptsmith.machine import devices
 from tests.conftest import TOY
 
-PROJECT = tomllib.loads(
-    (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-)["project"]
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]
 EXTRAS = PROJECT["optional-dependencies"]
 TRAIN = f"train text.txt {TOY} --out new"
 # Command lines that need each extra, and what they say before the command to type.
