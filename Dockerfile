@@ -4,6 +4,7 @@
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS build
+# hadolint ignore=DL3008
 RUN python3 -c "import ensurepip, venv" || \
     { apt-get update && apt-get install -y --no-install-recommends python3-venv; }
 WORKDIR /source
