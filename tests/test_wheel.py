@@ -64,6 +64,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> None:
+    assert wheel.name == f"gptsmith-{gptsmith.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as opened:
         built = {name for name in opened.namelist() if ".dist-info/" not in name}
     files = [path for path in PACKAGE.rglob("*") if path.is_file()]
