@@ -58,6 +58,16 @@ sbom: .venv/release
 	.venv/release/bin/cyclonedx-py requirements requirements.hashed --pyproject pyproject.toml \
 		--output-reproducible -o gptsmith-sbom.json
 
+# The wheel and the sdist in dist/, as they are released. Neither an address nor a home page is
+# in pyproject.toml, as pyroma is told.
+dist: .venv/release
+	rm -rf dist
+	.venv/release/bin/python -m build
+	.venv/release/bin/twine check --strict dist/*
+	.venv/release/bin/check-wheel-contents dist
+	.venv/release/bin/pyroma --min 10 --skip-tests AuthorEmail,Url dist/*.tar.gz
+	$(PYTHON) .ci/check_dist.py
+
 # Measuring tools, which need the machine for themselves.
 test-benchmarks: .venv/test
 	$(BIN)/pytest tests/benchmarks
@@ -104,7 +114,8 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 .venv/release: Makefile
 	rm -rf $@
 	$(PYTHON) -m venv $@
-	$@/bin/pip install -q uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	$@/bin/pip install -q uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0 \
+		build==1.6.1 twine==7.0.0 check-wheel-contents==0.6.3 pyroma==5.0.1
 	@touch $@
 
 .venv/clients/%: tests/clients/%.txt | .venv/demo
@@ -128,11 +139,11 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 
 system-demo system-test system-other-processors:
 	@.ci/system-packages $(@:system-%=%)
 
 # What the system lacks is asked for before anything is installed, with -j too.
 .NOTPARALLEL:
-.PHONY: demo demo-finetune test quick check soak kills clients audit sbom other-processors test-benchmarks clean system-demo system-test system-other-processors
+.PHONY: demo demo-finetune test quick check soak kills clients dist audit sbom other-processors test-benchmarks clean system-demo system-test system-other-processors
