@@ -1211,7 +1211,9 @@ def test_every_extra_that_is_advised_exists() -> None:
     package = Path(main.__code__.co_filename).parents[1]
     texts = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
     advised = {extra for text in texts for extra in re.findall(r"gptsmith\\?\[(\w+)\]", text)}
-    settings = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    settings = tomllib.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    )
     extras = settings["project"]["optional-dependencies"]
     needed = {
         "fp8": {"torchao"},
