@@ -296,25 +296,25 @@ def test_memory_does_not_grow_with_the_file(classifier: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_broken_pipe_ends_it_quietly(classifier: Path, tmp_path: Path) -> None:
-    process = started(classifier, many(tmp_path / "data.jsonl", 100_000))
-    assert process.stdout is not None
-    assert process.stderr is not None
-    for _ in range(2000):
-        json.loads(process.stdout.readline())
-    process.stdout.close()
-    assert process.wait(120) == 0
-    assert process.stderr.read() == b""
+    with started(classifier, many(tmp_path / "data.jsonl", 100_000)) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(2000):
+            json.loads(process.stdout.readline())
+        process.stdout.close()
+        assert process.wait(120) == 0
+        assert process.stderr.read() == b""
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_after_a_whole_line(classifier: Path, tmp_path: Path) -> None:
-    process = started(classifier, many(tmp_path / "data.jsonl", 100_000))
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
-    assert process.wait(120) == 130
-    assert process.stderr.read() == b"interrupted\n"
-    for line in rest.splitlines():
-        json.loads(line)
+    with started(classifier, many(tmp_path / "data.jsonl", 100_000)) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(120) == 130
+        assert process.stderr.read() == b"interrupted\n"
+        for line in rest.splitlines():
+            json.loads(line)
