@@ -146,14 +146,13 @@ def conclude(trained: Any, display: Display) -> None:
             f"{trained.task.worst_loss:.4f}. Lower learning rates may help:\n  "
             + advice.train_command(folder, advice.lower_rates(training))
         )
-    display.table(
-        f"Everything is in {folder}",
-        {
-            "loss.png": "the loss curve",
-            "samples.md": "samples of its text during training",
-            "best": f"names the best of {folder / 'checkpoints'}",
-        },
-    )
+    contents = {
+        "loss.png": "the loss curve",
+        "samples.md": "samples of its text during training",
+        "best": f"names the best of {folder / 'checkpoints'}",
+    }
+    there = {name: what for name, what in contents.items() if (folder / name).exists()}
+    display.table(f"Everything is in {folder}", there)
     longer = advice.more_steps(folder, training, steps)
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
