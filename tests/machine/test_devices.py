@@ -64,6 +64,7 @@ def test_fp8_is_for_hopper_and_for_training(monkeypatch: pytest.MonkeyPatch) -> 
         devices.weight_dtype("fp8", device)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of torchao, when it is first compiled
 @pytest.mark.slow
 def test_float8_products_are_near_and_the_weights_the_same(
     monkeypatch: pytest.MonkeyPatch,
