@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from keyword import iskeyword
 from typing import Any
@@ -68,7 +68,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = [word for word in arguments if word != "--traceback"]
     try:
         with notes_to_stderr():
-            return dispatch(arguments)
+            status = dispatch(arguments)
+        sys.stdout.flush()  # while an error can still be told
+        return status
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
@@ -88,6 +90,21 @@ def main(words: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         tell(f"gptsmith: {one_line(error)}")
         return 2
+    finally:
+        leave_streams()
+
+
+def leave_streams() -> None:
+    """Flush standard output and error; what cannot be written is dropped.
+
+    Python would try again at its end, complain, and exit with 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, a reader that is gone; a closed stream
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def set_up_streams() -> None:
