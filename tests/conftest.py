@@ -62,6 +62,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"not on {sys.platform}: it {reason}"))
 
 
+# A machine may set it, and output would not be kept back as it is for users.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to reach the world fails the test; two processes of a test may still talk."""
