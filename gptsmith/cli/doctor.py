@@ -107,16 +107,19 @@ def pytorch() -> Section:
         from ..machine.devices import find_device
         from ..machine.rates import accelerators, copy_rate, product_rates
     except (ImportError, OSError) as error:
-        return {"version": f"it cannot be imported: {' '.join(str(error).split())}"}
-    device = find_device("auto")
-    products = [f"{name} {human_flops(each)}/s" for name, each in product_rates(device).items()]
-    return {
-        "version": f"{torch.__version__}, {built_for(torch.version.cuda, torch.version.hip)}",
-        "GPUs": "; ".join(accelerators()) or "none that PyTorch can use",
-        "device": f"{device.type}, as --device auto takes",
-        "matrix products": ", ".join(products),
-        "copied memory": f"{human_bytes(round(copy_rate(device)))}/s, reading and writing",
-    }
+        return {"version": f"it cannot be imported: {facts.without_folders(str(error))}"}
+    found = {"version": f"{torch.__version__}, {built_for(torch.version.cuda, torch.version.hip)}"}
+    try:
+        device = find_device("auto")
+        found["GPUs"] = "; ".join(accelerators()) or "none that PyTorch can use"
+        found["device"] = f"{device.type}, as --device auto takes"
+        rates = product_rates(device).items()
+        found["matrix products"] = ", ".join(f"{name} {human_flops(r)}/s" for name, r in rates)
+        copied = human_bytes(round(copy_rate(device)))
+        found["copied memory"] = f"{copied}/s, reading and writing"
+    except RuntimeError as error:  # of a driver, or of memory that others have taken
+        found["problem"] = facts.without_folders(str(error))
+    return found
 
 
 def built_for(cuda: str | None, hip: str | None) -> str:
@@ -132,19 +135,31 @@ def compiled_code() -> Section:
     if compiler is None:
         found["compiler"] = "none: training and generation on a CPU are slower; install g++"
     else:
-        said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-        found["compiler"] = said.decode(errors="replace").partition("\n")[0]
+        found["compiler"] = compiler_version(compiler)
     header = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    found["torch.compile"] = "ready" if compiler and header else "it lacks a compiler or Python.h"
+    lacks = "Python.h: install Python's headers" if compiler else "a compiler"
+    found["torch.compile"] = (
+        "has a compiler and Python.h" if compiler and header else f"lacks {lacks}"
+    )
     for source in sorted(Path(__file__).parents[1].glob("*/*.cpp")):
         started = time.monotonic()
         try:
             open_library(source)
         except (ValueError, OSError) as error:
-            found[source.name] = " ".join(str(error).split())
+            found[source.name] = facts.without_folders(str(error))
         else:
             found[source.name] = f"ready after {time.monotonic() - started:.1f} s"
     return found
+
+
+def compiler_version(compiler: str) -> str:
+    """Return what a compiler says of itself, or why it does not."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, check=False)
+    except OSError as error:
+        return f"cannot be run: {error.strerror}"
+    said = done.stdout.decode(errors="replace").partition("\n")[0]
+    return facts.without_folders(said) or f"says nothing, and exits with {done.returncode}"
 
 
 def extras() -> Section:

@@ -14,16 +14,8 @@ import psutil
 
 from . import environment
 
-NOTABLE = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "bf16",
-    "i8mm",
-)  # by cpuinfo
+# Instruction sets by the names of /proc/cpuinfo.
+NOTABLE = "avx2 fma avx512f avx512_bf16 amx_bf16 asimd bf16 i8mm".split()
 
 
 def software() -> dict[str, str]:
@@ -50,6 +42,11 @@ def required(extra: str | None = None) -> dict[str, str | None]:
 def extras() -> list[str]:
     """Return the names of the extras of the gptsmith that is installed."""
     return metadata.metadata("gptsmith").get_all("Provides-Extra") or []
+
+
+def without_folders(text: str) -> str:
+    """Return a text in which paths are only names of files: folders may name a user."""
+    return re.sub(r"(?:[A-Za-z]:)?[\\/](?:[^\\/\s:'\"]+[\\/])+", "", " ".join(text.split()))
 
 
 def version(name: str) -> str | None:

@@ -33,9 +33,9 @@ class Muon:
     for a wide matrix and sqrt(R/C) times that for a tall one, so that the outputs of both change
     by as much per channel.
 
-    With `compiled`, C++ makes the same updates on a CPU, faster and, where it does not multiply in
-    bfloat16, exactly. Sharded matrices
-    are multiplied in float32 if the updates are to be `exact`.
+    With `compiled`, C++ makes the same updates on a CPU, faster; `exact` is for PyTorch's. Matrices
+    are orthogonalized in bfloat16, or in float32 where that is wanted: then the number of
+    processes, and so of matrices in each, changes no loss by more than float32's own rounding.
 
     torch.optim.Muon handles one matrix after another, which is half as fast for small ones, and it
     has no stacks.
@@ -104,22 +104,19 @@ class Muon:
         gradients = [local(p.grad) for p in members if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov momentum
+        precision = torch.float32 if self.exact else torch.bfloat16
+        work, rows = partial(directions, shape=shape, precision=precision), [*map(len, members)]
         if is_sharded(members[0]):
-            precision = torch.float32 if self.exact else torch.bfloat16
-            work = partial(directions, shape=shape, precision=precision)
-            steps = of_whole_matrices(updates, [*map(len, members)], work)
+            steps = of_whole_matrices(updates, rows, work)
         else:
-            together = directions(torch.cat(updates), shape)
-            steps = [*together.split([len(p) for p in members])]
+            steps = [*work(torch.cat(updates)).split(rows)]
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         size = rate * math.sqrt(max(1.0, shape[0] / shape[1]))
         torch._foreach_add_(weights, steps, alpha=-size)
 
 
-def directions(
-    stacked: Tensor, shape: tuple[int, int], precision: torch.dtype = torch.bfloat16
-) -> Tensor:
+def directions(stacked: Tensor, shape: tuple[int, int], precision: torch.dtype) -> Tensor:
     """Orthogonalize matrices of one shape (R, C), one below the other.  (M R, C) -> (M R, C)"""
     return orthogonal(stacked.view(-1, *shape), precision).to(stacked.dtype).flatten(0, 1)
 

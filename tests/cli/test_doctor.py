@@ -88,3 +88,37 @@ def test_a_broken_machine_is_reported_whole(
     assert "there is no g++" in found["compiled code"]["step.cpp"]
     assert found["gptsmith"]["packages"].startswith("unknown")
     assert "unknown" in found["extras"]["serve"]
+
+
+def test_what_fails_is_told_without_the_names_of_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compiler that cannot be run, and a GPU whose memory others have."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/no/such/program\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(environment, "compiler", lambda: str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def full(device: object) -> None:
+        raise RuntimeError(f"CUDA error: out of memory\nin {tmp_path}/driver.so")
+
+    monkeypatch.setattr(rates, "product_rates", full)
+    found = report(capsys)
+    assert found["compiled code"]["compiler"].startswith("cannot be run: ")
+    assert "could not be compiled" in found["compiled code"]["step.cpp"]
+    assert found["PyTorch"]["problem"] == "CUDA error: out of memory in driver.so"
+    assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/alice/x/c++ could not compile step.cpp", "c++ could not compile step.cpp"),
+        (r"C:\Users\alice\torch.dll: missing", "torch.dll: missing"),
+        ("[Errno 2] no '/home/alice/bin/c++'", "[Errno 2] no 'c++'"),
+        ("bf16 2 GFLOP/s, and/or", "bf16 2 GFLOP/s, and/or"),
+    ],
+)
+def test_paths_are_shown_as_names_of_files(text: str, shown: str) -> None:
+    assert facts.without_folders(text) == shown

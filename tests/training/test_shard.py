@@ -93,7 +93,8 @@ def test_sharded_it_is_the_same_run_with_less_in_each_process(in_processes: Toge
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_muon_orthogonalizes_whole_matrices(in_processes: Together) -> None:
-    """Begun whole, gone on with sharded, and the other way around; questions are asked as well."""
+    """Begun whole, gone on with sharded, and the other way around, where PyTorch multiplies the
+    whole matrices; questions are asked as well."""
     Path("q.jsonl").write_text(
         "".join(f'{{"prompt": "line {n}", "completion": ": the"}}\n' for n in range(5))
     )
@@ -101,7 +102,7 @@ def test_muon_orthogonalizes_whole_matrices(in_processes: Together) -> None:
     whole = alone(*words, out="whole")
     three = [*fresh(*words), "--shard", "yes", "--stop-after", "9", "--out", "three"]
     in_processes(3, "train", "text.txt", *three)
-    assert main(["train", "--resume", "three", "--shard", "no", "--fused", "yes"]) == 0
+    assert main(["train", "--resume", "three", "--shard", "no", "--fused", "no"]) == 0
     assert_same_losses(whole, Path("three"))
     begun = alone(*words, "--stop-after", "9", out="begun")
     in_processes(2, "train", "--resume", "begun", "--shard", "yes")
