@@ -43,8 +43,8 @@ kills: .venv/test
 other-processors: .venv/test | system-other-processors
 	$(BIN)/pytest tests/processors
 
-# The versions of requirements.lock with their hashes, for every system and Python, as a release and a
-# container install them.
+# The versions of requirements.lock with their hashes, for every system and Python: the files of PyPI,
+# whose PyTorch for Linux is the one for GPUs.
 requirements.hashed: pyproject.toml requirements.lock | .venv/release
 	.venv/release/bin/uv pip compile -q pyproject.toml $(RELEASED:%=--extra %) -c requirements.lock \
 		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate -o $@
@@ -53,7 +53,7 @@ requirements.hashed: pyproject.toml requirements.lock | .venv/release
 audit: .venv/release
 	.venv/release/bin/pip-audit --no-deps --disable-pip -r requirements.hashed
 
-# What a release consists of, as CycloneDX.
+# What an installation of a release consists of, as CycloneDX.
 sbom: .venv/release
 	.venv/release/bin/cyclonedx-py requirements requirements.hashed --pyproject pyproject.toml \
 		--output-reproducible -o gptsmith-sbom.json

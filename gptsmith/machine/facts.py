@@ -46,7 +46,8 @@ def extras() -> list[str]:
 
 def without_folders(text: str) -> str:
     """Return a text in which paths are only names of files: folders may name a user."""
-    return re.sub(r"(?:[A-Za-z]:)?[\\/](?:[^\\/\s:'\"]+[\\/])+", "", " ".join(text.split()))
+    text = text.replace(os.path.expanduser("~"), "~")  # which may have spaces in it
+    return re.sub(r"~?(?:[A-Za-z]:)?[\\/](?:[^\\/\s:'\"]+[\\/])+", "", " ".join(text.split()))
 
 
 def version(name: str) -> str | None:
