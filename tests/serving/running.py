@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import openai
+
 from gptsmith import GPT
 from gptsmith.cli.inspect import inspector_page, looker
 from gptsmith.serving.app import make_app
@@ -23,6 +25,14 @@ class Running:
 
     def __init__(self, address: str, served: ServedModel, accesses: list[Access]) -> None:
         self.url, self.served, self.accesses = address, served, accesses
+        self.clients: dict[str, openai.OpenAI] = {}
+
+    def client(self, key: str = "any") -> openai.OpenAI:
+        """OpenAI's, which does not retry, and whose connections end with the server."""
+        if key not in self.clients:
+            at = f"{self.url}/v1"
+            self.clients[key] = openai.OpenAI(base_url=at, api_key=key, max_retries=0)
+        return self.clients[key]
 
     def wait_until_idle(self) -> float:
         """How many seconds it took until no text was being written or waiting; at most 120."""
@@ -77,7 +87,12 @@ def serving(
         thread.start()
         try:
             assert ready.wait(120), "the server did not start"
-            yield Running(url(bound), served, accesses)
+            running = Running(url(bound), served, accesses)
+            try:
+                yield running
+            finally:
+                for client in running.clients.values():
+                    client.close()
         finally:
             server.should_exit = True
             thread.join(120)

@@ -75,7 +75,7 @@ def test_each_gets_what_it_would_get_alone(folders: Path, served: ServedModel) -
     assert len(set(alone.values())) == 3
     base = served.service.engine.slots.model
     with serving(base, served.tokenizer, adapters=served.adapters) as running:
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+        client = running.client()
         assert [model.id for model in client.models.list()] == [*NAMES]
         assert client.models.retrieve("upper").id == "upper"
         got: dict[tuple[str, int], str] = {}

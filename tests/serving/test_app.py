@@ -60,10 +60,6 @@ def talker() -> Iterator[Running]:
         yield running
 
 
-def client_of(running: Running, key: str = "any") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0)
-
-
 def ours(prompt: str, count: int, seed: int, **choices: float) -> str:
     """What the library writes, with the same settings."""
     sampling = SamplingSettings(**({"temperature": 1.0} | choices))
@@ -80,7 +76,7 @@ def logits_after(ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1])
 def test_the_same_seed_gives_the_library_s_text(server: Running, temperature: float) -> None:
-    found = client_of(server).completions.create(
+    found = server.client().completions.create(
         model="toy", prompt="To be", max_tokens=20, seed=5, temperature=temperature
     )
     assert found.choices[0].text == ours("To be", 20, 5, temperature=temperature)
@@ -91,14 +87,14 @@ def test_the_same_seed_gives_the_library_s_text(server: Running, temperature: fl
 
 def test_extensions_are_the_library_s_settings(server: Running) -> None:
     how = {"top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3}
-    found = client_of(server).completions.create(
+    found = server.client().completions.create(
         model="toy", prompt="ab", max_tokens=20, seed=5, top_p=0.9, extra_body=how
     )
     assert found.choices[0].text == ours("ab", 20, 5, top_p=0.9, **how)
 
 
 def test_a_prompt_in_each_form_and_n_texts_of_each(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     texts = ["ab", "", "xyz"]
     found = create(model="toy", prompt=texts, n=2, max_tokens=9, seed=7, temperature=1)
     assert [choice.index for choice in found.choices] == list(range(6))
@@ -112,7 +108,7 @@ def test_a_prompt_in_each_form_and_n_texts_of_each(server: Running) -> None:
 
 
 def test_tokens_are_counted_once_for_a_prompt_and_for_every_text(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     bias = {str(END): -100}
     found = create(
         model="toy", prompt=["abc", "de"], n=2, best_of=3, max_tokens=4, seed=1, logit_bias=bias
@@ -124,7 +120,7 @@ def test_tokens_are_counted_once_for_a_prompt_and_for_every_text(server: Running
 
 
 def test_the_best_are_those_of_highest_mean_log_probability(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     how = {"model": "toy", "prompt": ["ab", "c"], "max_tokens": 6, "seed": 3, "logprobs": 0}
     every = create(n=4, **how).choices
     means = [math.fsum(c.logprobs.token_logprobs) / 6 for c in every]
@@ -139,7 +135,7 @@ def test_the_best_are_those_of_highest_mean_log_probability(server: Running) -> 
 
 
 def test_a_stream_says_what_the_whole_answer_says(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     how = {"model": "toy", "prompt": ["ab", "é"], "n": 2, "max_tokens": 20, "seed": 11}
     how |= {"logprobs": 2, "echo": True, "stop": ["q", "x"]}
     whole = create(**how)
@@ -172,7 +168,7 @@ def test_a_stream_is_events_and_ends_with_done(server: Running) -> None:
 
 
 def test_a_stop_string_ends_a_text_and_is_no_part_of_it(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     text = ours("ab", 40, 2)
     stop = text[6:8]
     found = create(model="toy", prompt="ab", max_tokens=40, seed=2, stop=[stop, "never there"])
@@ -183,7 +179,7 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it(server: Running) -> None
 
 
 def test_logit_bias_bans_a_token_and_forces_one(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     likeliest = int(logits_after([*b"ab"]).argmax())
     how = {"model": "toy", "prompt": "ab", "temperature": 0, "max_tokens": 1, "logprobs": 0}
     free = create(**how).choices[0].logprobs.top_logprobs[0]
@@ -198,7 +194,7 @@ def test_logit_bias_bans_a_token_and_forces_one(server: Running) -> None:
 
 
 def test_penalties_keep_tokens_from_coming_again(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     bias = {"120": 50, "121": 49}  # x is likelier by 1 of logit, roughly, until it was written
 
     def text(**penalties: float) -> str:
@@ -217,7 +213,7 @@ def test_penalties_keep_tokens_from_coming_again(server: Running) -> None:
 
 
 def test_echo_and_logprobs_score_a_prompt(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     found = create(model="toy", prompt="aéb", max_tokens=0, echo=True, logprobs=3).choices[0]
     ids = [*"aéb".encode()]
     assert found.text == "aéb"
@@ -238,7 +234,7 @@ def test_echo_and_logprobs_score_a_prompt(server: Running) -> None:
 
 
 def test_a_text_ends_at_the_context_limit(server: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     how = {"model": "toy", "max_tokens": 1000, "logit_bias": {str(END): -100}}
     found = create(prompt=[65] * 40, **how)
     assert found.choices[0].finish_reason == "length"
@@ -248,7 +244,7 @@ def test_a_text_ends_at_the_context_limit(server: Running) -> None:
 
 
 def test_the_end_of_text_ends_a_text(server: Running) -> None:
-    found = client_of(server).completions.create(
+    found = server.client().completions.create(
         model="toy", prompt="ab", logit_bias={str(END): 100}, logprobs=1
     )
     assert (found.choices[0].text, found.choices[0].finish_reason) == ("", "stop")
@@ -257,7 +253,7 @@ def test_the_end_of_text_ends_a_text(server: Running) -> None:
 
 def test_a_prompt_is_scored_also_where_the_text_ends_at_once(server: Running) -> None:
     how = {"model": "toy", "prompt": "abc", "echo": True, "logprobs": 1, "temperature": 0}
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     alone, ended = (
         create(max_tokens=count, logit_bias={str(END): 100}, **how).choices[0].logprobs
         for count in (0, 1)
@@ -293,7 +289,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(server: Running) -> 
 
 
 def test_what_asks_for_nothing_changes_nothing(server: Running, talker: Running) -> None:
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     how = {"model": "toy", "prompt": "ab", "max_tokens": 9, "seed": 5}
     plain = create(**how).choices[0].text
     neutral = {"min_tokens": 0, "stop_token_ids": [], "ignore_eos": False, "top_k": -1, "min_p": 0}
@@ -303,7 +299,7 @@ def test_what_asks_for_nothing_changes_nothing(server: Running, talker: Running)
         assert create(**how, extra_body={"top_k": k}).choices[0].text == plain
 
     messages = [{"role": "user", "content": "hi"}]
-    talk = client_of(talker).chat.completions.create
+    talk = talker.client().chat.completions.create
     how = {"model": "toy", "max_completion_tokens": 9, "seed": 5}
     first = talk(messages=messages, **how).choices[0].message
     answer = first.to_dict() | {"annotations": [], "audio": None, "tool_calls": []}
@@ -342,7 +338,7 @@ def test_what_cannot_be_done_is_refused_by_its_own_name(
     talker: Running, name: str, value: object
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=f"{name} is not supported") as caught:
-        client_of(talker).chat.completions.create(
+        talker.client().chat.completions.create(
             model="toy", messages=[{"role": "user", "content": "x"}], **{name: value}
         )
     assert caught.value.param == name
@@ -350,7 +346,7 @@ def test_what_cannot_be_done_is_refused_by_its_own_name(
 
 def test_a_benchmark_gets_as_many_tokens_as_it_wants(server: Running) -> None:
     """As guidellm and `vllm bench serve` ask."""
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     how = {"model": "toy", "prompt": "ab", "max_tokens": 20, "logit_bias": {str(END): 100}}
     assert create(**how).usage.completion_tokens == 1
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -369,7 +365,7 @@ def test_a_text_ends_at_a_token_of_the_request(server: Running) -> None:
     text = ours("ab", 20, 3)
     last = next(letter for letter in text[3:] if letter.isascii())
     body = {"stop_token_ids": [ord(last)]}
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     found = create(model="toy", prompt="ab", max_tokens=20, seed=3, extra_body=body).choices[0]
     assert found.text == text[: text.index(last)]
     assert found.finish_reason == "stop"
@@ -377,7 +373,7 @@ def test_a_text_ends_at_a_token_of_the_request(server: Running) -> None:
 
 def test_an_empty_prompt_has_no_tokens(server: Running) -> None:
     """The model reads <|endoftext|> in its place, which is neither counted nor echoed."""
-    create = client_of(server).completions.create
+    create = server.client().completions.create
     found = create(model="toy", prompt="", max_tokens=3, temperature=0, echo=True, logprobs=1)
     assert found.choices[0].text == ours("", 3, 1, temperature=0)
     assert found.usage.prompt_tokens == 0
@@ -395,7 +391,7 @@ def test_an_empty_prompt_has_no_tokens(server: Running) -> None:
 
 
 def test_a_chat_continues_what_the_template_makes(talker: Running) -> None:
-    create = client_of(talker).chat.completions.create
+    create = talker.client().chat.completions.create
     messages = [{"role": "user", "content": "hi"}]
     how = {"model": "toy", "messages": messages, "seed": 4, "n": 2, "temperature": 1}
     found = create(max_completion_tokens=12, logprobs=True, top_logprobs=2, **how)
@@ -421,7 +417,7 @@ def test_a_chat_continues_what_the_template_makes(talker: Running) -> None:
 
 
 def test_parts_of_a_message_and_our_own_answers_are_taken_back(talker: Running) -> None:
-    create = client_of(talker).chat.completions.create
+    create = talker.client().chat.completions.create
     first = create(model="toy", messages=[{"role": "user", "content": "a"}], max_tokens=3, seed=1)
     answer = first.choices[0].message
     parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
@@ -432,7 +428,7 @@ def test_parts_of_a_message_and_our_own_answers_are_taken_back(talker: Running) 
 
 
 def test_the_token_that_ends_a_message_is_not_told(talker: Running) -> None:
-    found = client_of(talker).chat.completions.create(
+    found = talker.client().chat.completions.create(
         model="toy",
         messages=[{"role": "user", "content": "hi"}],
         logit_bias={str(END): 100},
@@ -444,7 +440,7 @@ def test_the_token_that_ends_a_message_is_not_told(talker: Running) -> None:
 
 
 def test_a_chat_goes_on_up_to_the_context_limit(talker: Running) -> None:
-    found = client_of(talker).chat.completions.create(
+    found = talker.client().chat.completions.create(
         model="toy", messages=[{"role": "user", "content": "hi"}], logit_bias={str(END): -100}
     )
     assert found.choices[0].finish_reason == "length"
@@ -454,7 +450,7 @@ def test_a_chat_goes_on_up_to_the_context_limit(talker: Running) -> None:
 
 def test_what_the_template_refuses_is_said(talker: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="these messages: no system here"):
-        client_of(talker).chat.completions.create(
+        talker.client().chat.completions.create(
             model="toy", messages=[{"role": "system", "content": "x"}]
         )
 
@@ -463,7 +459,7 @@ def test_a_model_without_a_template_points_to_completions(server: Running) -> No
     with pytest.raises(
         openai.BadRequestError, match="send the prompt as text to /v1/completions"
     ) as caught:
-        client_of(server).chat.completions.create(
+        server.client().chat.completions.create(
             model="toy", messages=[{"role": "user", "content": "x"}]
         )
     assert caught.value.code == "no_chat_template"
@@ -473,7 +469,7 @@ def test_a_model_without_a_template_points_to_completions(server: Running) -> No
 
 
 def test_the_models_are_one(server: Running) -> None:
-    client = client_of(server)
+    client = server.client()
     assert [model.id for model in client.models.list()] == ["toy"]
     assert client.models.retrieve("toy").id == "toy"
     with pytest.raises(openai.NotFoundError, match="this server has no model 'gpt-5': use 'toy'"):
@@ -520,7 +516,7 @@ def test_tokens_of_a_text_and_of_a_conversation_and_back(server: Running, talker
     text = "<user>hi <|endoftext|><assistant>"
     assert talk["tokens"] == [*text.encode()]
     assert post(talker, "/detokenize", tokens=talk["tokens"]).json() == {"prompt": text}
-    chat = client_of(talker).chat.completions.create(model="toy", messages=messages, max_tokens=1)
+    chat = talker.client().chat.completions.create(model="toy", messages=messages, max_tokens=1)
     assert chat.usage.prompt_tokens == talk["count"]
 
     for running, path, body, status, message in (
@@ -564,7 +560,7 @@ def test_head_of_what_is_not_there_or_only_takes_posts(server: Running) -> None:
 
 
 def test_each_answer_has_an_id_and_a_sane_one_is_the_client_s(server: Running) -> None:
-    client = client_of(server)
+    client = server.client()
     how = {"model": "toy", "prompt": "a", "max_tokens": 2}
     found = [client.completions.create(**how)._request_id for _ in range(2)]
     assert found[0] != found[1]
@@ -590,7 +586,7 @@ def test_the_page_may_run_its_own_script_only(server: Running) -> None:
 
 
 def test_health_and_metrics_count(slow: Running) -> None:
-    client = client_of(slow)
+    client = slow.client()
     before = slow.served.metrics.text().decode()
     stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=3, stream=True)
     next(iter(stream))
@@ -626,14 +622,14 @@ def test_health_and_metrics_count(slow: Running) -> None:
 )
 def test_errors_are_those_that_openai_s_client_knows(server, said, kind, message) -> None:
     with pytest.raises(kind, match=message) as caught:
-        client_of(server).completions.create(**({"model": "toy", "prompt": "a"} | said))
+        server.client().completions.create(**({"model": "toy", "prompt": "a"} | said))
     assert "\n" not in caught.value.message
     assert caught.value.body.keys() == {"message", "type", "param", "code"}
 
 
 def test_the_length_error_has_the_code_that_programs_look_for(server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client_of(server).completions.create(model="toy", prompt=[1] * 49)
+        server.client().completions.create(model="toy", prompt=[1] * 49)
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -669,13 +665,13 @@ def test_a_body_that_does_not_say_json_is_refused(server: Running) -> None:
 def test_a_key_is_needed_where_there_is_one() -> None:
     with serving(MODEL, TOKENIZER, key="secret") as running:
         with pytest.raises(openai.AuthenticationError) as caught:
-            client_of(running, "wrong").models.list()
+            running.client("wrong").models.list()
         assert caught.value.code == "invalid_api_key"
-        assert client_of(running, "secret").models.list().data[0].id == "toy"
+        assert running.client("secret").models.list().data[0].id == "toy"
 
 
 def test_a_full_queue_says_when_to_ask_again(slow: Running) -> None:
-    client = client_of(slow)
+    client = slow.client()
     stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=3, stream=True)
     next(iter(stream))
     with pytest.raises(openai.RateLimitError, match="its queue is full: retry in") as caught:
@@ -688,7 +684,7 @@ def test_a_full_queue_says_when_to_ask_again(slow: Running) -> None:
 
 def test_who_hangs_up_frees_the_slots_at_once(slow: Running) -> None:
     """In the middle of a stream, and while waiting for a whole answer."""
-    client = client_of(slow)
+    client = slow.client()
     stream = client.completions.create(model="toy", prompt="a", max_tokens=LONG, n=2, stream=True)
     next(iter(stream))
     writers = [turn.writer for turn in slow.served.service.engine.turns]
@@ -709,7 +705,7 @@ def test_who_hangs_up_frees_the_slots_at_once(slow: Running) -> None:
 
 
 def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) -> None:
-    create = client_of(slow).completions.create
+    create = slow.client().completions.create
     how = {"model": "toy", "prompt": ["a", "b"], "seed": 1}
     first, second = (choice.text for choice in create(max_tokens=40, **how).choices)
     stop = next(letter for letter in first if letter not in second)
@@ -726,7 +722,7 @@ def test_a_text_that_has_ended_frees_its_slot_while_others_go_on(slow: Running) 
 @pytest.mark.slow
 def test_a_request_has_its_time() -> None:
     with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=1.0) as running:
-        client = client_of(running)
+        client = running.client()
         begun = time.monotonic()
         with pytest.raises(openai.InternalServerError, match="the request timed out") as caught:
             client.completions.create(model="toy", prompt="a", max_tokens=LONG)
@@ -763,7 +759,7 @@ def test_a_failure_inside_tells_the_client_nothing_of_it(
 
 def test_a_step_that_fails_fails_its_requests_and_no_others() -> None:
     with serving(MODEL, TOKENIZER) as running:
-        engine, client = running.served.service.engine, client_of(running)
+        engine, client = running.served.service.engine, running.client()
         step = engine.step
 
         def broken(now: float) -> None:
@@ -908,7 +904,7 @@ def test_a_body_that_says_json_as_advised(server: Running) -> None:
 def test_a_request_that_is_shorter_or_comes_later_has_time_enough() -> None:
     """What is advised to whoever has timed out, in each of its three parts."""
     with serving(toy(1024), TOKENIZER, slots=1, step_seconds=0.01, timeout=1.5) as running:
-        client = client_of(running)
+        client = running.client()
 
         def ask(**how: int) -> openai.types.Completion:
             return client.completions.create(model="toy", prompt="a", **({"max_tokens": 20} | how))
@@ -933,7 +929,7 @@ def test_a_request_that_is_shorter_or_comes_later_has_time_enough() -> None:
 @pytest.mark.slow
 def test_who_retries_when_the_full_queue_says_is_answered(slow: Running) -> None:
     """As OpenAI's client does by itself, after the seconds in Retry-After."""
-    client = client_of(slow)
+    client = slow.client()
     stream = client.completions.create(model="toy", prompt="a", max_tokens=99, n=3, stream=True)
     next(iter(stream))
     with pytest.raises(openai.RateLimitError, match="retry in") as caught:

@@ -8,7 +8,6 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from openai import OpenAI
 
 from gptsmith import GPTConfig
 from gptsmith.inspection import inspect
@@ -74,7 +73,7 @@ def test_it_needs_the_key_and_its_page_does_not(server: Running) -> None:
 @pytest.mark.slow
 def test_looking_changes_nothing_of_what_is_generated(server: Running) -> None:
     """The engine and the hooks use the same weights at the same time."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="secret")
+    client = server.client("secret")
 
     def written() -> str:
         made = client.completions.create(model="toy", prompt="the", max_tokens=150, temperature=0)
