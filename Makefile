@@ -98,10 +98,6 @@ clients: .venv/test $(patsubst tests/%.txt,.venv/%,$(wildcard tests/clients/*.tx
 # torchao too, because transformers imports it where it is found, and its libraries for GPUs complain.
 	rm -rf .venv/torchao
 	$(BIN)/pip install -q --no-deps --target .venv/torchao -c requirements.lock torchao
-# TensorFlow writes what its reader is tested with; of what it asks for, only what saving needs.
-	rm -rf .venv/tensorflow
-	$(BIN)/pip install -q --no-deps --target .venv/tensorflow -c requirements.lock tensorflow-cpu \
-		absl-py astunparse gast ml_dtypes opt_einsum termcolor wrapt
 # lm-evaluation-harness asks the server; of what it asks for itself, only what that needs.
 	rm -rf .venv/lm-eval
 	$(BIN)/pip install -q --no-deps --no-compile --target .venv/lm-eval -c requirements.lock lm-eval \
