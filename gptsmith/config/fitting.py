@@ -42,27 +42,32 @@ def ways() -> Iterator[Way]:
             yield Way(sharded=sharded, recomputed=recomputed)
 
 
-def memory_parts(config: GPTConfig, micro_batch: int, devices: Devices, way: Way) -> dict[str, int]:
+def memory_parts(
+    config: GPTConfig, micro_batch: int, devices: Devices, way: Way, learned: int | None = None
+) -> dict[str, int]:
     """Return the bytes that a training step of full contexts needs on each device, by part.
 
-    On one device, they add up to `cost.training_memory`.
+    `learned` parameters (default: all) have gradients and state. On one device, the parts add up to
+    `cost.training_memory`.
     """
     choices: Any = {
         "dtype_bytes": DTYPE_BYTES[devices.dtype],
         "recompute": way.recomputed,
     }
     weights, loss = cost.weight_bytes(config), cost.loss_bytes(config, micro_batch)
+    learning = weights if learned is None else learned * cost.FLOAT32
     activations = cost.activation_bytes(config, micro_batch, **choices)
-    whole = cost.training_memory(config, micro_batch, **choices)
-    share = -(-weights // devices.count) if way.sharded else weights
+    whole = cost.training_memory(config, micro_batch, learned=learned, **choices)
+    devices_of_one_copy = devices.count if way.sharded else 1
+    share = -(-learning // devices_of_one_copy)
     return {
-        "weights": share,
+        "weights": -(-weights // devices_of_one_copy),
         "gradients": share,
         "optimizer": 2 * share,
-        "gathered": gathered_bytes(config) if way.sharded and devices.count > 1 else 0,
+        "gathered": gathered_bytes(config) if devices_of_one_copy > 1 else 0,
         "activations": activations - loss,
         "loss": loss,
-        "fragmentation": whole - 4 * weights - activations,
+        "fragmentation": whole - weights - 3 * learning - activations,
     }
 
 

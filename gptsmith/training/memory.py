@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import cost
 from ..config.fields import SettingError
 from ..config.fitting import MEMORY_SHARE, Devices, Way, memory_parts
 from ..config.model import GPTConfig
@@ -59,20 +58,22 @@ def micro_batch_rows(
 def needed_memory(
     machine: MachineSettings, config: GPTConfig, rows: int, learned: int | None = None
 ) -> int:
-    """Return the bytes that a step with micro-batches of `rows` needs in this process.
+    """Return the bytes that a step with micro-batches of `rows` needs in this process."""
+    return sum(needed_parts(machine, config, rows, learned).values())
 
-    `machine` says whether the model is sharded, which it is only as a whole, and activations are
-    recomputed; else, `learned` parameters learn (default: all).
+
+def needed_parts(
+    machine: MachineSettings, config: GPTConfig, rows: int, learned: int | None = None
+) -> dict[str, int]:
+    """Return the same by part, as `config/fitting.py` names them.
+
+    `machine` says whether the model is sharded, and whether activations are recomputed; `learned`
+    parameters learn (default: all).
     """
-    width = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype)
-    recompute = machine.recompute == "yes"
-    if machine.shard == "yes":
-        all_devices = Devices(count=world_size(), dtype="bf16" if width == 2 else "float32")
-        way = Way(sharded=True, recomputed=recompute)
-        return sum(memory_parts(config, rows, all_devices, way).values())
-    return cost.training_memory(
-        config, rows, dtype_bytes=width, learned=learned, recompute=recompute
-    )
+    narrow = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype) == 2
+    devices_of_run = Devices(count=world_size(), dtype="bf16" if narrow else "float32")
+    way = Way(sharded=machine.shard == "yes", recomputed=machine.recompute == "yes")
+    return memory_parts(config, rows, devices_of_run, way, learned)
 
 
 def memory_room(device: torch.device) -> float:

@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..config import cost
+from ..config.fitting import Devices, Way, sent_bytes, ways
 from ..machine import devices
 from ..machine.chooser import Choice, choose, timed
 from ..machine.environment import world_size
@@ -19,7 +21,7 @@ from ..machine.processes import sum_of_numbers
 from ..machine.terminal import Display, count, duration, size
 from .choices import Measured
 from .loop import Trainer
-from .memory import learned_in, needed_memory
+from .memory import all_learn, learned_in, needed_memory, needed_parts, obstacle
 from .run import Run
 from .sharding import local
 
@@ -50,15 +52,6 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
     config, machine, training = trainer.model.config, settings.machine, settings.training
     assert machine.micro_batch is not None
     assert machine.threads is not None
-    own = replace(machine, shard="yes" if trainer.sharded else "no")
-    memory, other = (
-        needed_memory(way, config, machine.micro_batch, learned_in(trainer.model))
-        for way in (own, replace(own, recompute="no" if own.recompute == "yes" else "yes"))
-    )
-    if machine.recompute == "yes":
-        alternative = f"activations are recomputed, without which it would be {size(other)}"
-    else:
-        alternative = f"{size(other)} with --recompute yes"
     left, yes_or_no = training.steps - run.done, "yes" if trainer.sharded else "no"
     rows = {
         "model": f"{cost.parameter_count(config):,} parameters: "
@@ -69,16 +62,51 @@ def show_plan(run: Run, trial: Trial, measured: Sequence[Measured]) -> None:
         "machine": f"{trainer.device}, {machine.dtype}, {count(machine.threads, 'thread')}, "
         f"micro-batch of {count(machine.micro_batch, 'row')}"
         + ("" if machine.compile == "no" else ", compiled")
+        + (", activations recomputed" if machine.recompute == "yes" else "")
         + (f", {world_size()} processes" if world_size() > 1 else ""),
         **({"fastest": "; ".join(map(str, measured))} if measured else {}),
         **({"sharded": f"{yes_or_no}: {run.sharding.reason}"} if world_size() > 1 else {}),
-        "memory": f"about {size(memory)} on the device, in addition to PyTorch itself; "
-        + alternative,
+        **memory_rows(run),
         "time": f"about {duration(run_seconds(run, trial))} for {count(left, 'step')}",
         "run": str(run.folder),
     }
     title = "Resuming" if run.done else "Training"
     run.display.table(title, rows)
+
+
+def memory_rows(run: Run) -> dict[str, str]:
+    """Return the rows of the memory that each process needs, what for, and what other ways need."""
+    machine, trainer = run.settings.machine, run.trainer
+    assert machine.micro_batch is not None
+    config = replace(trainer.model.config, context_length=trainer.batches.row_tokens)
+    rows, learned = machine.micro_batch, learned_in(trainer.model)
+    may_shard = world_size() > 1 and all_learn(trainer.model)
+    may_shard = may_shard and obstacle(machine, trainer.device, compile=False, fused=False) is None
+    own = replace(machine, shard="yes" if trainer.sharded else "no")
+    parts, others = needed_parts(own, config, rows, learned), []
+    for way in ways():
+        wanted: dict[str, Any] = {
+            "shard": "yes" if way.sharded else "no",
+            "recompute": "yes" if way.recomputed else "no",
+        }
+        changed = {name: word for name, word in wanted.items() if word != getattr(own, name)}
+        if changed and (may_shard or not way.sharded):
+            other = needed_memory(replace(own, **changed), config, rows, learned)
+            flags = " ".join(f"--{name} {word}" for name, word in changed.items())
+            others.append(f"{size(other)} with {flags}")
+    where = "in each process" if world_size() > 1 else "on the device"
+    found = {
+        "memory": f"about {size(sum(parts.values()))} {where}, in addition to PyTorch itself",
+        "of that": ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part),
+        "otherwise": ", ".join(others),
+    }
+    if may_shard:
+        way = Way(sharded=trainer.sharded, recomputed=False)
+        sent, each = sent_bytes(config, Devices(count=world_size()), way), "step"
+        if trainer.sharded:  # gathers and sums in every pass
+            each = "micro-batch"
+        found["sent"] = f"{size(sent)} by each process in a {each}"
+    return found
 
 
 def try_out(trainer: Trainer, display: Display) -> Trial:

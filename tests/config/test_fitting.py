@@ -43,6 +43,12 @@ def test_on_one_device_the_parts_are_the_memory_of_training(dtype: Any, recomput
     assert alone == parts
 
 
+def test_what_does_not_learn_has_no_gradients() -> None:
+    parts = memory_parts(XL, 3, Devices(count=1), Way(sharded=False, recomputed=False), learned=7)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * 1_557_611_200, 28, 56)
+    assert sum(parts.values()) == cost.training_memory(XL, 3, dtype_bytes=2, learned=7)
+
+
 def test_sharded_each_device_has_its_part_and_what_it_gathers() -> None:
     whole, sharded = (
         memory_parts(XL, 3, Devices(count=8), Way(sharded=sharded, recomputed=False))

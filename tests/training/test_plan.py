@@ -1,13 +1,17 @@
 """What is said before the first step: within 30% of the truth, and without a trace."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gptsmith.machine.terminal import Display
-from gptsmith.training import plan
+from gptsmith.config import cost
+from gptsmith.config.settings import MachineSettings, RunSettings
+from gptsmith.machine.terminal import Display, size
+from gptsmith.training import memory, plan
 from gptsmith.training.plan import Trial, compile_if_it_pays, try_out
 from tests.training.test_loop import make_trainer
 
@@ -90,3 +94,32 @@ def test_where_compiling_fails_the_run_goes_on_without(capsys: pytest.CaptureFix
     try_out(trainer, Display())
     assert trainer.compiled == "no"
     assert "not compiled: no compiler here\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_memory_is_shown_by_part_and_in_other_ways(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "world_size", lambda: processes)
+    monkeypatch.setattr(memory, "world_size", lambda: processes)
+    machine = MachineSettings(dtype="float32", micro_batch=2, recompute="no")
+    trainer = make_trainer()
+    run: Any = SimpleNamespace(settings=RunSettings(machine=machine), trainer=trainer)
+
+    def needed(**chosen: Any) -> str:
+        return size(memory.needed_memory(replace(machine, **chosen), trainer.model.config, 2))
+
+    rows = plan.memory_rows(run)
+    assert rows["memory"].startswith(f"about {needed()} {'in' if processes > 1 else 'on'} ")
+    weights = cost.weight_bytes(trainer.model.config)
+    assert rows["of that"].startswith(f"weights {size(weights)}, gradients {size(weights)}, ")
+    others = [f"{needed(recompute='yes')} with --recompute yes"]
+    if processes > 1:
+        others.append(f"{needed(shard='yes')} with --shard yes")
+        both = needed(shard="yes", recompute="yes")
+        others.append(f"{both} with --shard yes --recompute yes")
+        assert rows["sent"] == f"{size(2 * 3 * weights // 4)} by each process in a step"
+    assert rows["otherwise"] == ", ".join(others)
+    next(trainer.model.parameters()).requires_grad_(False)  # what cannot be sharded
+    assert "shard" not in plan.memory_rows(run)["otherwise"]
+    assert rows.keys() - plan.memory_rows(run).keys() == ({"sent"} if processes > 1 else set())
