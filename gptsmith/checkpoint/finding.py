@@ -2,10 +2,10 @@
 
 import warnings
 from pathlib import Path
-from shlex import quote
 
 from ..config.fields import suggestion
 from ..machine.files import DamagedError
+from ..machine.shell import typed
 from .adapter_json import is_adapter, read_adapter_config
 from .verifying import verify
 from .whole import whole_description
@@ -91,13 +91,13 @@ def find_base(folder: Path, base: str | Path | None = None) -> Path:
     if base is None and not found:
         raise FileNotFoundError(
             f"{folder} is an adapter, and its base '{named}' is not there: name it with --base, as "
-            f"in `gptsmith merge {quote(str(folder))} OUT --base MODEL`"
+            f"in `gptsmith merge {typed(folder)} OUT --base MODEL`"
         )
     model = find_model(base or found[0])
     if is_adapter(model):
         raise ValueError(
             f"the base of {folder}, {model}, is an adapter itself: "
-            f"`gptsmith merge {quote(str(model))} OUT` makes it a whole model, which can be a base"
+            f"`gptsmith merge {typed(model)} OUT` makes it a whole model, which can be a base"
         )
     return model
 

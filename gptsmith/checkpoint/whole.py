@@ -5,12 +5,12 @@ Reads JSON and file headers only, so it needs no PyTorch. Knows nothing of adapt
 
 from collections.abc import Mapping
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 from ..config.cost import Shape
 from ..config.model import GPTConfig
 from ..machine.files import DamagedError, read_json
+from ..machine.shell import typed
 from .config_json import bits_in, from_hugging_face, original_json
 from .header import safetensors_header
 from .names import MASKS, PREFIX, TensorInfo, TensorMatch, hugging_face, match_tensors
@@ -75,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
     if any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS}, only .bin files: "
-            f"`gptsmith import {quote(str(folder))} OUT` reads them"
+            f"`gptsmith import {typed(folder)} OUT` reads them"
         )
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}: a folder with a GPT-2 model is needed")
 

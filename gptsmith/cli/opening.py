@@ -3,7 +3,6 @@
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..checkpoint.adapter_json import is_adapter
@@ -12,6 +11,7 @@ from ..checkpoint.folder import read_bits, read_config
 from ..config.classifier import ClassifierConfig, check_writes
 from ..config.settings import InferenceSettings, MachineSettings
 from ..machine.environment import importing
+from ..machine.shell import typed
 from ..machine.terminal import tell
 from .flags import chosen
 
@@ -74,7 +74,7 @@ def verified(name: str, *, labels: bool | None, base: str | Path | None = None) 
     elif labels and not isinstance(config, ClassifierConfig):
         raise ValueError(
             f"{name} is not a classifier: it writes text and has no labels; make one with "
-            f"`gptsmith finetune {quote(name)} --data FILE`, of texts and labels"
+            f"`gptsmith finetune {typed(name)} --data FILE`, of texts and labels"
         )
     return folder, load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 

@@ -1,6 +1,5 @@
 """The verb that turns text into token shards: prepare."""
 
-import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from ..config.fields import SettingError, setting
 from ..config.recipe import short_name
 from ..config.settings import PrepareSettings
+from ..machine.shell import typed
 from ..machine.terminal import Display, count, duration, size, tell
 from .flags import Parser, UsageError, add_flags, chosen, given
 from .opening import SOURCE_HELP
@@ -129,6 +129,6 @@ def tell_dataset(out: Path, last: Any) -> None:
     held_out = 0 if dataset.validation is None else len(dataset.validation)
     tell(
         f"{len(dataset.train):,} training tokens and {held_out:,} validation tokens, in "
-        f"{duration(last.seconds)}; train with: gptsmith train {shlex.quote(str(out))}"
+        f"{duration(last.seconds)}; train with: gptsmith train {typed(out)}"
     )
     print(out)

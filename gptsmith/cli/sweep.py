@@ -1,6 +1,5 @@
 """The verb that trains a run for each of several settings: sweep."""
 
-import shlex
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from ..config.fields import Seconds, at_least, setting
 from ..config.recipe import sections
 from ..machine.environment import importing
+from ..machine.shell import typed
 from ..machine.terminal import Display, count, duration
 from .flags import Parser, UsageError, add_flags, chosen, given
 from .train import WHAT, add_run_flags
@@ -65,7 +65,7 @@ def run(options: Namespace) -> int:
     folder = settings.resume or made(options, settings, flags)
     display = Display()
     stopped = carry_out(folder, display, settings.processes, settings.budget)
-    quoted = shlex.quote(str(folder))
+    quoted = typed(folder)
     again = f"gptsmith sweep --resume {quoted}"
     if stopped is not None:
         display.say(f"The sweep is stopped, and its runs are saved. To go on:  {again}")
@@ -95,7 +95,7 @@ def made(options: Namespace, settings: SweepSettings, flags: dict[str, object]) 
     elif not same_sweep(folder, plan, base):
         raise ValueError(
             f"{folder} has the sweep of another command: give --out another name, or resume it "
-            f"with `gptsmith sweep --resume {shlex.quote(str(folder))}`"
+            f"with `gptsmith sweep --resume {typed(folder)}`"
         )
     factors = [f"{len(values)} of {name}" for name, values in sets.items()]
     factors += [count(settings.seeds, "seed")] if settings.seeds > 1 else []

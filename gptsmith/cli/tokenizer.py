@@ -1,6 +1,5 @@
 """The verb that learns a byte-level BPE from text: tokenizer."""
 
-import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ..config.fields import REQUIRED, setting
 from ..config.settings import PrepareSettings
+from ..machine.shell import typed
 from ..machine.terminal import Display, size, tell
 from .flags import Parser, add_flags, chosen
 from .opening import SOURCE_HELP
@@ -58,6 +58,6 @@ def run(options: Namespace) -> None:
         display.close_bar()
     with written_whole(settings.out) as folder:
         learned.save(folder)
-    place = shlex.quote(str(settings.out))
+    place = typed(settings.out)
     tell(f"{learned.vocab_size:,} tokens; use them with: --tokenizer {place}")
     print(settings.out)

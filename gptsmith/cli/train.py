@@ -1,6 +1,5 @@
 """The verb that trains a model: train."""
 
-import shlex
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from ..config.model import FORMER_SWITCHES
 from ..config.recipe import OWN_DATA, read_toml, recipes, run_settings, sections
 from ..config.settings import RunSettings
 from ..machine.environment import importing, rank
+from ..machine.shell import typed
 from ..machine.terminal import Display, count
 from .flags import Parser, UsageError, add_flags, chosen, given
 
@@ -156,7 +156,7 @@ def conclude(trained: Any, display: Display) -> None:
     longer = advice.more_steps(folder, training, steps)
     if advice.may_become_longer(training, 2 * steps, steps):
         longer = f"{advice.resume_command(folder)} --steps {2 * steps}"
-    quoted = shlex.quote(str(folder))
+    quoted = typed(folder)
     inside, compare = f"gptsmith inspect {quoted} --prompt TEXT", {}
     match trained.settings.finetune.example_kind:
         case "classify":

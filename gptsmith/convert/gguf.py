@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from ..checkpoint.tensors import (
 from ..config.model import GPTConfig
 from ..machine.dtypes import NUMBER_FORMATS, STORED, nearest_dtype
 from ..machine.files import DamagedError, chunks
+from ..machine.shell import typed
 from .formats import FORMATS
 from .gguf_header import MAGIC, library, read_header
 from .gguf_tokenizer import check_tokenizer, read_tokenizer, shortest, write_tokenizer
@@ -191,7 +191,7 @@ def read(path: Path) -> Stored:
         first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", str(path))
         raise ValueError(
             f"{path} is one of {parts} parts: join them with llama.cpp's "
-            f"`llama-gguf-split --merge {quote(first)} OUT`"
+            f"`llama-gguf-split --merge {typed(first)} OUT`"
         )
     if (got := values.get("general.architecture")) != ARCHITECTURE:
         raise ValueError(f"{path} has a model of architecture {got!r}: only 'gpt2' is supported")

@@ -6,7 +6,6 @@ Knows nothing of other formats; `checkpoint` reads and writes the folder's files
 import json
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..checkpoint.whole import CONFIG, WEIGHTS, WEIGHTS_INDEX, match_unpacked
 from ..config.model import GPTConfig
 from ..machine.dtypes import nearest_dtype
 from ..machine.files import read_json
+from ..machine.shell import typed
 from ..tokenizers import Tokenizer, load_tokenizer, read_usage
 from .pickles import load_torch_file, tensors_of
 
@@ -49,7 +49,7 @@ def read(path: Path) -> Stored:
         if stored.bits is not None:
             raise ValueError(
                 f"{path} is gptsmith's own quantized folder, which needs no import; to unpack it: "
-                f"`gptsmith export {quote(str(path))} OUT --to huggingface`"
+                f"`gptsmith export {typed(path)} OUT --to huggingface`"
             )
     return replace(stored, tokenizer=tokenizer_of(path), defaults=read_usage(path))
 

@@ -51,7 +51,7 @@ def preparing(
     make = ray.remote(num_cpus=1, max_retries=RETRIES)(make_part)
     try:
         waiting = [
-            make.remote(here, names, tokenizer, part, Part(number, of), options)
+            make.remote(here, names, tokenizer, part, Part(number, of), options=options)
             for number, part in enumerate(parts, 1)
         ]
         while waiting:
@@ -90,15 +90,8 @@ def connected(address: str) -> Any:
     return ray
 
 
-def make_part(
-    here: Path,
-    names: Sequence[str],
-    tokenizer: str,
-    folder: Path,
-    part: Part,
-    options: PrepareSettings,
-) -> int:
-    """Make one part by one thread, in a process of any machine; return its tokens."""
+def make_part(here: Path, *what: Any, options: PrepareSettings) -> int:
+    """Do what `prepare_part` does, by one thread of any machine; return the tokens of the part."""
     os.chdir(here)  # a process of Ray's, which has its own folder
-    *_, last = prepare_part(names, tokenizer, folder, part, options=replace(options, workers=1))
+    *_, last = prepare_part(*what, options=replace(options, workers=1))
     return last.tokens

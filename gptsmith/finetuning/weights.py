@@ -5,7 +5,6 @@ Knows nothing of tasks.
 
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -14,6 +13,7 @@ from ..checkpoint.adapter_json import is_adapter
 from ..config.fields import SettingError
 from ..config.lora import lora_settings
 from ..config.settings import RunSettings
+from ..machine.shell import typed
 from ..model.gpt import GPT
 from ..model.lora import add_lora
 from ..tokenizers import Tokenizer
@@ -49,7 +49,7 @@ def choose_weights(
             return  # it learns further
         raise ValueError(
             f"{start_from} is an adapter, which cannot have another: `gptsmith merge "
-            f"{quote(start_from)} OUT` makes it a whole model; without --lora, it learns further"
+            f"{typed(start_from)} OUT` makes it a whole model; without --lora, it learns further"
         )
     before = opening.open_folder(Path(start_from)).tokenizer
     known = tokenizer.vocab_size if before is None else before.vocab_size

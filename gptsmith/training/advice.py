@@ -4,7 +4,6 @@ Each can be pasted into a shell, whatever the folders are called. Knows nothing 
 """
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..checkpoint.finding import checkpoints
 from ..config.recipe import read_toml
 from ..config.settings import RunSettings, TrainingSettings
 from ..data.shards import is_dataset
+from ..machine.shell import typed
 from .records import CONFIG_TOML
 from .rollback import LEFT_OUT
 from .schedules import learning_rate
@@ -33,12 +33,12 @@ def train_command(
             "--" + name.replace("_", "-"),
             f"{value:.2g}" if isinstance(value, float) else value,
         ]
-    return shlex.join(map(str, words))
+    return typed(*words)
 
 
 def resume_command(folder: Path) -> str:
     """Return the command that resumes a run."""
-    return shlex.join(["gptsmith", "train", "--resume", str(folder)])
+    return typed("gptsmith", "train", "--resume", folder)
 
 
 def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
@@ -51,7 +51,7 @@ def more_steps(folder: Path, training: TrainingSettings, steps: int) -> str:
         flags["warmup_steps"] = steps // 10
     if read_toml(folder / CONFIG_TOML).finetune.lora is None:
         return train_command(folder, flags, start_from=folder)
-    merge = shlex.join(["gptsmith", "merge", str(folder), str(folder / "merged")])
+    merge = typed("gptsmith", "merge", folder, folder / "merged")
     return f"{merge} && {train_command(folder, flags, start_from=folder / 'merged')}"
 
 
@@ -59,7 +59,7 @@ def compare_command(folder: Path, settings: RunSettings) -> str:
     """Return the command that compares another model, OTHER, with a run's on the run's data."""
     data = folder / "data" if is_dataset(folder / "data") else settings.data.data
     words = ["gptsmith", "evaluate", "OTHER", "--data", data, "--against", folder]
-    return shlex.join(map(str, words))
+    return typed(*words)
 
 
 def may_become_longer(training: TrainingSettings, steps: int, done: int) -> bool:

@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 
 from ..config.fields import SettingError
 from ..config.recipe import read_toml
 from ..config.settings import RunSettings
 from ..data.shards import is_dataset
 from ..machine.environment import cores
+from ..machine.shell import typed
 from ..machine.terminal import Display, count, duration
 from .halving import (
     Speed,
@@ -271,7 +271,7 @@ def too_short(
 ) -> SettingError:
     """Return the error for a budget that not even the cheapest plan fits."""
     less = "fewer values or steps" + (", or more evaluations" if few_evaluations else "")
-    more = f"gptsmith sweep --resume {quote(str(folder))} --budget {math.ceil(1.1 * seconds)}s"
+    more = f"gptsmith sweep --resume {typed(folder)} --budget {math.ceil(1.1 * seconds)}s"
     return SettingError(
         "budget",
         f"is {duration(budget)}, but these runs need at least {duration(seconds)}: try "

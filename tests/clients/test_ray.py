@@ -35,7 +35,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
             time.sleep(0.1)
         yield f"127.0.0.1:{port}", process
     finally:
-        everything = [*process.children(recursive=True), process]
+        running = process.children(recursive=True) if process.poll() is None else []
+        everything = [*running, process]
         for each in everything:
             each.kill()
         psutil.wait_procs(everything, 30)
@@ -75,7 +76,8 @@ def test_a_part_whose_worker_is_killed_is_made_again(
     _, error = running.communicate()
     assert (running.returncode, "Traceback" in error) == (0, False), error
     whole = prepare(tmp_path, "--out", "whole")
-    assert whole.wait() == 0
+    whole.communicate()
+    assert whole.returncode == 0
     assert files(tmp_path / "joined") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joined", "rows.jsonl", "whole"]
 

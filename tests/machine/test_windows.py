@@ -2,9 +2,10 @@
 
 import errno
 import os
+import shlex
 import signal
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from gptsmith.cli.main import main
 from gptsmith.config.recipe import short_name
 from gptsmith.machine.files import file_written_whole, write_text, written_whole
+from gptsmith.machine.shell import typed
 from gptsmith.serving.http import UvicornServer, listen, listen_at, url
 from gptsmith.training.loop import Trainer
 from gptsmith.training.run_process import RunProcess
@@ -147,3 +149,16 @@ def test_a_sweep_sends_its_runs_what_windows_can_send(monkeypatch: pytest.Monkey
     monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", 1, raising=False)
     child.send_signal(signal.SIGINT)
     assert sent == [signal.SIGINT, 1]
+
+
+def test_an_advised_command_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows knows double quotes only, and its paths need none for a backslash."""
+    words = ["gptsmith", "train", "--resume"]
+    assert shlex.split(typed(*words, "my runs/it's")) == [*words, "my runs/it's"]
+    monkeypatch.setattr(os, "name", "nt")
+    assert typed(*words, PureWindowsPath("C:/runs/plays-1")) == (
+        r"gptsmith train --resume C:\runs\plays-1"
+    )
+    assert typed(*words, PureWindowsPath("C:/my runs/plays-1")) == (
+        r'gptsmith train --resume "C:\my runs\plays-1"'
+    )
