@@ -13,6 +13,10 @@ from tests.training.test_run import TINY, assert_same_learning, events, here, we
 __all__ = ["here"]  # each test in a folder of its own, with a text
 
 MUON = ["--optimizer", "muon", "--n-layer", "3", "--fused", "yes", "--batch-tokens", "40"]
+# Muon multiplies singular values that are almost zero, as rounding errors are, by 3.4445^5, or 485.
+# In eight steps at a rate of 0.02, relative errors of 1e-6 in gradients move weights by 8e-5; other
+# micro-batches in one process move them by 2e-5.
+MUONS_ROUNDING = 8e-5
 
 
 @pytest.mark.slow
@@ -25,7 +29,7 @@ def test_processes_that_share_muons_matrices_learn_what_one_does(in_processes: T
     for processes, more in ((2, []), (4, ["--recompute", "yes"])):
         out = f"in-{processes}"
         in_processes(processes, "train", *words, *more, "--out", out)
-        assert_same_learning(Path("one"), Path(out))
+        assert_same_learning(Path("one"), Path(out), rounding=MUONS_ROUNDING)
     expected = weights(Path("in-4"), 8)
     shutil.rmtree("in-4/checkpoints/step-00000008")  # as if killed after step 4
     in_processes(4, "train", "--resume", "in-4")

@@ -421,10 +421,10 @@ def test_a_run_goes_on_in_another_number_of_processes(
     assert (resumed["event"], resumed["step"], resumed["processes"]) == ("resumed", 3, then)
 
 
-def assert_same_learning(one: Path, other: Path, steps: int = 8) -> None:
+def assert_same_learning(one: Path, other: Path, steps: int = 8, *, rounding: float = 1e-5) -> None:
     """The same losses, and weights but for rounding."""
     for name, tensor in weights(one, steps).items():
-        torch.testing.assert_close(tensor, weights(other, steps)[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(tensor, weights(other, steps)[name], rtol=1e-3, atol=rounding)
     assert_same_losses(one, other)
 
 
