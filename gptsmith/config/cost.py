@@ -18,9 +18,15 @@ Shape = tuple[int, ...]
 
 FLOAT32 = 4  # bytes; weights, gradients and AdamW's state are always in float32
 
+# Logits that are computed at once: 128 MiB in float32. Smaller chunks of tokens spend more time on
+# summing the head's gradient.
+LOGITS_AT_ONCE = 1 << 25
+# In a block of attention: the fastest of 64 to 1,024, at contexts of 256 and 1,024.
+BLOCK_QUERIES = 128
+
 # Fragmentation of glibc's heap by tensors of under 32 MiB, as a share of the activations: measured
-# between 0.3 and 0.6.
-HEAP_FRAGMENTATION = 1 / 2
+# between 0.3 and 0.6, and with the fused pieces, which make fewer tensors, between 0.08 and 0.13.
+HEAP_FRAGMENTATION, FUSED_FRAGMENTATION = 1 / 2, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -130,97 +136,116 @@ def kv_cache_bytes(config: GPTConfig, tokens: int, dtype_bytes: int = FLOAT32) -
     return 2 * config.n_layer * config.kv_heads * config.head_size * tokens * dtype_bytes
 
 
-def loss_bytes(config: GPTConfig, micro_batch: int) -> int:
-    """Bytes of three float32 (B, T, V): the log-softmax, its gradient, and the logits' gradient.
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """How a forward and backward pass is computed, as far as its memory depends on it."""
 
-    A classifier's have K in place of V.
+    dtype_bytes: int = FLOAT32  # of matrix products; 2 under bfloat16 autocast
+    recompute: bool = False  # the activations of each block again in the backward pass
+    fused: bool = False  # in C++ on a CPU (model/fused.py)
+    # Attention's weights are kept (model/attention.py), as where dropout by seeds falls on them.
+    blocks: bool = False
+
+
+def plain_pass(config: GPTConfig) -> Pass:
+    """Return how a pass is computed in float32 by PyTorch on a CPU."""
+    return Pass(blocks=config.dropout > 0)
+
+
+def loss_bytes(config: GPTConfig, micro_batch: int, how: Pass = Pass()) -> int:
+    """Bytes of computing the loss of full contexts, a chunk of tokens at a time.
+
+    A chunk has logits, their log-softmax and its gradient, both in float32; C++ computes in the
+    place of the logits. The head's gradient is there too, and what a chunk adds to it. A
+    classifier's have K rows in place of V.
     """
-    return 3 * FLOAT32 * micro_batch * config.context_length * config.head_rows
+    tokens, V = micro_batch * config.context_length, config.head_rows
+    chunk = min(tokens, max(1, LOGITS_AT_ONCE // V))
+    logits = chunk * V * (how.dtype_bytes + (0 if how.fused else 2 * FLOAT32))
+    return logits + V * config.n_embd * (FLOAT32 + how.dtype_bytes)
 
 
-def activation_bytes(
-    config: GPTConfig, micro_batch: int, *, dtype_bytes: int = FLOAT32, recompute: bool = False
-) -> int:
-    """Bytes of the activations of one micro-batch of full contexts when the backward pass begins.
+def activation_bytes(config: GPTConfig, micro_batch: int, how: Pass = Pass()) -> int:
+    """Bytes of the activations of one micro-batch of full contexts, at the peak of a pass.
 
-    `dtype_bytes` is 2 under bfloat16 autocast: the residual stream and the loss stay in float32,
-    and each weight is copied. PyTorch keeps for the backward pass: in each block the residual
-    stream twice, the outputs of two norms, query, key, value and attention's output (no T x T), the
-    MLP before and after GELU; then `loss_bytes`. Dropout adds its masks and, on a CPU, the T x T
-    attention weights three times, since the fused kernel there has no dropout. The modern block
-    adds `_rotated_bytes`. With `recompute`, all blocks but one keep their input alone. A test holds
-    the result within 10% of what PyTorch allocates.
+    Under autocast, the residual stream and the loss stay in float32, and each weight is copied.
+    Kept for the backward pass are, in each block, the residual stream twice, the outputs of two
+    norms, query, key, value and attention's output, the MLP before and after GELU; then
+    `loss_bytes`. With `blocks`, attention's weights too, of each block of queries and the keys up
+    to its end. Otherwise dropout adds a byte for each number that it falls on: seeds need nothing,
+    but PyTorch's generator does. The modern block adds `_rotated_bytes`. With `recompute`, all
+    blocks but one keep their input alone. A test holds the result within 10% of what PyTorch
+    allocates in a pass as training makes it.
     """
     H, C, M, T = (sizes(config)[letter] for letter in "HCMP")
-    block = FLOAT32 * (2 * C + H + 4) + dtype_bytes * (6 * C + 2 * M)
-    head = (FLOAT32 + dtype_bytes) * C
-    activation = FLOAT32 * M  # for the backward pass of the last activation function
+    width, tokens = how.dtype_bytes, micro_batch * config.context_length
+    block = FLOAT32 * (2 * C + H + 4) + width * (6 * C + 2 * M)
+    head, at_block = (FLOAT32 + width) * C, 0
+    in_block = FLOAT32 * M  # for the backward pass of the last activation function
+    if how.fused:  # all gradients of a block, those of its weights included
+        in_block = FLOAT32 * 3 * C + width * (7 * C + M)
+        at_block = FLOAT32 * block_count(config)
     if config.modern:
-        block += _rotated_bytes(config, dtype_bytes)
+        block += _rotated_bytes(config, how)
         head += FLOAT32 * C  # before the norm that follows the embedding
-        activation = 3 * dtype_bytes * M
-    if config.dropout:
-        block += dtype_bytes * 2 * C + FLOAT32 * 3 * H * T + (FLOAT32 - dtype_bytes) * 3 * C
-        head += FLOAT32 * C
-    copies = 0 if dtype_bytes == FLOAT32 else weight_bytes(config, dtype_bytes)
-    kept, in_block, at_block = config.n_layer * block, activation, copies
-    if recompute:  # one block has its activations, and copies of its weights
-        kept, in_block = config.n_layer * FLOAT32 * C, block + activation
-        at_block = copies and block_count(config) * dtype_bytes
-    # The backward pass peaks at the loss or, where the vocabulary is small, in the last MLP.
-    last = max(loss_bytes(config, micro_batch) + copies, micro_batch * T * in_block + at_block)
-    return micro_batch * T * (kept + head) + last
+        in_block = 3 * width * M
+    if how.blocks and not how.fused:  # what is fused computes them again
+        block += width * H * (T + min(T, BLOCK_QUERIES)) // 2
+    elif config.dropout:
+        block += 2 * C
+        head += C
+    copies = 0 if width == FLOAT32 else weight_bytes(config, width)
+    kept, at_end = config.n_layer * block, copies
+    if how.recompute:  # one block has its activations, and copies of its weights
+        kept, in_block = config.n_layer * FLOAT32 * C, block + in_block
+        at_end = copies and block_count(config) * width
+    # A pass peaks at the loss or, where the vocabulary is small, in the last block's backward pass.
+    head_gradient = FLOAT32 * config.head_rows * C
+    backward = tokens * in_block + at_block + at_end + head_gradient
+    last = max(loss_bytes(config, micro_batch, how) + copies, backward)
+    return tokens * (kept + head) + last
 
 
-def _rotated_bytes(config: GPTConfig, dtype_bytes: int) -> int:
+def _rotated_bytes(config: GPTConfig, how: Pass) -> int:
     """Bytes per token and block that the modern attention keeps beyond GPT-2's.
 
     Queries and keys after rotation (in float32) and again after their norm, which adds a number per
     head. Grouped keys and values are repeated for attention, and c_attn's output is then freed.
     """
-    heads = config.n_head + config.kv_heads
+    heads, width = config.n_head + config.kv_heads, how.dtype_bytes
     rotated = heads * config.head_size
     repeated = -config.n_embd if config.kv_heads < config.n_head else 0
-    normed = 0 if config.dropout else dtype_bytes * rotated  # dropout keeps a scaled copy instead
-    return FLOAT32 * (rotated + heads) + normed + dtype_bytes * repeated
+    normed = 0 if how.blocks else width * rotated  # blocks keep a scaled copy instead
+    return FLOAT32 * (rotated + heads) + normed + width * repeated
 
 
 def training_memory(
-    config: GPTConfig,
-    micro_batch: int,
-    *,
-    dtype_bytes: int = FLOAT32,
-    learned: int | None = None,
-    recompute: bool = False,
+    config: GPTConfig, micro_batch: int, how: Pass = Pass(), *, learned: int | None = None
 ) -> int:
     """Bytes that a training step needs: weights, gradients, AdamW's state and activations.
 
-    `micro_batch` is in full contexts; `dtype_bytes` is 2 under bfloat16 autocast; `learned`
-    parameters (default: all) have gradients and state; with `recompute`, activations are computed
-    again in the backward pass. This estimate serves to choose a micro-batch on a CPU: it adds half
-    of the blocks' activations for heap fragmentation, and leaves out PyTorch itself (about 0.3 GB).
-    In eleven measurements of 0.05 to 3 GB (Linux, PyTorch 2.13, float32 and bfloat16, with and
-    without dropout, all without recomputation) it was 0.91 to 1.05 times the process's peak, so
-    leave a fifth free.
+    `micro_batch` is in full contexts; `learned` parameters (default: all) have gradients and state.
+    This estimate serves to choose a micro-batch on a CPU: it adds a share of the activations for
+    heap fragmentation, and leaves out PyTorch itself (about 0.3 GB). Without recomputation, it was
+    between 0.90 and 1.16 times the peak of a process (benchmarks/notes.md).
     """
-    activations = activation_bytes(
-        config, micro_batch, dtype_bytes=dtype_bytes, recompute=recompute
-    )
-    fragmentation = int(HEAP_FRAGMENTATION * (activations - loss_bytes(config, micro_batch)))
+    activations = activation_bytes(config, micro_batch, how)
+    share = FUSED_FRAGMENTATION if how.fused else HEAP_FRAGMENTATION
+    fragmentation = int(share * (activations - loss_bytes(config, micro_batch, how)))
     learning = (parameter_count(config) if learned is None else learned) * FLOAT32
     # The gradients take as much as what learns, and AdamW's state twice that.
     return weight_bytes(config) + 3 * learning + activations + fragmentation
 
 
 def memory(config: GPTConfig) -> dict[str, int]:
-    """Return the float32 memory of training and generation, in bytes."""
-    weights = weight_bytes(config)
+    """Return the float32 memory of training on a CPU, and of generation, in bytes."""
+    weights, how = weight_bytes(config), plain_pass(config)
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,  # AdamW's running means of each gradient and of its square
-        "activations_per_context": activation_bytes(config, 1),
-        "training": training_memory(config, 1),
+        "activations_per_context": activation_bytes(config, 1, how),
+        "training": training_memory(config, 1, how),
         "kv_cache_per_token": kv_cache_bytes(config, 1),
         "kv_cache_per_context": kv_cache_bytes(config, config.context_length),
     }

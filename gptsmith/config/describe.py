@@ -84,8 +84,9 @@ class Description:
 def adapters_json(config: GPTConfig, lora: LoRASettings) -> dict[str, Any]:
     """Return the parameters of adapters, and the memory of training them, in bytes."""
     learned = adapter_count(config, lora)
-    whole = cost.training_memory(config, 1)
-    needed = cost.training_memory(config, 1, learned=learned)
+    how = cost.plain_pass(config)
+    whole = cost.training_memory(config, 1, how)
+    needed = cost.training_memory(config, 1, how, learned=learned)
     return {
         "rank": lora.rank,
         "terms": [asdict(Term(*term)) for term in adapter_terms(config, lora)],

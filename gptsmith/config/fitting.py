@@ -29,10 +29,12 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """What is done to need less memory."""
+    """How training computes, as far as its memory depends on it."""
 
     sharded: bool
     recomputed: bool  # each block's activations, in the backward pass
+    fused: bool = False  # these two: see `cost.Pass`
+    blocks: bool = False
 
 
 def ways() -> Iterator[Way]:
@@ -50,14 +52,16 @@ def memory_parts(
     `learned` parameters (default: all) have gradients and state. On one device, the parts add up to
     `cost.training_memory`.
     """
-    choices: Any = {
-        "dtype_bytes": DTYPE_BYTES[devices.dtype],
-        "recompute": way.recomputed,
-    }
-    weights, loss = cost.weight_bytes(config), cost.loss_bytes(config, micro_batch)
+    how = cost.Pass(
+        dtype_bytes=DTYPE_BYTES[devices.dtype],
+        recompute=way.recomputed,
+        fused=way.fused,
+        blocks=way.blocks,
+    )
+    weights, loss = cost.weight_bytes(config), cost.loss_bytes(config, micro_batch, how)
     learning = weights if learned is None else learned * cost.FLOAT32
-    activations = cost.activation_bytes(config, micro_batch, **choices)
-    whole = cost.training_memory(config, micro_batch, learned=learned, **choices)
+    activations = cost.activation_bytes(config, micro_batch, how)
+    whole = cost.training_memory(config, micro_batch, how, learned=learned)
     devices_of_one_copy = devices.count if way.sharded else 1
     share = -(-learning // devices_of_one_copy)
     return {

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..config.cost import BLOCK_QUERIES
 from .dropout import drop
-
-BLOCK_QUERIES = 128  # the fastest of 64 to 1,024, at contexts of 256 and 1,024
 
 
 def by_kernel(

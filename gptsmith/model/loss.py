@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..config import cost
+
 NOT_LEARNED = -1  # a target with this id is ignored
-# Per chunk, 128 MiB in float32. Smaller chunks spend more time on summing the head's gradient.
-LOGITS_AT_ONCE = 1 << 25
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x.device)
         d_features = torch.empty_like(x) if of_features else None
         d_weight = torch.zeros_like(weight, dtype=wide) if of_head else None
-        rows = max(1, LOGITS_AT_ONCE // V)
+        rows = max(1, cost.LOGITS_AT_ONCE // V)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
             logits = head_logits(x[chunk], weight, V)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..config import cost
 from . import loss
 from .gpt import GPT
 
@@ -146,7 +147,7 @@ class _Logprobs(torch.autograd.Function):
 
 def _chunks(targets: Tensor, V: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of tokens whose logits are held at once, and their targets (R, 1).  (N,)"""
-    rows = max(1, loss.LOGITS_AT_ONCE // V)
+    rows = max(1, cost.LOGITS_AT_ONCE // V)
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
         yield chunk, targets[chunk, None]

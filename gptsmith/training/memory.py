@@ -67,12 +67,18 @@ def needed_parts(
 ) -> dict[str, int]:
     """Return the same by part, as `config/fitting.py` names them.
 
-    `machine` says whether the model is sharded, and whether activations are recomputed; `learned`
-    parameters learn (default: all).
+    `machine` says whether the model is sharded, whether activations are recomputed and how a pass
+    is computed; `learned` parameters learn (default: all).
     """
     narrow = number_bytes("bf16" if machine.dtype == "auto" else machine.dtype) == 2
     devices_of_run = Devices(count=world_size(), dtype="bf16" if narrow else "float32")
-    way = Way(sharded=machine.shard == "yes", recomputed=machine.recompute == "yes")
+    way = Way(
+        sharded=machine.shard == "yes",
+        recomputed=machine.recompute == "yes",
+        fused=machine.fused == "yes",
+        # Dropout by seeds does so too; a GPU's own attention drops weights without keeping them.
+        blocks=machine.attention == "blocks" or config.dropout > 0,
+    )
     return memory_parts(config, rows, devices_of_run, way, learned)
 
 

@@ -15,7 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from gptsmith import GPT, GPTConfig
 from gptsmith.config import cost
 from gptsmith.config.model import PRESETS
+from gptsmith.machine.native import open_library
+from gptsmith.model import fused
+from gptsmith.model.attention import WAYS
 from gptsmith.model.cache import KVCache
+from gptsmith.model.dropout import dropout_seeds
 from gptsmith.model.recompute import recompute_blocks
 from tests.conftest import TINY
 
@@ -35,6 +39,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 # Where the activations of the blocks, and the logits, take the most memory.
 SMALL: dict[str, Any] = {"vocab_size": 65, "n_layer": 5, "n_embd": 96, "n_head": 4}
+LONG: dict[str, Any] = SMALL | {"n_layer": 3, "context_length": 300}
 LARGE_VOCABULARY: dict[str, Any] = {"vocab_size": 9000, "n_layer": 2, "n_embd": 48, "n_head": 3}
 
 
@@ -157,41 +162,68 @@ def peak_allocation(step: Callable[[], Any]) -> int:
     return peak
 
 
+DROPPING, MODERN = {"dropout": 0.1}, {"block": "modern"}
+NARROW, AGAIN = {"dtype_bytes": 2}, {"recompute": True}
+FUSED, BLOCKS = {"fused": True}, {"blocks": True}
+
+
 @pytest.mark.parametrize(
-    ("sizes", "dtype_bytes"),
+    ("sizes", "how"),
     [
-        (SMALL | {"recompute": True}, 4),
-        (SMALL | {"recompute": True, "block": "modern", "dropout": 0.1}, 2),
-        (SMALL, 4),
-        (SMALL | {"dropout": 0.1}, 4),
-        (SMALL | {"n_inner": 200}, 4),
-        (LARGE_VOCABULARY, 4),
-        (LARGE_VOCABULARY, 2),
-        (SMALL, 2),
-        (SMALL | {"block": "modern"}, 4),
-        (SMALL | {"block": "modern", "dropout": 0.1}, 4),
-        (SMALL | {"block": "modern", "n_kv_head": 1}, 4),
-        (LARGE_VOCABULARY | {"block": "modern"}, 2),
-        (SMALL | {"block": "modern", "n_kv_head": 2}, 2),
+        (SMALL, {}),
+        (SMALL, NARROW),
+        (SMALL, AGAIN),
+        (SMALL, BLOCKS),
+        (SMALL, FUSED),
+        (SMALL, FUSED | NARROW),
+        (SMALL, FUSED | AGAIN),
+        (SMALL | {"n_inner": 200}, {}),
+        (SMALL | {"n_inner": 200}, FUSED),
+        (SMALL | DROPPING, BLOCKS),
+        (SMALL | DROPPING, BLOCKS | NARROW),
+        (SMALL | DROPPING, FUSED),
+        (LONG | DROPPING, BLOCKS),
+        (LONG | DROPPING, BLOCKS | NARROW | AGAIN),
+        (LARGE_VOCABULARY, {}),
+        (LARGE_VOCABULARY, NARROW),
+        (LARGE_VOCABULARY, FUSED),
+        (LARGE_VOCABULARY | DROPPING, BLOCKS | AGAIN),
+        (SMALL | MODERN, {}),
+        (SMALL | MODERN | DROPPING, BLOCKS),
+        (SMALL | MODERN | DROPPING, BLOCKS | NARROW | AGAIN),
+        (SMALL | MODERN | {"n_kv_head": 1}, {}),
+        (SMALL | MODERN | {"n_kv_head": 2}, NARROW),
+        (LARGE_VOCABULARY | MODERN, NARROW),
     ],
 )
 @pytest.mark.slow
-def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], dtype_bytes: int) -> None:
-    """The estimate for 7 rows against the peak of a forward and backward pass."""
-    recompute = "recompute" in sizes
-    sizes = {name: size for name, size in sizes.items() if name != "recompute"}
-    config = GPTConfig(**sizes, context_length=128)
+def test_activations_are_what_pytorch_allocates(sizes: dict[str, Any], how: dict[str, Any]) -> None:
+    """The estimate for 7 rows against the peak of a forward and backward pass as in training."""
+    config, way = GPTConfig(**({"context_length": 128} | sizes)), cost.Pass(**how)
     model, tokens = GPT(config), torch.zeros(7, config.context_length, dtype=torch.long)
-    recompute_blocks(model, recompute)
+    model.attend_by(WAYS["blocks" if way.blocks else "kernel"])
+    if way.fused:
+        fused.fuse(model, open_library(fused.SOURCE))
+    recompute_blocks(model, way.recompute)
+    seeds = dropout_seeds(1, 0, torch.arange(7), config.n_layer) if config.dropout else None
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype_bytes == 2):
-            loss = model(tokens, tokens).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.dtype_bytes == 2):
+            loss = model.loss(tokens, tokens, seeds)
         loss.backward()
 
     step()  # gradients exist from here on
-    estimate = cost.activation_bytes(config, 7, dtype_bytes=dtype_bytes, recompute=recompute)
+    estimate = cost.activation_bytes(config, 7, way)
     assert estimate == pytest.approx(peak_allocation(step), rel=0.1)
+
+
+def test_a_large_vocabulary_takes_its_logits_in_chunks() -> None:
+    """At GPT-2's, the loss of more rows takes no more memory."""
+    config = PRESETS["gpt2"]
+    chunk = cost.LOGITS_AT_ONCE // 50257 * 50257
+    assert cost.loss_bytes(config, 8) == cost.loss_bytes(config, 1) == 12 * chunk + 8 * 50257 * 768
+    fused = cost.loss_bytes(config, 8, cost.Pass(fused=True, dtype_bytes=2))
+    assert fused == 2 * chunk + 6 * 50257 * 768
 
 
 STEP = """
@@ -206,7 +238,7 @@ def steps(config, micro_batch):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(config.vocab_size, (micro_batch, config.context_length))
     for _ in range(3):
-        model(tokens, tokens).loss.backward()
+        model.loss(tokens, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -242,4 +274,5 @@ def test_training_memory_grows_with_each_row() -> None:
     one, two, three = (cost.training_memory(config, rows) for rows in (1, 2, 3))
     assert two - one == pytest.approx(three - two, abs=2)
     assert one > 4 * cost.weight_bytes(config)
-    assert cost.activation_bytes(config, 2, dtype_bytes=2) < cost.activation_bytes(config, 2)
+    narrow = cost.Pass(dtype_bytes=2)
+    assert cost.activation_bytes(config, 2, narrow) < cost.activation_bytes(config, 2)

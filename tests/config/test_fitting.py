@@ -34,7 +34,7 @@ def test_on_one_device_the_parts_are_the_memory_of_training(dtype: Any, recomput
         XL, 3, Devices(count=1, dtype=dtype), Way(sharded=False, recomputed=recomputed)
     )
     width = {"float32": 4, "bf16": 2}[dtype]
-    whole = cost.training_memory(XL, 3, dtype_bytes=width, recompute=recomputed)
+    whole = cost.training_memory(XL, 3, cost.Pass(dtype_bytes=width, recompute=recomputed))
     assert sum(parts.values()) == whole
     assert parts["weights"] == 4 * 1_557_611_200
     alone = memory_parts(
@@ -46,7 +46,7 @@ def test_on_one_device_the_parts_are_the_memory_of_training(dtype: Any, recomput
 def test_what_does_not_learn_has_no_gradients() -> None:
     parts = memory_parts(XL, 3, Devices(count=1), Way(sharded=False, recomputed=False), learned=7)
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * 1_557_611_200, 28, 56)
-    assert sum(parts.values()) == cost.training_memory(XL, 3, dtype_bytes=2, learned=7)
+    assert sum(parts.values()) == cost.training_memory(XL, 3, cost.Pass(dtype_bytes=2), learned=7)
 
 
 def test_sharded_each_device_has_its_part_and_what_it_gathers() -> None:
@@ -103,7 +103,7 @@ def test_a_step_allocates_what_is_predicted(dtype: Any, recomputed: bool) -> Non
         tokens = torch.zeros(4, config.context_length, dtype=torch.long)
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-                loss = model(tokens, tokens).loss
+                loss = model.loss(tokens, tokens)
             loss.backward()
             optimizer.step()
 

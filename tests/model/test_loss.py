@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith import GPT, GPTConfig
-from gptsmith.model import loss
+from gptsmith.config import cost
 from gptsmith.model.loss import head_loss, mean_loss
 from tests.conftest import TINY, scrambled
 
@@ -24,7 +24,7 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
 def test_it_is_cross_entropy_and_its_gradient(
     logits_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(cost, "LOGITS_AT_ONCE", logits_at_once)
     features, head, targets = problem()
     found = head_loss(features, head, targets)
     expected = F.cross_entropy(

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptsmith import GPT, GPTConfig
+from gptsmith.config import cost
 from gptsmith.config.model import MODERN
 from gptsmith.machine.native import open_library
-from gptsmith.model import loss
 from gptsmith.model.dropout import dropout_seeds
 from gptsmith.model.fused import SOURCE, fuse
 from gptsmith.model.preference import (
@@ -43,7 +43,7 @@ def by_definition(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("logits_at_once", [1, 37, 100, 37 * 9, 1 << 24])
 def test_logprobs_and_their_gradient(logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(cost, "LOGITS_AT_ONCE", logits_at_once)
     features, head, targets = problem()
     found, expected = (way(features, head, targets) for way in (target_logprobs, by_definition))
     assert found[1] == 0.0
