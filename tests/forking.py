@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -147,6 +148,7 @@ def fork(order: dict[str, Any]) -> int:
     status = 1
     try:
         status = run_code(order)
+        multiprocessing.util._exit_function()  # or a tracker of its semaphores misses them
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

@@ -108,9 +108,8 @@ def leave_streams() -> None:
 
 
 def set_up_streams() -> None:
-    """Open standard output and error if they are closed, and make both UTF-8.
+    """Make standard output and error UTF-8, and write to nowhere for one that was closed.
 
-    Of a closed one, a new socket could get the file descriptor: the lowest free number is used.
     Any other encoding lacks characters that a model may write. Names of files that are not UTF-8
     become the same bytes again.
     """

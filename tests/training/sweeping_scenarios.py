@@ -49,7 +49,9 @@ class Forked:
                 order.unlink()
                 who = os.getpid() if whom == "run" else int(Path("sweep-pid").read_text())
                 os.kill(who, int(number))
-                time.sleep(0.3)  # the run goes on without its sweep
+                if who != os.getpid() and int(number) == signal.SIGKILL:
+                    until_waited_for()  # the run goes on without its sweep
+                time.sleep(0.3)
             return report
 
         loop.Trainer.step = reporting  # type: ignore[method-assign]
@@ -63,6 +65,15 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+def until_waited_for() -> None:
+    """Wait for the next sweep to find a run that still trains."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if (said := Path("said")).exists() and "by an earlier process" in said.read_text():
+            return
+        time.sleep(0.01)
 
 
 def redirect(path: Path) -> None:
