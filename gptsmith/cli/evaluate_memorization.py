@@ -59,7 +59,7 @@ def wants_memorization(options: Namespace, *others: type) -> bool:
 
 def evaluate_memorization(options: Namespace, name: str, data: str, as_json: bool) -> None:
     """Measure what a model remembers, and write the report."""
-    from ..data.prepare import opened_splits
+    from ..data.for_evaluation import opened_splits
     from ..data.shards import is_dataset
     from ..machine.files import write_text
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from ..machine.files import written_whole
 from ..tokenizers import Tokenizer, load_tokenizer
+from .dataset_folder import check_made_by, with_sums, write_info
 from .part_folder import TOKENIZER, Part, PartFolder, open_part, verify
-from .prepare import Progress, check_disk, check_made_by, timed, with_sums, write_info
+from .prepare import Progress, check_disk, timed
 from .repeats import repeats_of_earlier
 from .shards import Dataset, TokenStream, prepared_info
 from .split import Counts, is_held_out

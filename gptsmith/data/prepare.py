@@ -1,46 +1,34 @@
-"""Turn text into a folder of token shards, completely or not at all, or only for an evaluation.
+"""Turn text into a folder of token shards, completely or not at all.
 
-Knows nothing of how text is found (`sources.py`) and encoded (`encode.py`), or of the file format
-(`tokenfile.py`).
+Knows nothing of how text is found (`sources.py`) and encoded (`encode.py`), or of what is in the
+folder (`dataset_folder.py`).
 """
 
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ..config.fields import SettingError
-from ..config.settings import PrepareSettings, Split
-from ..machine.environment import checked_threads
-from ..machine.files import write_json, written_whole
+from ..config.settings import PrepareSettings
+from ..machine.files import written_whole
 from ..tokenizers import Tokenizer, char_tokenizer, open_tokenizer
+from .dataset_folder import check_made_by, described, write_dataset
 from .documents import text_bytes
-from .encode import encode_all
 from .repeats import (
-    documents_in_training,
     repeats_of_earlier,
-    stretches_in_training,
-    warnings_of,
 )
 from .shards import (
-    DATASET_FORMAT,
-    DATASET_VERSION,
-    INFO,
     Dataset,
-    TokenStream,
-    is_dataset,
     prepared_info,
 )
 from .sources import Source, find_sources
-from .split import Counts, Reader, has_documents, split_rule
-from .tokenfile import ShardWriter
+from .split import Reader, has_documents, split_rule
 
 REPORT_SECONDS = 0.1  # between two reports of progress
 
@@ -143,48 +131,17 @@ def learning(
         yield reader.read
 
 
-def described(
-    sources: Sequence[Source], options: PrepareSettings, rule: tuple[str, str], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Return the part of dataset.json that the arguments determine, but for the sources' SHA-256.
-
-    `rule` is that of `split_rule`.
-    """
-    settings = {name: value for name, value in asdict(options).items() if name != "workers"}
-    return {
-        "format": DATASET_FORMAT,
-        "version": DATASET_VERSION,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "split": {"rule": rule[0], "fraction": options.validation_fraction, "text": rule[1]},
-        "sources": [{"path": source.name, "bytes": source.size} for source in sources],
-        "settings": settings,
-    }
-
-
-def with_sums(info: dict[str, Any], sums: Sequence[str]) -> dict[str, Any]:
-    """Return what `described` gave with the SHA-256 of each source."""
-    pairs = zip(info["sources"], sums, strict=True)
-    return info | {"sources": [source | {"sha256": each} for source, each in pairs]}
-
-
-def check_made_by(
-    out: Path, info: dict[str, Any], asked: dict[str, Any], sums: Sequence[str]
-) -> None:
-    """Raise ValueError if the dataset.json of `out` is not what these arguments would make."""
-    # What an older version did not know of had its default.
-    there = info | {"settings": asdict(PrepareSettings()) | (info.get("settings") or {})}
-    there["settings"].pop("workers")
-    asked = with_sums(asked, sums)
-    differing = [key for key, value in asked.items() if there.get(key) != value]
-    if differing:
-        raise ValueError(
-            f"{out} was prepared with other {' and '.join(differing)}: "
-            "choose another --out, or remove it first"
-        )
+def separator_for(tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
+    """Return the text that ends each document where the tokenizer has no token for it."""
+    if tokenizer.document_end is not None or not has_documents(sources):
+        return ""
+    if tokenizer.kind == "char" and "\n" in tokenizer.vocab:
+        return "\n"
+    warnings.warn(
+        "the tokenizer has no token for the end of a document: nothing separates the documents",
+        stacklevel=2,
+    )
+    return ""
 
 
 def most_bytes(sources: Sequence[Source], tokenizer: Tokenizer, field: str) -> int:
@@ -204,147 +161,3 @@ def check_disk(out: Path, most: int) -> None:
             f"{out} could need {most / 1e9:,.3f} GB, but {free / 1e9:,.3f} GB are free on its "
             "disk: free some space, or choose an --out on another"
         )
-
-
-# -- writing
-
-
-def write_dataset(folder: Path, reader: Reader, tokenizer: Tokenizer) -> Iterator[int]:
-    """Write shards, tokenizer and dataset.json to a folder; yield the number of tokens so far."""
-    options = reader.options
-    workers = checked_threads("workers", options.workers)
-    encoded = encode_all(reader.passages(), tokenizer, unknown=options.unknown, workers=workers)
-    sizes = tokenizer.vocab_size, options.shard_tokens
-    with (
-        ShardWriter(folder, "train", *sizes) as train,
-        ShardWriter(folder, "validation", *sizes) as validation,
-        closing(encoded),
-    ):
-        for train_ids, validation_ids, _ in encoded:
-            train.write(train_ids)
-            validation.write(validation_ids)
-            yield train.tokens + validation.tokens
-    reader.bad_rows.warn()
-    tokenizer.save(folder)
-    rule = split_rule(reader.sources, options, reader.repeated)
-    info = with_sums(described(reader.sources, options, rule, tokenizer), reader.sums)
-    write_info(folder, info, reader.counts, train, validation, tokenizer)
-
-
-def write_info(
-    folder: Path,
-    info: dict[str, Any],
-    counts: Counts,
-    train: ShardWriter,
-    validation: ShardWriter,
-    tokenizer: Tokenizer,
-) -> None:
-    """Write dataset.json for shards that are finished; `info` is what the arguments determine.
-
-    ValueError if a split that was asked for is empty.
-    """
-    names = ", ".join(source["path"] for source in info["sources"][:3])
-    fraction = info["settings"]["validation_fraction"]
-    if not train.tokens:
-        raise ValueError(f"{names} has too little text to train on: use more")
-    if fraction and not validation.tokens:
-        raise ValueError(
-            f"{names} has too little text to hold out {fraction:.4g} of it: "
-            "use a larger --validation-fraction, or 0"
-        )
-    for writer, size, documents in zip(
-        (train, validation), counts.bytes, counts.documents, strict=True
-    ):
-        split = {"tokens": writer.tokens, "bytes": size, "documents": documents}
-        info[writer.prefix] = {**split, "shards": writer.shards} if writer.tokens else None
-    if info["settings"]["deduplicate"]:
-        info["dropped"] = {"documents": counts.dropped_documents, "bytes": counts.dropped_bytes}
-    if validation.tokens:
-        info["overlap"] = overlap_of(counts, train, validation, tokenizer)
-    write_json(folder / INFO, info)
-
-
-def overlap_of(
-    counts: Counts, train: ShardWriter, validation: ShardWriter, tokenizer: Tokenizer
-) -> dict[str, int]:
-    """Return how much of the validation text is in the training text too; warn of much."""
-    learned, held_out = (
-        TokenStream([each.folder / shard["file"] for shard in each.shards], mapped_bytes=1 << 24)
-        for each in (train, validation)
-    )
-    sought, found = stretches_in_training(learned, held_out, tokenizer.document_end)
-    overlap = {
-        "documents": documents_in_training(*counts.digests),
-        "stretches": sought,
-        "repeated_stretches": found,
-    }
-    for warning in warnings_of(overlap, counts.documents[True]):
-        warnings.warn(warning, stacklevel=2)
-    return overlap
-
-
-def separator_for(tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
-    """Return the text that ends each document where the tokenizer has no token for it."""
-    if tokenizer.document_end is not None or not has_documents(sources):
-        return ""
-    if tokenizer.kind == "char" and "\n" in tokenizer.vocab:
-        return "\n"
-    warnings.warn(
-        "the tokenizer has no token for the end of a document: nothing separates the documents",
-        stacklevel=2,
-    )
-    return ""
-
-
-# -- for an evaluation
-
-
-@contextmanager
-def opened_tokens(
-    data: str | Path,
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    *,
-    split: Split | None = None,
-    options: PrepareSettings | None = None,
-) -> Iterator[TokenStream]:
-    """Yield the tokens of DATA for a model with this tokenizer and vocabulary.
-
-    For prepared data these are one split: by default validation, or train if nothing was held out.
-    A text is encoded whole, with the given options. ValueError if the tokens do not suit the model.
-    """
-    if is_dataset(Path(data)):
-        yield Dataset.open(Path(data)).tokens_for(tokenizer, vocab_size, split)
-        return
-    if tokenizer is None:
-        raise ValueError(
-            f"the model has no tokenizer to encode {data}: use data made by `gptsmith prepare`"
-        )
-    if split == "validation":
-        raise SettingError("split", f"is for prepared data: {data} is text, which is read whole")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "data"
-        whole = replace(options or PrepareSettings(), validation_fraction=0.0)
-        for _ in prepare([str(data)], tokenizer, folder, options=whole):
-            pass
-        with closing(Dataset.open(folder)) as dataset:
-            yield dataset.train
-
-
-@contextmanager
-def opened_splits(
-    data: str | Path, tokenizer: Tokenizer, *, options: PrepareSettings | None = None
-) -> Iterator[Dataset]:
-    """Yield DATA as a run learns it: a prepared folder, or a text that is prepared like a run's.
-
-    The text's dataset is in a temporary folder, which is removed at the end.
-    """
-    if is_dataset(Path(data)):
-        yield Dataset.open(Path(data))
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "data"
-        for _ in prepare([str(data)], tokenizer, folder, options=options):
-            pass
-        with closing(Dataset.open(folder)) as dataset:
-            yield dataset

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config.settings import PrepareSettings, Split
 from ..tokenizers import Tokenizer, has_tokenizer, load_tokenizer
-from .prepare import opened_tokens
+from .for_evaluation import opened_tokens
 from .shards import Dataset, TokenStream, is_dataset
 
 Vocabulary = tuple[Tokenizer | None, int]  # a model's tokenizer, and the size of its vocabulary
@@ -30,7 +30,8 @@ def opened_for_each(
     first_tokens: int | None = None,
     options: PrepareSettings | None = None,
 ) -> Iterator[list[TokenStream]]:
-    """Yield the tokens of DATA for each of several models, as `prepare.opened_tokens` for one.
+    """Yield the tokens of DATA for each of several models, as `for_evaluation.opened_tokens` for
+    one.
 
     If their tokenizers differ, all encode the same text, that of the `first_tokens` of DATA by the
     tokenizer that made it or, of a text, by the first model's. ValueError if the tokens do not suit

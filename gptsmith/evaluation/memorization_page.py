@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from ..data.shards import Dataset
+from ..machine.pages import read_page
 from ..machine.terminal import count
 from ..tokenizers import Tokenizer
 from .contamination import GRAM, STRETCH, Contamination, Stretch
@@ -36,7 +37,7 @@ def report_page(found: Memorization, tokenizer: Tokenizer, dataset: Dataset, mod
     sections = [*extraction(found, tokenizer), *samples(found, tokenizer)]
     if found.contamination is not None:
         sections += overlap(found.contamination, tokenizer, dataset)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return Template(read_page(TEMPLATE)).substitute(
         title=escape(f"What {model} remembers"),
         summary=escape(summary(found)),
         sections="\n".join(sections),

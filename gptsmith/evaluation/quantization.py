@@ -24,7 +24,7 @@ from ..checkpoint.tensors import packing
 from ..config.classifier import check_writes
 from ..config.settings import PrepareSettings, SamplingSettings
 from ..data.batches import Tokens
-from ..data.prepare import opened_tokens
+from ..data.for_evaluation import opened_tokens
 from ..generation.compiled import open_decoder
 from ..generation.writing import generate_tokens, timed_tokens
 from ..machine.files import written_whole

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..machine.pages import read_page
+
 TEMPLATE = Path(__file__).with_name("page.html")
 EMPTY = '<script id="data" type="application/json"></script>'
 
@@ -12,8 +14,7 @@ def page(facts: dict[str, Any]) -> str:
     """Return the page with what `report.to_json` says, as HTML."""
     # In JSON, "<" occurs only in strings, where it may be written so. It could end the element.
     data = json.dumps(facts, separators=(",", ":")).replace("<", "\\u003c")
-    whole = TEMPLATE.read_text(encoding="utf-8")
-    return whole.replace(EMPTY, EMPTY.replace("></", f">{data}</"))
+    return read_page(TEMPLATE).replace(EMPTY, EMPTY.replace("></", f">{data}</"))
 
 
 def is_page(path: Path) -> bool:

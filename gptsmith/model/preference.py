@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from ..config import cost
@@ -93,7 +94,6 @@ def answer_logprobs(
     return found.view(-1, 2)
 
 
-@torch.compiler.disable  # how many tokens count is known only when it runs
 def target_logprobs(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Return the summed log-probability of each row's counted targets, in float64 and nats.
 
@@ -102,12 +102,25 @@ def target_logprobs(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     what each row weighs. Sums are in float64, since the loss is about small differences of them:
     in float32, -1,000 has errors of 0.00003.
     """
+    if torch.compiler.is_compiling():
+        return _outside_graphs(features, head, targets)
+    return _target_logprobs(features, head, targets)
+
+
+def _target_logprobs(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Do the work of `target_logprobs`.  (B, T, C), (V, C), (B, T) -> (B,)"""
     rows, places = (targets != loss.NOT_LEARNED).nonzero(as_tuple=True)
     dtype = loss.product_dtype(features)
     each = _Logprobs.apply(features[rows, places], head, targets[rows, places], dtype)
     spread = torch.zeros(targets.shape, dtype=torch.float64, device=features.device)
     # Spread again to sum in a fixed order, which adding by index has not on GPUs.
     return spread.index_put((rows, places), each.double()).sum(1)
+
+
+# How many tokens count is known only when it runs, so that it is no part of a compiled graph.
+# torch.compiler.disable would import the compiler here, which takes more than a second; what
+# PyTorch's own functions use imports it when they are called.
+_outside_graphs = _disable_dynamo(_target_logprobs)
 
 
 class _Logprobs(torch.autograd.Function):

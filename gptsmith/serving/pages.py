@@ -15,6 +15,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
+from ..machine.pages import read_page
+
 WRITING = Path(__file__).with_name("page.html")
 LABELLING = Path(__file__).with_name("labels.html")
 # The package whose Swagger UI files are served; its code is never imported.
@@ -68,7 +70,7 @@ SwaggerUIBundle({
 
 def add_page(app: FastAPI, path: str, page: Path) -> None:
     """Add a page, whose policy allows its own scripts and styles, and requests to this server."""
-    text = page.read_text(encoding="utf-8")
+    text = read_page(page)
     policy = (
         f"default-src 'none'; script-src {hashes(text, 'script')}; "
         f"style-src {hashes(text, 'style')}; connect-src 'self'; img-src data:; "

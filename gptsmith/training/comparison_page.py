@@ -11,28 +11,21 @@ import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from textwrap import shorten
 from typing import Any
 
 from ..config.tables import columns
 from ..evaluation.intervals import Interval
+from ..machine.pages import read_page
 from .compare import AVERAGED, FIGURES, ComparedRun, Comparison, Group, figure_of, short_ends
 from .curves import draw_curves
 from .records import METRICS, read_metrics
 
 Table = list[tuple[str, ...]]  # the headings, and the rows
+TEMPLATE = Path(__file__).with_name("comparison.html")
 LONGEST_STATE = 80  # characters of an error in a terminal; the files have it whole
 MOST_DRAWN = 10  # runs, the best ones, whose curves a page shows
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-       color: #222; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-.runs :is(th, td):is(:first-child, :last-child) { text-align: left; }
-.wide { overflow-x: auto; }
-img { max-width: 100%; }
-"""
 
 
 # -- the two tables
@@ -200,14 +193,9 @@ def to_html(comparison: Comparison) -> str:
         several = f" of the first {MOST_DRAWN} runs" if len(comparison.rows) > MOST_DRAWN else ""
         parts += [
             f"<h2>Losses{several}</h2>",
-            f'<img alt="losses" src="data:image/png;base64,{source}">',
+            f'<div class="wide"><img alt="losses" src="data:image/png;base64,{source}"></div>',
         ]
-    head = '<meta charset="utf-8"><title>Comparison of runs</title>'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return Template(read_page(TEMPLATE)).substitute(body="\n".join(parts))
 
 
 def html_table(table: Table, kind: str) -> str:

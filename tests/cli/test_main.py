@@ -166,7 +166,10 @@ def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
     assert min(seconds) < 0.5
 
 
-# What takes long to import, and neither sampling nor the way to the first step of training needs.
+ONE_STEP = "--template fixed-length --steps 1 --threads 1 --out new"  # of fine-tuning
+
+
+# What takes long to import, and neither sampling nor the way to the first step of a run needs.
 HEAVY = {
     *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx"),
     *("sympy", "scipy", "pandas", "matplotlib", "pyarrow", "transformers", "huggingface_hub"),
@@ -181,20 +184,27 @@ HEAVY = {
     [
         "sample run --seed 1 --max-tokens 2 --threads 1",
         f"train text.txt {TOY} --out new",
+        f"finetune run --data answers.jsonl --task chat {ONE_STEP}",
+        f"finetune run --data answers.jsonl --task preference {ONE_STEP}",
     ],
 )
 def test_nothing_is_imported_that_is_not_needed(words: str, toys: Path) -> None:
+    rows = [
+        {"prompt": each, "completion": ".", "chosen": ".", "rejected": "x"}
+        for each in "Line: thequckbrownfox"
+    ]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code = (
         "import sys\n"
         "from gptsmith.cli.main import main\n"
         "def imported(run=None):\n"
         "    print('imported', *sys.modules)\n"
         "    sys.exit()\n"
-        "if sys.argv[1] == 'train':\n"
+        "if sys.argv[1] != 'sample':\n"
         "    from gptsmith.training import train\n"
         "    train.follow = imported\n"  # where the first step would follow
-        "main(sys.argv[1:])\n"
-        "imported()\n"
+        "status = main(sys.argv[1:])\n"
+        "imported() if status == 0 else sys.exit(status)\n"
     )
     line = [sys.executable, "-c", code, *words.split()]
     done = subprocess.run(line, capture_output=True, text=True, check=True)

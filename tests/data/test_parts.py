@@ -18,7 +18,8 @@ from gptsmith.data import encode
 from gptsmith.data import join as join_module
 from gptsmith.data.join import join
 from gptsmith.data.part_folder import Part
-from gptsmith.data.parts import divide, prepare_part
+from gptsmith.data.parts import prepare_part
+from gptsmith.data.pieces import divide
 from gptsmith.data.prepare import prepare
 from gptsmith.data.sources import Source, find_sources
 from gptsmith.tokenizers import Tokenizer, gpt2_tokenizer

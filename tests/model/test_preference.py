@@ -1,6 +1,8 @@
 """Log-probabilities of answers and DPO's loss: as the definitions say, whatever the division."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -209,3 +211,32 @@ def test_a_batch_may_be_divided(pairs_at_once: int) -> None:
         (objective.loss(model, *part) * share).backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the compiler looks at
+def test_a_compiled_loss_is_the_same_and_compiled_once() -> None:
+    """However many tokens count, which no graph knows: the product with the head is in none."""
+    model, objective = scrambled(GPTConfig(**TINY)).train(), PreferenceLoss(beta=0.3)
+    tokens, targets = pairs()
+    reference = torch.randn(5, 2, dtype=torch.float64)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(partial(objective.loss, model), backend=kept)
+    made = 0
+    for left_out in range(4):
+        targets[:, :, :left_out] = -1
+        batch = tokens, targets, reference
+        found, expected = compiled(*batch), objective.loss(model, *batch)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(x, [*model.parameters()]) for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        made = made or len(graphs)
+    assert len(graphs) == made
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("layer_norm" in name for name in called)
+    assert not any("nonzero" in name or "Logprobs" in name for name in called)

@@ -16,14 +16,15 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-PAGE = Path(__file__).parents[2] / "gptsmith" / "serving" / "page.html"
+from gptsmith.machine.pages import read_page
+from gptsmith.serving.pages import WRITING
+
 KEY = "open-sesame"
 STORY = """ The keeper of the light had counted the ships each evening for thirty years — and \
 wrote them down, one line for each, in a ledger that nobody had asked him to keep.
@@ -149,7 +150,7 @@ def application(stub: Stub, key: str | None, chat: bool) -> FastAPI:
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        text = PAGE.read_text(encoding="utf-8")
+        text = read_page(WRITING)
         return HTMLResponse(text, headers={"Content-Security-Policy": policy(text)})
 
     @app.get("/health")

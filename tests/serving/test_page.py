@@ -18,11 +18,13 @@ import pytest
 from gptsmith import GPTConfig, SamplingSettings, complete
 from gptsmith.config.settings import GREEDY
 from gptsmith.generation.conversation import Conversation
+from gptsmith.machine.pages import read_page
+from gptsmith.serving.pages import WRITING
 from gptsmith.tokenizers import byte_tokenizer
 from gptsmith.tokenizers.chat import ALPACA, open_template, with_template
 from tests.conftest import TINY, scrambled
 from tests.serving import running as real
-from tests.serving.page_stub import KEY, PAGE, serving
+from tests.serving.page_stub import KEY, serving
 
 pytestmark = pytest.mark.slow
 
@@ -361,7 +363,7 @@ def test_nothing_that_is_written_becomes_html(visit: Any, server_url: str) -> No
     here.finished()
     assert here.text().startswith("<img src=x onerror=alert(1)><script>")
     assert here.page.locator("main img, main script").count() == 0
-    page = PAGE.read_text(encoding="utf-8")
+    page = read_page(WRITING)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", page)
     assert not re.search(r"<[^>!]+\s(style|on\w+)=", page)
 

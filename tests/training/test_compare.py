@@ -177,6 +177,29 @@ def test_the_files_say_the_same(shown: Any) -> None:
     assert page.rows == [row for row in rows_of(text) if len(row) > 1]
 
 
+@pytest.mark.slow
+def test_the_page_is_light_or_dark_as_the_reader_wants_it(shown: Any, browser: Any) -> None:
+    """And it loads nothing, is no wider than a phone, and shows the curves, which its policy must
+    allow."""
+    for seed in range(2):
+        make(f"runs/{seed}", [2.0, 1.9], seed=seed)
+    shown("runs", "--html", "out.html")
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: asked.append(message.text))
+    page.goto(Path("out.html").absolute().as_uri())
+    desks = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        desks.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert desks == ["rgb(234, 237, 235)", "rgb(15, 18, 19)"]
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.querySelector('img').naturalWidth") > 0
+    assert asked == [Path("out.html").absolute().as_uri()]
+    page.close()
+
+
 def test_short_names() -> None:
     assert short_ends(["/x/runs/a", "/x/runs/b"]) == ["a", "b"]
     assert short_ends(["/x/one/a", "/x/two/a"]) == ["one/a", "two/a"]
