@@ -191,7 +191,7 @@ def activation_bytes(config: GPTConfig, micro_batch: int, how: Pass = Pass()) ->
         in_block = 3 * width * M
     if how.blocks and not how.fused:  # what is fused computes them again
         block += width * H * (T + min(T, BLOCK_QUERIES)) // 2
-    elif config.dropout:
+    elif config.dropout and not how.fused:
         block += 2 * C
         head += C
     copies = 0 if width == FLOAT32 else weight_bytes(config, width)

@@ -115,6 +115,10 @@ def is_kept(p: float, seeds: Tensor, where: Window, R: int, E: int) -> Tensor:
     """
     h, t, s = (torch.arange(n, dtype=torch.int32, device=seeds.device) for n in (where.H, R, E))
     elements = (h[:, None, None] * where.T + where.start + t[:, None]) * where.S + s  # (H, R, E)
+    if torch.compiler.is_compiling():
+        # Changes nothing, but Inductor would multiply numbers that it knows as C++'s signed ones,
+        # whose overflow is undefined there: GCC 16 then computes something else.
+        elements &= 0x7FFFFFFF
     elements *= signed(0x9E3779B9)
 
     def kept(x: Tensor, seed: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def test_auto_shards_only_what_does_not_fit_whole(monkeypatch: pytest.MonkeyPatc
     sharded = memory.needed_memory(replace(machine, recompute="yes", shard="yes"), config, 1)
     assert sharded < least
     # What it cannot go with, it does without.
+    monkeypatch.setattr(memory, "memory_room", lambda device: 0)
     for other in (replace(machine, compile="yes"), replace(machine, fused="yes")):
         assert "it cannot go with" in sharding_of(other).reason
         assert sharding_of(other, chosen={}).on  # they were chosen for other processes
