@@ -47,7 +47,7 @@ def refuses(address: str) -> bool:
     """Whether nobody listens there."""
     try:
         socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 120).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # or it stopped just now
         return True
     return False
 
