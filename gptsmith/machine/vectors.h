@@ -30,9 +30,10 @@ inline Vector load(const Number* from, int64_t count = sizeof(Vector) / sizeof(N
 }
 
 template <class Vector, class Number>
-inline void store(Number* to, Vector vector, int64_t count = LANES) {
-    if (count >= LANES) {
-        std::memcpy(to, &vector, LANES * sizeof(Number));
+inline void store(Number* to, Vector vector,
+                  int64_t count = sizeof(Vector) / sizeof(Number)) {
+    if (count >= int64_t(sizeof(Vector) / sizeof(Number))) {
+        std::memcpy(to, &vector, sizeof vector);
     } else {
         std::memcpy(to, &vector, count * sizeof(Number));
     }

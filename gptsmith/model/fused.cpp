@@ -26,6 +26,17 @@ namespace {
 
 // -- vectors
 
+// As many numbers as a register has. GCC keeps longer vectors in memory while it computes with them.
+#if defined(__AVX512F__)
+typedef Floats Part;
+#elif defined(__AVX__)
+typedef float Part __attribute__((vector_size(32)));
+#else
+typedef float Part __attribute__((vector_size(16)));
+#endif
+typedef decltype(Part{} < Part{}) PartWords;
+constexpr int WIDTH = sizeof(Part) / sizeof(float);
+
 inline Floats filled(float x) { return Floats{} + x; }
 
 inline float largest(Floats v) {
@@ -37,16 +48,24 @@ inline float largest(Floats v) {
 }
 
 // Compute 2^x, as 2^n * 2^r with n = round(x) and the Taylor series of e^(r ln 2), |r| <= 1/2.
-inline Floats exp2(Floats x) {
-    x = x < -126.f ? filled(-126.f) : x;
-    x = x > 127.f ? filled(127.f) : x;
-    Floats whole = x + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
-    Words power = (Words)whole << 23;
-    Floats rest = x - (whole - 12582912.f);
-    Floats series = rest * 1.5403530e-4f + 1.3333558e-3f;
+inline Part exp2_of(Part x) {
+    x = x < -126.f ? Part{} - 126.f : x;
+    x = x > 127.f ? Part{} + 127.f : x;
+    Part whole = x + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+    PartWords power = (PartWords)whole << 23;
+    Part rest = x - (whole - 12582912.f);
+    Part series = rest * 1.5403530e-4f + 1.3333558e-3f;
     for (float term : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
         series = series * rest + term;
-    return (Floats)((Words)series + power);
+    return (Part)((PartWords)series + power);
+}
+
+inline Floats exp2(Floats x) {
+    Part parts[LANES / WIDTH];
+    std::memcpy(parts, &x, sizeof x);
+    for (Part& part : parts) part = exp2_of(part);
+    std::memcpy(&x, parts, sizeof x);
+    return x;
 }
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
@@ -318,7 +337,7 @@ namespace {
 
 struct Single {
     static constexpr int64_t PER = 1;  // numbers in a word
-    static Floats add(Floats sum, float a, Floats b) { return sum + b * a; }
+    static Part add(Part sum, float a, Part b) { return sum + b * a; }
     static void put(float* words, int64_t at, Floats x) { store(words + at, x); }
     // The words of two rows of numbers: one row of words after the other.
     static void put_rows(float* words, int64_t width, Floats first, Floats second) {
@@ -357,20 +376,21 @@ constexpr int64_t QUERIES = 64, KEYS = 64;  // in a block
 template <class Math, int N>
 inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                  int64_t steps, float* out, int64_t width, bool add) {
-    Floats total[TALL][N];
+    constexpr int M = N * LANES / WIDTH;
+    Part total[TALL][M];
     for (int i = 0; i < TALL; i++)
-        for (int n = 0; n < N; n++)
-            total[i][n] = add ? load<Floats>(out + i * width + n * LANES) : Floats{};
+        for (int m = 0; m < M; m++)
+            total[i][m] = add ? load<Part>(out + i * width + m * WIDTH) : Part{};
     for (int64_t k = 0; k < steps; k++, a += a_step, b += b_step) {
-        Floats right[N];
-        for (int n = 0; n < N; n++) right[n] = load<Floats>(b + n * LANES);
+        Part right[M];
+        for (int m = 0; m < M; m++) right[m] = load<Part>(b + m * WIDTH);
         for (int i = 0; i < TALL; i++) {
             float left = a[i * a_row];
-            for (int n = 0; n < N; n++) total[i][n] = Math::add(total[i][n], left, right[n]);
+            for (int m = 0; m < M; m++) total[i][m] = Math::add(total[i][m], left, right[m]);
         }
     }
     for (int i = 0; i < TALL; i++)
-        for (int n = 0; n < N; n++) store(out + i * width + n * LANES, total[i][n]);
+        for (int m = 0; m < M; m++) store(out + i * width + m * WIDTH, total[i][m]);
 }
 
 // Four rows of a product: out[i][j] = sum over k of a[i * a_row + k * a_step] * b[k * b_step + j],
