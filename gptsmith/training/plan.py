@@ -91,7 +91,10 @@ def memory_rows(run: Run) -> dict[str, str]:
         }
         changed = {name: word for name, word in wanted.items() if word != getattr(own, name)}
         if changed and (may_shard or not way.sharded):
-            other = needed_memory(replace(own, **changed), config, rows, learned)
+            other_way = replace(own, **changed)
+            if way.sharded:  # which cannot go with the fused pieces
+                other_way = replace(other_way, fused="no")
+            other = needed_memory(other_way, config, rows, learned)
             flags = " ".join(f"--{name} {word}" for name, word in changed.items())
             others.append(f"{size(other)} with {flags}")
     where = "in each process" if world_size() > 1 else "on the device"

@@ -96,13 +96,15 @@ def test_where_compiling_fails_the_run_goes_on_without(capsys: pytest.CaptureFix
     assert "not compiled: no compiler here\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fused", ["no", "yes"])
 @pytest.mark.parametrize("processes", [1, 4])
 def test_the_memory_is_shown_by_part_and_in_other_ways(
-    processes: int, monkeypatch: pytest.MonkeyPatch
+    processes: int, fused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Sharded, nothing is fused."""
     monkeypatch.setattr(plan, "world_size", lambda: processes)
     monkeypatch.setattr(memory, "world_size", lambda: processes)
-    machine = MachineSettings(dtype="float32", micro_batch=2, recompute="no")
+    machine = MachineSettings(dtype="float32", micro_batch=2, recompute="no", fused=fused)
     trainer = make_trainer()
     run: Any = SimpleNamespace(settings=RunSettings(machine=machine), trainer=trainer)
 
@@ -115,8 +117,8 @@ def test_the_memory_is_shown_by_part_and_in_other_ways(
     assert rows["of that"].startswith(f"weights {size(weights)}, gradients {size(weights)}, ")
     others = [f"{needed(recompute='yes')} with --recompute yes"]
     if processes > 1:
-        others.append(f"{needed(shard='yes')} with --shard yes")
-        both = needed(shard="yes", recompute="yes")
+        others.append(f"{needed(shard='yes', fused='no')} with --shard yes")
+        both = needed(shard="yes", recompute="yes", fused="no")
         others.append(f"{both} with --shard yes --recompute yes")
         assert rows["sent"] == f"{size(2 * 3 * weights // 4)} by each process in a step"
     assert rows["otherwise"] == ", ".join(others)
